@@ -1,0 +1,457 @@
+"""The transformer: one readable decoder for training, prefill and decode. Its weights come and go through weights.py.
+
+A Llama-type decoder (RMSNorm, rotary positions, grouped-query attention, gated MLP). The families differ only in the
+numbers and switches of `Config`, read from the Hugging Face config; there are no subclasses:
+
+    Llama 2/3, SmolLM2/3, Mistral     the plain type; `llama3` rope scaling, NoPE layers, sliding windows
+    Qwen2/2.5, Qwen3                  bias on q, k, v; RMSNorm on the heads of q and k
+    Gemma 3 (text)                    (1 + w) norms before and after each block, embeddings times sqrt(H), local layers
+    OLMo 2                            norms after the blocks only, RMSNorm over all of q and k
+
+**Tokens are packed**: the linear layers see [N, H], every token once and no padding. Attention is handed in as a
+function `attend(layer, q, k, v)`, so the model knows nothing of batches or caches. `Tree` is the attention of training
+and prefill: a group is a *trunk* (the shared prompt) and its *branches* (the completions), and a branch token sees the
+trunk and what precedes it in its own branch. The trunk is computed once for its n branches, in the gradient as well.
+The sampler's cached attention is in rollout.py.
+
+Left out: mixture of experts, multimodal towers, tensor parallelism.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import linear_logprob
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: what distinguishes one family from another
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_eps: float
+    max_positions: int
+    tied: bool
+    activation: str                                     # silu | gelu_tanh
+    windows: list[int]                                  # per layer: how many positions back it sees; 0 = all
+    rope: list[dict | None]                             # per layer: rope parameters; None = no positions (NoPE)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""                                   # "" | head (Qwen3, Gemma 3) | all (OLMo 2)
+    pre_norm: bool = True                               # norm before attention and MLP (not OLMo 2)
+    post_norm: bool = False                             # norm after them (Gemma 3, OLMo 2)
+    norm_offset: float = 0.0                            # Gemma stores w - 1
+    embed_scale: float = 1.0                            # Gemma: sqrt(H)
+    attn_scale: float = 0.0                             # default 1/sqrt(head_dim)
+    softcap: float | None = None                        # softcap * tanh(logits / softcap)
+    stop_ids: list[int] = field(default_factory=list)   # tokens that end a completion
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "smollm3")
+MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
+
+
+def config_from_hf(hf) -> Config:
+    """Reads a transformers config object. Raises ValueError naming the architecture or field that is not supported."""
+    kind = hf.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    for name, value in MUST_BE.items():
+        if getattr(hf, name, value) not in (value, None):
+            raise ValueError(f"{kind}: config field {name}={getattr(hf, name)!r} is not supported (only {value!r})")
+    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        raise ValueError(f"{kind}: activation {activation!r} is not supported (silu, gelu_pytorch_tanh)")
+    layers = hf.num_hidden_layers
+    default = "sliding_attention" if kind == "mistral" and hf.sliding_window else "full_attention"
+    types = getattr(hf, "layer_types", None) or [default] * layers
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
+    rope = hf.rope_parameters
+    ropes = [rope[t] if t in rope else rope for t in types]
+    for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
+        ropes[i] = ropes[i] if used else None
+    for parameters in ropes:
+        inverse_frequencies(2, parameters or rope)      # refuses unknown scalings now, not at the first forward
+    gemma = kind == "gemma3_text"
+    bias = bool(getattr(hf, "attention_bias", False))
+    return Config(
+        vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+        num_layers=layers, num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, rms_eps=hf.rms_norm_eps,
+        max_positions=hf.max_position_embeddings, tied=bool(hf.tie_word_embeddings),
+        activation="silu" if activation == "silu" else "gelu_tanh",
+        windows=[hf.sliding_window if t == "sliding_attention" else 0 for t in types], rope=ropes,
+        qkv_bias=bias or kind == "qwen2", o_bias=bias, mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}.get(kind, ""),
+        pre_norm=kind != "olmo2", post_norm=kind in ("gemma3_text", "olmo2"), norm_offset=1.0 if gemma else 0.0,
+        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
+        attn_scale=hf.query_pre_attn_scalar ** -0.5 if gemma else 0.0,
+        softcap=getattr(hf, "final_logit_softcapping", None))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary positions (Su et al., arXiv 2104.09864)
+
+
+def inverse_frequencies(head_dim: int, rope: dict) -> Tensor:
+    """theta^(-2i/d) [head_dim / 2] fp32, with `linear` or `llama3` scaling. Raises ValueError for other scalings."""
+    base = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return base
+    if kind == "linear":
+        return base / rope["factor"]
+    if kind != "llama3":
+        raise ValueError(f"rope scaling {kind!r} is not supported (default, linear, llama3)")
+    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between interpolated.
+    turns = rope["original_max_position_embeddings"] * base / (2 * math.pi)     # full turns within the original length
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * (keep + (1 - keep) / rope["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [N, heads, D] turned by cos, sin [N, 1, D]; the first half of `sin` is negated (rotate_half without a copy)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoder. Parameters carry Hugging Face's names (without the leading "model.").
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, offset: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size) - offset)
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.offset:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        scaled = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float() + self.offset, self.eps)
+        return scaled.to(x.dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: Config, index: int):
+        super().__init__()
+        self.c, self.index = c, index
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+        def norm(size):
+            return RMSNorm(size, c.rms_eps, c.norm_offset)
+
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(c.hidden_size, q, bias=c.qkv_bias),
+            "k_proj": nn.Linear(c.hidden_size, kv, bias=c.qkv_bias),
+            "v_proj": nn.Linear(c.hidden_size, kv, bias=c.qkv_bias),
+            "o_proj": nn.Linear(q, c.hidden_size, bias=c.o_bias)})
+        if c.qk_norm:
+            per_head = c.qk_norm == "head"
+            self.self_attn["q_norm"] = norm(c.head_dim if per_head else q)
+            self.self_attn["k_norm"] = norm(c.head_dim if per_head else kv)
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
+            "up_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
+            "down_proj": nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)})
+        # Where there are norms after the blocks, `post_attention_layernorm` is one of them; else it precedes the MLP.
+        if c.pre_norm:
+            self.input_layernorm = norm(c.hidden_size)
+        if c.pre_norm and c.post_norm:
+            self.pre_feedforward_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+        if c.post_norm:
+            self.post_feedforward_layernorm = norm(c.hidden_size)
+        self.packed: dict | None = None                 # weights rearranged for small batches; see Transformer.packed
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> tuple[Tensor, ...]:
+        """x through one or several linear layers that share it (q, k, v; gate, up)."""
+        if self.packed is None or torch.is_grad_enabled():
+            return tuple(m(x) for m in modules)
+        y = packed_linear(x, *self.packed[modules[0]])
+        return y.split([m.out_features for m in modules], -1) if len(modules) > 1 else (y,)
+
+    def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend) -> Tensor:
+        c, a = self.c, self.self_attn
+        q, k, v = self.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
+        if c.qk_norm == "all":
+            q, k = a["q_norm"](q), a["k_norm"](k)
+        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))        # [N, heads, D]
+        if c.qk_norm == "head":
+            q, k = a["q_norm"](q), a["k_norm"](k)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(self.index, q, k, v)                                       # [N, num_heads, D]
+        return self.linear(out.flatten(1), a["o_proj"])[0]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        gate, up = self.linear(x, self.mlp["gate_proj"], self.mlp["up_proj"])
+        gate = F.silu(gate) if self.c.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.linear(gate * up, self.mlp["down_proj"])[0]
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend) -> Tensor:
+        if self.c.pre_norm and not self.c.post_norm:    # Llama, Mistral, Qwen
+            x = x + self.attention(self.input_layernorm(x), cos, sin, attend)
+            return x + self.feed_forward(self.post_attention_layernorm(x))
+        pre_attn = self.input_layernorm(x) if self.c.pre_norm else x            # Gemma 3 | OLMo 2
+        x = x + self.post_attention_layernorm(self.attention(pre_attn, cos, sin, attend))
+        pre_mlp = self.pre_feedforward_layernorm(x) if self.c.pre_norm else x
+        return x + self.post_feedforward_layernorm(self.feed_forward(pre_mlp))
+
+
+class Transformer(nn.Module):
+    """forward(input_ids [N], position_ids [N], attend) -> hidden [N, H] after the final norm; see `head_weight`."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c, self.hf_config = c, None
+        self.checkpointing = False                      # recompute layers in the backward: less memory, 4/3 the time
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_eps, c.norm_offset)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.packed_head: tuple | None = None
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed_tokens.weight if self.c.tied else self.lm_head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attend) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        if self.c.embed_scale != 1.0:
+            x = x * torch.tensor(self.c.embed_scale, dtype=x.dtype)     # rounded to the dtype, as Gemma was trained
+        tables = self.rotary_tables(position_ids, x.dtype)
+        for layer, rope in zip(self.layers, self.c.rope, strict=True):
+            cos, sin = tables[id(rope)]
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+    def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> dict[int, tuple]:
+        """cos and (half negated) sin [N, 1, D] for each distinct set of rope parameters, computed in fp32."""
+        tables = {id(None): (None, None)}
+        for rope in self.c.rope:
+            if id(rope) not in tables:
+                frequencies = inverse_frequencies(self.c.head_dim, rope).to(position_ids.device)
+                angles = position_ids[:, None, None].float() * frequencies
+                cos, sin = angles.cos(), angles.sin()
+                tables[id(rope)] = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+        return tables
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] fp32, for the sampler's few rows; training uses kernels.linear_logprob, which never holds them."""
+        raw = packed_linear(hidden, *self.packed_head) if self.packed_head else F.linear(hidden, self.head_weight)
+        logits = raw.float()
+        return logits if self.c.softcap is None else self.c.softcap * torch.tanh(logits / self.c.softcap)
+
+    @contextmanager
+    def packed(self):
+        """Within it, linear layers run on copies blocked for small batches: 1.4x at 64 rows in bf16 on a CPU, 2x at 8.
+
+        The copies are made on entry and dropped on exit, so they can't outlive a weight update. A no-op elsewhere.
+        """
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+            for layer in self.layers:
+                a, m = layer.self_attn, layer.mlp
+                same_input = ((a["q_proj"], a["k_proj"], a["v_proj"]), (a["o_proj"],),
+                              (m["gate_proj"], m["up_proj"]), (m["down_proj"],))
+                layer.packed = {modules[0]: packed_weight(modules) for modules in same_input}
+            self.packed_head = torch.ops.mkldnn._reorder_linear_weight(self.head_weight.detach(), 64), None
+        try:
+            yield
+        finally:
+            self.packed_head = None
+            for layer in self.layers:
+                layer.packed = None
+
+
+def packed_weight(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
+    """The modules' weights stacked, in the blocked layout of the CPU's matmul library, and their biases."""
+    weight = torch.cat([m.weight.detach() for m in modules])
+    bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64), bias
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tree attention: trunks and branches
+
+
+class Move(torch.autograd.Function):
+    """Copies rows between the packed and the padded layout. The index is one-to-one, so the backward is a copy as well
+    (autograd's own would be an index_add, many times slower on a CPU)."""
+
+    @staticmethod
+    def forward(ctx, x, index, size, to_padded):
+        ctx.index, ctx.size, ctx.to_padded = index, x.shape[0], to_padded
+        if to_padded:
+            return x.new_zeros(size, *x.shape[1:]).index_copy_(0, index, x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Move.apply(grad.contiguous(), ctx.index, ctx.size, not ctx.to_padded), None, None, None
+
+
+class Tree:
+    """Attention over B groups, each a trunk and up to n branches. The packed order is: every trunk, then every branch.
+
+    Use it as `attend`. For prefill: with `keep`, the keys and values of every layer stay in `self.kept`; with `cached`,
+    a function layer -> (k, v) [B, kv_heads, P, D], the trunks are not in the pack but come from a cache.
+    """
+
+    def __init__(self, trunk_lengths: list[int], branch_lengths: list[list[int]], c: Config, device="cpu",
+                 keep: bool = False, cached=None):
+        self.c, self.kept, self.masks, self.cached = c, [] if keep else None, {}, cached
+        B, n = len(trunk_lengths), max(map(len, branch_lengths), default=0)
+        P, C = max(trunk_lengths), max((length for row in branch_lengths for length in row), default=0)
+        self.shape = B, n, P, C
+        self.trunk_lengths = torch.tensor(trunk_lengths, device=device)
+        self.trunk_tokens = 0 if cached else sum(trunk_lengths)
+        self.trunk_index = flat_index(trunk_lengths, P, device)
+        self.branch_index = flat_index([x for row in branch_lengths for x in row + [0] * (n - len(row))], C, device)
+        starts_ends = [] if cached else [(0, t) for t in trunk_lengths]
+        starts_ends += [(t, t + x) for t, row in zip(trunk_lengths, branch_lengths, strict=True) for x in row]
+        self.position_ids = torch.cat([torch.arange(*se) for se in starts_ends]).to(device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, heads, D], k and v [N, kv_heads, D] -> [N, heads, D]."""
+        if self.kept is not None:
+            self.kept.append((k, v))
+        B, n, P, C = self.shape
+        K, D, T, window = k.shape[1], k.shape[2], self.trunk_tokens, self.c.windows[layer]
+        q = q * (self.c.attn_scale or D ** -0.5)
+
+        def pad(x, index, rows, width):                                         # -> [B, kv_heads, rows, g, width, D]
+            return Move.apply(x, index, B * rows * width, True).view(B, rows, width, K, -1, D).permute(0, 3, 1, 4, 2, 5)
+
+        def unpad(x, index):                                                    # and back to [tokens, heads, D]
+            return Move.apply(x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1, 2), index, 0, False)
+
+        out = []
+        if self.cached:
+            trunk_k, trunk_v = self.cached(layer)
+        else:
+            trunk_q, trunk_k, trunk_v = (pad(x[:T], self.trunk_index, 1, P) for x in (q, k, v))
+            trunk_k, trunk_v = trunk_k.squeeze(3), trunk_v.squeeze(3)           # [B, K, 1, P, D]
+            trunk = attention(trunk_q, trunk_k, trunk_v, self.mask(q.dtype, window, False))
+            out.append(unpad(trunk, self.trunk_index))
+            trunk_k, trunk_v = trunk_k.squeeze(2), trunk_v.squeeze(2)
+        if C:
+            branch_q, branch_k, branch_v = (pad(x[T:], self.branch_index, n, C) for x in (q, k, v))
+            branch = attention(branch_q, branch_k.squeeze(3), branch_v.squeeze(3), self.mask(q.dtype, window, True),
+                               trunk_k, trunk_v)
+            out.append(unpad(branch, self.branch_index))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def mask(self, dtype: torch.dtype, window: int, branch: bool) -> Tensor:
+        """0 where a query sees a key, -inf elsewhere. Trunk: [P, P]. Branch: [B, 1, 1, 1, C, P + C].
+
+        Padding is on the right, so a real query never meets it under the causal rule, and no row is empty.
+        """
+        if (window, branch) not in self.masks:
+            B, n, P, C = self.shape
+            at = torch.arange(C if branch else P, device=self.trunk_lengths.device)
+            back = at[:, None] - at                                             # query position - key position
+            if branch:
+                length, key = self.trunk_lengths[:, None, None], torch.arange(P, device=at.device)
+                to_trunk = torch.where(key < length, length + at[:, None] - key, -1)
+                back = torch.cat([to_trunk, back.expand(B, C, C)], -1)[:, None, None, None]
+            hidden = (back < 0) | (back >= window) if window else back < 0
+            self.masks[window, branch] = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        return self.masks[window, branch]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, trunk_k=None, trunk_v=None) -> Tensor:
+    """softmax(q K^T + mask) V. q [B, K, n, g, C, D] scaled; own keys k, v [B, K, n, T, D]; trunk keys [B, K, P, D].
+
+    All n * g * C queries of a group read the trunk's keys at once: the large matmul that makes sharing pay.
+    """
+    B, K, n, g, C, D = q.shape
+    q = q.reshape(B, K, n, g * C, D)
+    scores = (q @ k.transpose(-1, -2)).view(B, K, n, g, C, -1)
+    if trunk_k is None:
+        return ((scores + mask).softmax(-1).view(B, K, n, g * C, -1) @ v).view(B, K, n, g, C, D)
+    P = trunk_k.shape[2]
+    on_trunk = (q.view(B, K, n * g * C, D) @ trunk_k.transpose(-1, -2)).view(B, K, n, g, C, P)
+    on_trunk, on_own = (torch.cat([on_trunk, scores], -1) + mask).softmax(-1).split([P, scores.shape[-1]], -1)
+    out = (on_own.reshape(B, K, n, g * C, -1) @ v).view(B, K, n * g * C, D)
+    return (out + on_trunk.reshape(B, K, n * g * C, P) @ trunk_v).view(B, K, n, g, C, D)
+
+
+def flat_index(lengths: list[int], width: int, device) -> Tensor:
+    """Where the tokens of right-padded rows of these lengths stand in a flat [rows * width] layout."""
+    return torch.cat([torch.arange(i * width, i * width + x) for i, x in enumerate(lengths)]
+                     or [torch.empty(0, dtype=torch.long)]).to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From prompts and completions to log-probs
+
+
+@dataclass
+class Packed:
+    """Groups ready for one forward. M counts all completion tokens, in the order (group, completion, token)."""
+    input_ids: Tensor                                   # [N] every trunk, then every branch
+    tree: Tree
+    hidden_index: Tensor                                # [M] the packed position whose hidden state predicts the token
+    targets: Tensor                                     # [M]
+    lengths: list[int]                                  # tokens of each completion
+
+
+def pack(groups: list[tuple[list[int], list[list[int]]]], c: Config, device="cpu") -> Packed:
+    """groups: (prompt_ids, [completion_ids, ...]). A completion's last token is only ever a target, never an input; its
+    first is predicted by the prompt's last position, which all n share. Raises ValueError on an empty prompt."""
+    if not all(prompt for prompt, _ in groups):
+        raise ValueError("a prompt has no tokens")
+    branches = [[completion[:-1] for completion in completions] for _, completions in groups]
+    tree = Tree([len(prompt) for prompt, _ in groups], [[len(b) for b in row] for row in branches], c, device)
+    hidden_index, last, start = [], -1, tree.trunk_tokens
+    for prompt, completions in groups:
+        last += len(prompt)
+        for completion in completions:
+            if completion:
+                hidden_index += [last, *range(start, start + len(completion) - 1)]
+                start += len(completion) - 1
+    completions = [completion for _, row in groups for completion in row]
+    ids = [t for prompt, _ in groups for t in prompt] + [t for row in branches for b in row for t in b]
+    targets = [t for completion in completions for t in completion]
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return Packed(tensor(ids), tree, tensor(hidden_index), tensor(targets), [len(y) for y in completions])
+
+
+def completion_logprobs(model: Transformer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of each completion token and entropy of its distribution, [M] fp32, at the sampler's temperature."""
+    hidden = model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
+    return linear_logprob(hidden, model.head_weight, packed.targets, temperature, model.c.softcap)

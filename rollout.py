@@ -1,0 +1,566 @@
+"""The sampler: batched, KV-cached generation that returns token ids and their log-probs.
+
+**Continuous batching.** A fixed number of rows decodes together; a finished row leaves at once and a waiting prompt
+takes its place. Live rows are kept contiguous (the last row moves into the hole): matmuls run on live rows only.
+
+**A prompt is computed once.** Prompts that open alike (a persona's system message) share one *trunk* in the cache, and
+so do the n samples of a prompt. A row's own cache holds only what is not shared. The decode step reads a trunk's keys
+once for all its rows, as one matmul.
+
+**A sample depends on (seed, key, sample index), not on the batch around it.** Each row draws its uniforms from its own
+counter-based stream (Philox) and inverts the CDF; torch's global generator is not touched.
+
+On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.packed`).
+
+Left out: beam search, speculative decoding, paged memory (rows and trunks grow by doubling instead).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Transformer, Tree
+
+PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
+MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
+
+
+@dataclass
+class Completion:
+    """tokens include the stop token when one was sampled; then `truncated` is False. logprobs are of the distribution
+    sampled from (temperature and filters applied; greedy: of the model itself); model_logprobs at temperature 1."""
+    index: int                                          # which prompt
+    sample: int                                         # which of its n samples
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    truncated: bool = True
+    model_logprobs: list[float] | None = None
+    error: str | None = None                            # the row was given up (logits not finite); others go on
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cache: trunks and rows
+
+
+class Cache:
+    """Per layer keys [entries, kv_heads, D, T], transposed as the decode matmul wants them, and values [.., T, D]."""
+
+    def __init__(self, model: Transformer):
+        self.c, self.dtype, self.device = model.c, model.dtype, model.device
+        self.trunks, self.rows = self.empty(0, 0), self.empty(0, 0)
+
+    def empty(self, count: int, width: int) -> list[tuple[Tensor, Tensor]]:
+        K, D = self.c.num_kv_heads, self.c.head_dim
+        kind = {"dtype": self.dtype, "device": self.device}
+        return [(torch.zeros(count, K, D, width, **kind), torch.zeros(count, K, width, D, **kind))
+                for _ in range(self.c.num_layers)]
+
+    def grown(self, store: list, count: int, width: int) -> list:
+        """The same contents with room for `count` entries of `width` tokens, at least doubled where it grows."""
+        have, wide = store[0][1].shape[0], store[0][1].shape[2]
+        if count <= have and width <= wide:
+            return store
+        new = self.empty(max(count, 2 * have) if count > have else have, max(width, 2 * wide) if width > wide else wide)
+        for (k, v), (new_k, new_v) in zip(store, new, strict=True):
+            new_k[:have, ..., :wide], new_v[:have, :, :wide] = k, v
+        return new
+
+    @staticmethod
+    def write(store: list, at: int, start: int, layers: list[tuple[Tensor, Tensor]], tokens: slice) -> None:
+        """Copies the packed keys and values [N, kv_heads, D] of `tokens` behind the first `start` of entry `at`."""
+        for (k, v), (new_k, new_v) in zip(store, layers, strict=True):
+            new_k, new_v = new_k[tokens], new_v[tokens]
+            k[at, :, :, start:start + len(new_k)] = new_k.permute(1, 2, 0)
+            v[at, :, start:start + len(new_v)] = new_v.transpose(0, 1)
+
+    @staticmethod
+    def copy(store: list, source: int, target: int) -> None:
+        for k, v in store:
+            k[target], v[target] = k[source], v[source]
+
+
+@dataclass
+class Trunk:
+    """A run of tokens that several rows open with."""
+    ids: list[int]
+    users: int                                          # rows and waiting prompts that need it
+    at: int = -1                                        # its place in the cache; -1: not there
+
+
+@dataclass
+class Prompt:
+    index: int
+    ids: list[int]
+    trunk: Trunk                                        # its shared opening; with n > 1, once prefilled, all of it
+    hidden: Tensor | None = None                        # [1, H] at its last position: first tokens come from it
+    samples: int = 0                                    # how many have started
+
+
+@dataclass
+class Row:
+    trunk: Trunk
+    hidden: Tensor                                      # the prompt's, for the first token
+    out: Completion
+    uniforms: np.ndarray                                # one a token
+
+
+def shared_openings(prompts: list[list[int]]) -> list[Trunk]:
+    """A trunk for each prompt, one object for all that open alike; a prompt's last token is never in it.
+
+    In sorted order a prompt joins the group before it while at least half of the group's opening remains shared.
+    """
+    trunks, group = [Trunk([], 0)] * len(prompts), Trunk([], 0)
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
+        room = min(len(group.ids), len(prompts[i]) - 1)
+        common = next((j for j in range(room) if group.ids[j] != prompts[i][j]), room)
+        if common >= max(MIN_SHARED, len(group.ids) / 2 if group.users > 1 else 0):
+            group.ids, group.users = group.ids[:common], group.users + 1
+        else:
+            group = Trunk(prompts[i][:-1], 1)
+        trunks[i] = group
+    return [t if t.users > 1 else Trunk([], 1) for t in trunks]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0, top_p=1.0, min_p=0.0):
+    """logits [B, V] fp32, uniforms [B] float64 -> (tokens [B], logprobs [B]); NaN where a row is not finite.
+
+    Inverse CDF over blocks of the vocabulary: one pass for the blocks' sums, then 256 entries of one block. Sums of
+    sums keep the CDF accurate in fp32 (a running sum over 50k entries would not be).
+    """
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    scaled = logits / temperature if temperature != 1 else logits
+    if top_k or top_p < 1 or min_p > 0:
+        scaled = filtered(scaled, top_k, top_p, min_p)
+    B, V = scaled.shape
+    weights = scaled.new_zeros(B, -(-V // 256) * 256)
+    top = scaled.amax(-1, keepdim=True)
+    weights[:, :V] = scaled.sub(top).exp_()
+    blocks = weights.view(B, -1, 256)
+    cdf = blocks.sum(-1).double().cumsum(-1)                                    # [B, V / 256]
+    target = uniforms * cdf[:, -1]
+    block = (cdf <= target[:, None]).sum(-1, keepdim=True).clamp(max=cdf.shape[1] - 1)
+    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, 256))[:, 0].double().cumsum(-1)
+    rest = torch.minimum(target[:, None] - before, inside[:, -1:] * (1 - 1e-12))
+    tokens = (block * 256 + (inside <= rest).sum(-1, keepdim=True))[:, 0].clamp(max=V - 1)
+    logprobs = scaled.gather(1, tokens[:, None])[:, 0] - top[:, 0] - cdf[:, -1].log()
+    return tokens, logprobs.float()
+
+
+def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """-inf for what the filters drop: all but the k best; outside the smallest set of mass p (Holtzman et al., arXiv
+    1904.09751); below min_p times the best one's probability (arXiv 2407.01082)."""
+    logits = logits.clone()
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits[logits < kth] = -torch.inf
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        ordered[probs.cumsum(-1) - probs >= top_p] = -torch.inf
+        logits = torch.empty_like(logits).scatter_(1, index, ordered)
+    if min_p > 0:
+        logits[logits < logits.amax(-1, keepdim=True) + np.log(min_p)] = -torch.inf
+    return logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
+             stop_ids=None, stop_strings=(), tokenizer=None, keys: list[int] | None = None, slots: int = 64,
+             model_logprobs: bool = False, on_token=None) -> Iterator[Completion]:
+    """Yields the n completions of every prompt as they finish.
+
+    prompts: token ids. keys: one integer a prompt (default: its index); samples are a function of (seed, key, sample).
+    stop_ids: default the model's. stop_strings need the tokenizer. slots: rows decoded together, which bounds memory.
+    on_token: called with a row's tokens after each new one.
+    Raises ValueError, before anything runs, for settings or prompts that cannot work.
+    """
+    room = model.c.max_positions - max_new_tokens
+    wrong = [message for bad, message in [
+        (n < 1, f"n must be at least 1, not {n}"),
+        (max_new_tokens < 1, f"max_new_tokens must be at least 1, not {max_new_tokens}"),
+        (not 0 <= temperature < np.inf, f"temperature must be 0 or more, not {temperature}"),
+        (top_k < 0, f"top_k must be 0 (off) or more, not {top_k}"),
+        (not 0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}"),
+        (not 0 <= min_p <= 1, f"min_p must be in [0, 1], not {min_p}"),
+        (slots < 1, f"slots must be at least 1, not {slots}"),
+        (bool(stop_strings) and tokenizer is None, "stop_strings need the tokenizer")] if bad]
+    wrong += [f"prompt {i} is empty" for i, prompt in enumerate(prompts) if not prompt]
+    wrong += [f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that exceeds the model's "
+              f"{model.c.max_positions} positions" for i, prompt in enumerate(prompts) if len(prompt) > room]
+    if wrong:
+        raise ValueError(wrong[0])
+    stops = set(model.c.stop_ids if stop_ids is None else stop_ids)
+    generation = Generation(model, prompts, n, max_new_tokens, seed, keys or range(len(prompts)), slots, model_logprobs)
+
+    def draw(logits, uniforms):
+        return sample(logits, uniforms, temperature, top_k, top_p, min_p)
+
+    return generation.run(draw, stops, stop_strings, tokenizer, on_token)
+
+
+class Generation:
+    """One call's state: waiting prompts, prefilled prompts with samples still to start, live rows, the cache."""
+
+    def __init__(self, model, prompts, n, max_new_tokens, seed, keys, slots, model_logprobs):
+        self.model, self.n, self.max_new_tokens, self.slots = model, n, max_new_tokens, slots
+        self.seed, self.keys, self.model_logprobs = seed, keys, model_logprobs
+        trunks = shared_openings(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i], reverse=True)     # the first one is popped first
+        self.waiting = [Prompt(i, prompts[i], trunks[i]) for i in order]
+        self.started: list[Prompt] = []
+        self.rows: list[Row] = []                       # row i of the cache
+        self.trunks: list[Trunk] = []                   # trunk i of the cache
+        self.cache = Cache(model)
+        self.own = torch.zeros(slots, dtype=torch.long, device=model.device)            # tokens in each row's own cache
+        self.where: tuple | None = None                 # which trunk each row reads; rebuilt when rows or trunks change
+
+    def run(self, draw, stops: set[int], stop_strings, tokenizer, on_token) -> Iterator[Completion]:
+        def ended(out: Completion) -> bool:
+            if out.error:
+                return True
+            text = tokenizer.decode(out.tokens) if stop_strings else ""
+            out.truncated = out.tokens[-1] not in stops and not any(s in text for s in stop_strings)
+            return not out.truncated or len(out.tokens) == self.max_new_tokens
+
+        with self.model.packed():
+            while self.waiting or self.started or self.rows:
+                decoding = len(self.rows)
+                if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
+                    self.admit()
+                self.next_tokens(decoding, draw)
+                for row in self.rows if on_token else ():
+                    on_token(row.out.tokens)
+                finished = [i for i, row in enumerate(self.rows) if ended(row.out)]
+                for i in reversed(finished):
+                    yield self.retire(i)
+
+    @torch.inference_mode()
+    def next_tokens(self, decoding: int, draw) -> None:
+        """Draws one token for every row; the first `decoding` rows are decoded, the others have just been prefilled."""
+        hidden = [self.decode(decoding)] if decoding else []
+        logits = self.model.logits(torch.cat(hidden + [row.hidden for row in self.rows[decoding:]]))
+        uniforms = torch.tensor([row.uniforms[len(row.out.tokens)] for row in self.rows], device=logits.device)
+        tokens, logprobs = draw(logits, uniforms)
+        plain = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist() if self.model_logprobs else None
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+            out = self.rows[i].out
+            if not np.isfinite(logprob):
+                out.error = f"the model's logits are not finite after {len(out.tokens)} tokens"
+                continue
+            out.tokens.append(token)
+            out.logprobs.append(logprob)
+            if plain:
+                out.model_logprobs.append(plain[i])
+
+    # -- prompts in, rows out --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def admit(self) -> None:
+        """Fills the free rows: further samples of prefilled prompts first, then new prompts."""
+        free = self.slots - len(self.rows)
+        new, planned = [], sum(self.n - p.samples for p in self.started)
+        while self.waiting and planned < free:
+            new.append(self.waiting.pop())
+            planned += self.n
+        openings = {id(p.trunk): p.trunk for p in new if p.trunk.ids and p.trunk.at < 0}
+        for batch in batches(list(openings.values()), lambda trunk: len(trunk.ids)):
+            self.prefill_openings(batch)
+        for batch in batches(new, lambda p: len(p.ids) - len(p.trunk.ids)):
+            self.prefill(batch)
+        for prompt in self.started:
+            while prompt.samples < self.n and len(self.rows) < self.slots:
+                self.start(prompt)
+        self.started = [p for p in self.started if p.samples < self.n]
+        self.where = None
+
+    def prefill_openings(self, trunks: list[Trunk]) -> None:
+        tree = Tree([len(t.ids) for t in trunks], [[] for _ in trunks], self.model.c, self.model.device, keep=True)
+        self.model(self.ids([t.ids for t in trunks]), tree.position_ids, tree)
+        end = 0
+        for trunk in trunks:
+            start, end = end, end + len(trunk.ids)
+            self.place(trunk)
+            self.cache.write(self.cache.trunks, trunk.at, 0, tree.kept, slice(start, end))
+
+    def prefill(self, prompts: list[Prompt]) -> None:
+        """Runs what the openings do not cover. n = 1: into the row's own cache; n > 1: a trunk of the whole prompt."""
+        trunks = list({id(p.trunk): p.trunk for p in prompts}.values())
+        members = [[p for p in prompts if p.trunk is t] for t in trunks]
+        rest = [[p.ids[len(p.trunk.ids):] for p in row] for row in members]
+        at = torch.tensor([max(t.at, 0) for t in trunks], device=self.model.device)
+        longest = max(len(t.ids) for t in trunks)
+
+        def cached(layer):                              # trunks that are not in the cache have length 0: all is masked
+            if not longest:
+                return [x.new_zeros(len(trunks), x.shape[1], 0, self.model.c.head_dim) for x in self.cache.rows[layer]]
+            k, v = self.cache.trunks[layer]
+            return k[at, :, :, :longest].transpose(-1, -2), v[at, :, :longest]
+
+        tree = Tree([len(t.ids) for t in trunks], [[len(x) for x in row] for row in rest], self.model.c,
+                    self.model.device, keep=True, cached=cached)
+        hidden = self.model(self.ids([x for row in rest for x in row]), tree.position_ids, tree)
+        end = 0
+        for prompt in (p for row in members for p in row):
+            start, end = end, end + len(prompt.ids) - len(prompt.trunk.ids)
+            prompt.hidden = hidden[end - 1:end].clone()
+            if self.n == 1:
+                self.start(prompt, tree.kept, slice(start, end))
+            else:
+                self.whole_trunk(prompt, tree.kept, slice(start, end))
+                self.started.append(prompt)
+
+    def whole_trunk(self, prompt: Prompt, kept: list, tokens: slice) -> None:
+        opening, prompt.trunk = prompt.trunk, Trunk(prompt.ids, self.n)
+        self.place(prompt.trunk)
+        if opening.ids:
+            self.cache.copy(self.cache.trunks, opening.at, prompt.trunk.at)
+        self.cache.write(self.cache.trunks, prompt.trunk.at, len(opening.ids), kept, tokens)
+        self.release(opening)
+
+    def start(self, prompt: Prompt, kept: list | None = None, tokens: slice = slice(0, 0)) -> None:
+        """A new row for the prompt's next sample, with the prompt tokens that are not in its trunk."""
+        at, own = len(self.rows), tokens.stop - tokens.start
+        self.cache.rows = self.cache.grown(self.cache.rows, self.slots, own + 1)
+        if kept:
+            self.cache.write(self.cache.rows, at, 0, kept, tokens)
+        self.own[at] = own
+        counter = [0, 0, prompt.samples, self.keys[prompt.index] % 2**64]
+        stream = np.random.Philox(key=self.seed % 2**64, counter=counter)
+        out = Completion(prompt.index, prompt.samples, model_logprobs=[] if self.model_logprobs else None)
+        self.rows.append(Row(prompt.trunk, prompt.hidden, out, np.random.Generator(stream).random(self.max_new_tokens)))
+        prompt.samples += 1
+
+    @torch.inference_mode()
+    def retire(self, i: int) -> Completion:
+        """Takes row i out; the last row moves into its place."""
+        row, last = self.rows[i], self.rows.pop()
+        if last is not row:
+            self.rows[i] = last
+            self.cache.copy(self.cache.rows, len(self.rows), i)
+            self.own[i] = self.own[len(self.rows)]
+        self.release(row.trunk)
+        self.where = None
+        return row.out
+
+    def place(self, trunk: Trunk) -> None:
+        trunk.at = len(self.trunks)
+        self.trunks.append(trunk)
+        self.cache.trunks = self.cache.grown(self.cache.trunks, len(self.trunks), len(trunk.ids))
+
+    def release(self, trunk: Trunk) -> None:
+        trunk.users -= 1
+        if trunk.users or trunk.at < 0:
+            return
+        last = self.trunks.pop()
+        if last is not trunk:
+            self.cache.copy(self.cache.trunks, last.at, trunk.at)
+            self.trunks[trunk.at], last.at = last, trunk.at
+
+    def ids(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor([t for row in rows for t in row], device=self.model.device)
+
+    # -- the decode step -------------------------------------------------------------------------------------------
+
+    def decode(self, count: int) -> Tensor:
+        """Feeds the last token of the first `count` rows; returns their hidden states [count, H].
+
+        The batch is rounded up to a multiple of 8 (a new shape may cost the matmul library a new kernel); the rows
+        added are not live, and what they write is overwritten before it is read.
+        """
+        B = min(self.slots, -(-count // 8) * 8)
+        self.cache.rows = self.cache.grown(self.cache.rows, self.slots, int(self.own[:B].max()) + 1)
+        rows = torch.arange(B, device=self.model.device)
+        tokens = [row.out.tokens[-1] if row.out.tokens else 0 for row in self.rows[:B]]
+        tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
+        own = self.own[:B]
+        if self.where is None or self.where[0] != count:
+            self.where = count, *self.trunk_cells(count)
+        _, trunk_length, cell, row_of_cell = self.where
+        trunk_length, cell = trunk_length[:B], cell[:B]
+        biases = {window: self.bias(window, own, trunk_length) for window in set(self.model.c.windows)}
+        S, scale = len(self.trunks), self.model.c.attn_scale or self.model.c.head_dim ** -0.5
+
+        def attend(layer, q, k, v):
+            K, D = k.shape[1], k.shape[2]
+            own_k, own_v = self.cache.rows[layer]
+            own_k[rows, :, :, own], own_v[rows, :, own] = k, v
+            q = (q * scale).view(B, K, -1, D)                                   # [B, K, g, D]
+            scores = q.view(B * K, -1, D) @ own_k[:B].view(B * K, D, -1)
+            scores = scores.view(B, K, q.shape[2], -1)
+            if S:                                       # one matmul a trunk and kv head: all its rows' queries at once
+                trunk_k, trunk_v = (x[:S] for x in self.cache.trunks[layer])
+                P = trunk_k.shape[-1]
+                grid = q[row_of_cell].view(S, -1, K, q.shape[2], D).transpose(1, 2).reshape(S, K, -1, D)
+                on_trunk = (grid @ trunk_k).view(S, K, -1, q.shape[2], P).transpose(1, 2).flatten(0, 1)[cell]
+                scores = torch.cat([on_trunk, scores], -1)
+            weights = (scores + biases[self.model.c.windows[layer]]).softmax(-1)
+            out = weights[..., scores.shape[-1] - own_k.shape[-1]:].reshape(B * K, -1, own_k.shape[-1])
+            out = (out @ own_v[:B].view(B * K, -1, D)).view(B, K, -1, D)
+            if S:
+                grid = weights[..., :P][row_of_cell].view(S, -1, K, q.shape[2], P).transpose(1, 2).reshape(S, K, -1, P)
+                out = out + (grid @ trunk_v).view(S, K, -1, q.shape[2], D).transpose(1, 2).flatten(0, 1)[cell]
+            return out.flatten(1, 2)
+
+        hidden = self.model(tokens, trunk_length + own, attend)
+        self.own[:count] += 1
+        return hidden[:count]
+
+    def trunk_cells(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `count` rows in a grid [trunks, widest]: each row's trunk length [slots] and cell [slots], and each
+        cell's row. Rows without a trunk and empty cells point at 0; what comes of that is masked or not read."""
+        members: dict[int, list[int]] = {t.at: [] for t in self.trunks}
+        for i, row in enumerate(self.rows[:count]):
+            if row.trunk.at >= 0:
+                members[row.trunk.at].append(i)
+        widest = max(map(len, members.values()), default=0)
+        length, cell, row_of_cell = [0] * self.slots, [0] * self.slots, [0] * (len(self.trunks) * widest)
+        for at, rows in members.items():
+            for j, i in enumerate(rows):
+                length[i], cell[i], row_of_cell[at * widest + j] = len(self.trunks[at].ids), at * widest + j, i
+        return tuple(torch.tensor(x, dtype=torch.long, device=self.model.device) for x in (length, cell, row_of_cell))
+
+    def bias(self, window: int, own: Tensor, trunk_length: Tensor) -> Tensor:
+        """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T]."""
+        B, device = len(own), own.device
+        at = torch.arange(self.cache.rows[0][0].shape[-1], device=device).expand(B, -1)
+        back = own[:, None] - at                                                # query position - key position
+        if self.trunks:
+            key = torch.arange(self.cache.trunks[0][0].shape[-1], device=device)
+            length = trunk_length[:, None]
+            back = torch.cat([torch.where(key < length, length + own[:, None] - key, -1), back], -1)
+        hidden = (back < 0) | (back >= window) if window else back < 0
+        bias = torch.zeros_like(hidden, dtype=self.model.dtype).masked_fill_(hidden, -torch.inf)
+        return bias[:, None, None]
+
+
+def batches(items: list, size_of) -> Iterator[list]:
+    """Splits items into runs of at most PREFILL_TOKENS tokens (or of one item that is longer)."""
+    batch, size = [], 0
+    for item in items:
+        if batch and size + size_of(item) > PREFILL_TOKENS:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += size_of(item)
+    if batch:
+        yield batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line: batch sampling, and a chat in the terminal
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Sample completions for a file of prompts, or chat with a persona.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a hub id or a .gguf file")
+    p.add_argument("--prompts", help='lines {"prompt"} or {"messages"}; without it: a chat in the terminal')
+    p.add_argument("--out", help="where the completions go, one JSON line each (default: stdout)")
+    p.add_argument("--persona", help='system message of the chat, e.g. "You are a pirate."')
+    p.add_argument("--n", type=int, default=1, help="completions a prompt")
+    p.add_argument("--max-new-tokens", type=int, default=128, help="length limit of a completion")
+    p.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
+    p.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: off")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample within this probability mass")
+    p.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest one's")
+    p.add_argument("--stop", action="append", default=[], help="a string that ends a completion; may be repeated")
+    p.add_argument("--model-logprobs", action="store_true", help="also the model's own log-probs, at temperature 1")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--slots", type=int, default=64, help="completions decoded together")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    p.add_argument("--progress", action="store_true", help="progress bar even without a terminal")
+    return p
+
+
+def read_prompts(path: str, tokenizer) -> list[list[int]]:
+    """Token ids of each line. Raises ValueError naming the line that has neither `prompt` nor `messages`."""
+    prompts = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if "messages" in row:
+                    ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
+                else:
+                    ids = tokenizer(row["prompt"]).input_ids
+            except Exception as error:                  # whatever is wrong with a line, its number is what helps
+                raise ValueError(f'{path}, line {number}: needs "prompt" or "messages" ({error})') from error
+            prompts.append(ids)
+    return prompts
+
+
+def batch(model, tokenizer, args, sampling: dict) -> None:
+    prompts = read_prompts(args.prompts, tokenizer)
+    done = generate(model, prompts, args.n, slots=args.slots, **sampling)
+    with open(args.out, "w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as file:
+        for c in tqdm(done, total=len(prompts) * args.n, disable=not (args.progress or sys.stderr.isatty())):
+            text = tokenizer.decode(c.tokens, skip_special_tokens=True)
+            line = {"index": c.index, "sample": c.sample, "text": text, "tokens": c.tokens, "logprobs": c.logprobs,
+                    "truncated": c.truncated}
+            extra = {"model_logprobs": c.model_logprobs, "error": c.error}
+            print(json.dumps(line | {k: v for k, v in extra.items() if v is not None}), file=file, flush=True)
+
+
+def chat(model, tokenizer, args, sampling: dict) -> None:
+    """Turns from stdin until it ends; tokens are printed as they come."""
+    messages = [{"role": "system", "content": args.persona}] if args.persona else []
+    print("(end with Ctrl-D)", file=sys.stderr)
+    for number, line in enumerate(sys.stdin):
+        messages.append({"role": "user", "content": line.strip()})
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        shown = ""
+
+        def show(tokens):
+            nonlocal shown
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):              # half of a character: wait for the rest
+                print(text[len(shown):], end="", flush=True)
+                shown = text
+
+        answer = next(generate(model, [prompt], keys=[number], on_token=show, **sampling))
+        print()
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer.tokens, skip_special_tokens=True)})
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        import weights  # here, since only the command line needs files
+
+        if args.prompts and not Path(args.prompts).is_file():
+            raise ValueError(f"no file {args.prompts}")
+        model, tokenizer = weights.load(args.model, args.dtype)
+        sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
+                    "top_p": args.top_p, "min_p": args.min_p, "seed": args.seed, "stop_strings": args.stop,
+                    "tokenizer": tokenizer, "model_logprobs": args.model_logprobs}
+        (batch if args.prompts else chat)(model, tokenizer, args, sampling)
+    except (ValueError, OSError) as error:
+        print(f"rollout.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

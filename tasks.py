@@ -1,0 +1,274 @@
+"""What is asked: problems with a gold answer, generated or loaded.
+
+`arithmetic` is generated: a template, names, objects and numbers drawn from a seed. Train and test are disjoint by
+construction: a hash of the template and its numbers (not of the names) decides the split, whatever the seed.
+
+Files are `.jsonl` with `question` (or `problem`) and `answer`; GSM8K's gold follows `####`. A line's `split` decides
+where it goes; in a file without any, the first 70 % train and the last 30 % test. `svamp`, `gsm8k`, `math` and
+`math500` come from the hub through `datasets`.
+
+Left out: tasks without one verifiable answer, and multiple choice.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import random
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str                                         # the gold, as rewards.verify reads it
+    id: str
+    kind: str                                           # what it asks for, for tables: add, two-step, Algebra ...
+
+
+# How a problem is put to the model. `plain` is the default: the verifier takes the last number or box of an answer.
+PROMPTS = {
+    "plain": "{question}",
+    "short": "{question}\nAnswer with the number only.",
+    "cot": "{question}\nThink step by step, then give the final answer in \\boxed{{}}.",
+}
+
+
+def format_question(problem: Problem, prompt: str = "plain") -> str:
+    return PROMPTS[prompt].format(question=problem.question)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic. {a} and {b} (and {c}) are numbers, {n} and {m} names, {o} objects.
+
+NAMES = ("Ada Ben Clara David Emma Felix Grace Hugo Iris Jonas Kira Liam Mona Noah Olga Paul Quinn Rosa Sam Tessa "
+         "Umar Vera Will Xenia Yusuf Zoe").split()
+OBJECTS = ("apples pens books coins cards shells marbles stickers buttons cookies stamps balloons pencils candles "
+           "beads oranges ribbons keys spoons feathers").split()
+
+BARE, ONE, TWO = 4, 3, 2                                # how often each sort is drawn
+
+TEMPLATES = {
+    "add": [
+        (BARE, "What is {a} + {b}?"), (BARE, "Add {a} and {b}."), (BARE, "What is the sum of {a} and {b}?"),
+        (BARE, "Calculate {a} plus {b}."),
+        (ONE, "{n} has {a} {o} and buys {b} more. How many {o} does {n} have now?"),
+        (ONE, "There are {a} {o} in a box and {b} {o} on the table. How many {o} are there in all?"),
+        (ONE, "{n} found {a} {o} and {m} found {b} {o}. How many {o} did they find together?"),
+        (ONE, "A shop sold {a} {o} on Monday and {b} {o} on Tuesday. How many {o} did it sell in total?"),
+        (ONE, "{n} read {a} pages yesterday and {b} pages today. How many pages did {n} read?"),
+        (ONE, "{n} is {a} years old. How old will {n} be in {b} years?"),
+        (ONE, "A train has {a} passengers. At the next stop {b} more get on. How many passengers are on it now?")],
+    "subtract": [
+        (BARE, "What is {s} - {b}?"), (BARE, "Subtract {b} from {s}."), (BARE, "What is {s} minus {b}?"),
+        (BARE, "What is the difference between {s} and {b}?"),
+        (ONE, "{n} had {s} {o} and gave {b} of them to {m}. How many {o} does {n} have left?"),
+        (ONE, "There were {s} {o} in a bowl. {n} took {b} of them. How many {o} remain?"),
+        (ONE, "{n} has {s} {o} and {m} has {b} {o}. How many more {o} does {n} have than {m}?"),
+        (ONE, "A book has {s} pages. {n} has read {b} of them. How many pages are left?"),
+        (ONE, "{n} wants to collect {s} {o} and has {b} so far. How many more does {n} need?"),
+        (ONE, "A bus carries {s} people and {b} of them get off. How many people stay on the bus?"),
+        (ONE, "A rope is {s} metres long. {n} cuts off {b} metres. How many metres of rope are left?")],
+    "multiply": [
+        (BARE, "What is {p} times {q}?"), (BARE, "What is {p} * {q}?"), (BARE, "Multiply {p} by {q}."),
+        (BARE, "What is the product of {p} and {q}?"),
+        (ONE, "There are {p} boxes with {q} {o} in each. How many {o} are there?"),
+        (ONE, "{n} buys {p} packs of {o}. Each pack holds {q}. How many {o} does {n} buy?"),
+        (ONE, "A ticket costs {p} dollars. How many dollars do {q} tickets cost?"),
+        (ONE, "{n} runs {p} miles every day. How many miles does {n} run in {q} days?"),
+        (ONE, "A garden has {p} rows of {q} trees. How many trees are in the garden?"),
+        (ONE, "{n} earns {p} dollars an hour. How many dollars does {n} earn in {q} hours?")],
+    "divide": [
+        (BARE, "What is {d} divided by {q}?"), (BARE, "What is {d} / {q}?"), (BARE, "Divide {d} by {q}."),
+        (ONE, "{n} shares {d} {o} equally among {q} friends. How many {o} does each friend get?"),
+        (ONE, "{d} {o} are packed into bags of {q}. How many bags are needed?"),
+        (ONE, "{q} tickets cost {d} dollars in total. How many dollars does one ticket cost?"),
+        (ONE, "{n} reads {q} pages a day. How many days does a book of {d} pages take?"),
+        (ONE, "A baker puts {d} rolls on {q} trays, the same number on each. How many rolls are on a tray?")],
+    "two-step": [
+        (TWO, "{n} has {a} {o}, buys {b} more and then loses {c}. How many {o} does {n} have now?"),
+        (TWO, "What is {a} + {b} - {c}?"), (TWO, "What is {p} * {q} + {c}?"),
+        (TWO, "There are {p} boxes with {q} {o} each and {c} loose {o}. How many {o} are there in all?"),
+        (TWO, "{n} bought {p} tickets for {q} dollars each and a drink for {c}. How many dollars did {n} spend?"),
+        (TWO, "{n} had {s} {o}, gave away {b} and then found {c} more. How many {o} does {n} have now?"),
+        (TWO, "{n} and {m} have {a} and {b} {o}. Together they give {c} away. How many {o} are left?"),
+        (TWO, "A shop has {p} shelves with {q} books each. It sells {c} books. How many books are left?")],
+}
+
+
+def gold(kind: str, text: str, x: dict[str, int]) -> int:
+    """The answer of a template with the numbers x."""
+    if kind != "two-step":
+        return {"add": x["a"] + x["b"], "subtract": x["a"], "multiply": x["p"] * x["q"], "divide": x["p"]}[kind]
+    first = x["p"] * x["q"] if "{p}" in text else x["s"] - x["b"] if "{s}" in text else x["a"] + x["b"]
+    return first + x["c"] if any(word in text for word in ("+ {c}", "loose", "drink", "found")) else first - x["c"]
+
+
+def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
+    """`limit` distinct problems of a split ("train" | "test" | "all"), a function of (split, seed, limit)."""
+    choices = [(kind, text) for kind, rows in TEMPLATES.items() for _, text in rows]
+    often = [weight / len(rows) for rows in TEMPLATES.values() for weight, _ in rows]
+    draw = random.Random(f"arithmetic {split} {seed}")
+    problems, seen = [], set()
+    while len(problems) < limit:
+        kind, text = draw.choices(choices, often)[0]
+        x = {"a": draw.randint(2, 50), "b": draw.randint(2, 30), "p": draw.randint(2, 12), "q": draw.randint(2, 12)}
+        x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
+        x["c"] = draw.randint(2, min(9, x["s"], x["d"]))
+        used = "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)
+        here = "test" if zlib.crc32((text + used).encode()) % 5 == 0 else "train"
+        if split not in ("all", here) or text + used in seen:
+            continue
+        seen.add(text + used)
+        n, m = draw.sample(NAMES, 2)
+        question = text.format(**x, n=n, m=m, o=draw.choice(OBJECTS))
+        name = f"{kind}-{zlib.crc32((text + used).encode()):08x}"
+        problems.append(Problem(question, str(gold(kind, text, x)), name, kind))
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and the hub
+
+
+def gold_of(text: str) -> str:
+    """GSM8K writes the solution, then `#### gold`; elsewhere the answer is the gold."""
+    return text.rsplit("####", 1)[-1].strip()
+
+
+def read_file(path: Path) -> list[tuple[Problem, str | None]]:
+    """(problem, its `split` or None) for each line. Raises ValueError naming the first line that is broken."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error}); give an object with question and answer") from error
+        if not isinstance(row, dict) or not (row.get("question") or row.get("problem")):
+            raise ValueError(f"{where}: no `question` (or `problem`)")
+        if str(row.get("answer", "")).strip() == "":
+            raise ValueError(f"{where}: no `answer`; remove the line or give it a gold answer")
+        kind = str(row.get("kind") or row.get("type") or row.get("subject") or path.stem)
+        name = str(row.get("id") or row.get("unique_id") or number)
+        question = str(row.get("question") or row["problem"]).strip()
+        rows.append((Problem(question, gold_of(str(row["answer"])), name, kind), row.get("split")))
+    if not rows:
+        raise ValueError(f"{path} holds no problem")
+    return rows
+
+
+def from_file(path: Path, split: str) -> list[Problem]:
+    rows = read_file(path)
+    if split == "all":
+        return [problem for problem, _ in rows]
+    if any(named for _, named in rows):
+        return [problem for problem, named in rows if named == split]
+    cut = len(rows) * 7 // 10
+    return [problem for problem, _ in (rows[:cut] if split == "train" else rows[cut:])]
+
+
+HUB = {                                                 # task -> hub id, configuration, our split -> theirs
+    "svamp": ("ChilleD/SVAMP", None, {"train": "train", "test": "test"}),
+    "gsm8k": ("openai/gsm8k", "main", {"train": "train", "test": "test"}),
+    "math": ("EleutherAI/hendrycks_math", "*", {"train": "train", "test": "test"}),
+    "math500": ("HuggingFaceH4/MATH-500", None, {"test": "test"}),
+}
+
+
+def from_hub(task: str, split: str) -> list[Problem]:
+    """Raises ValueError with what to do where the hub can't be reached or the task has no such split."""
+    name, configuration, splits = HUB[task]
+    if split not in splits:
+        raise ValueError(f"task {task} has no {split} split; train on another task and evaluate on this one")
+    try:
+        import datasets
+
+        datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # its retries would hide our one line
+        parts = datasets.get_dataset_config_names(name) if configuration == "*" else [configuration]
+        rows = [row for part in parts for row in datasets.load_dataset(name, part, split=splits[split])]
+    except Exception as error:                          # network, hub and parser each raise their own kinds
+        raise ValueError(f"cannot fetch {name} from the hub ({type(error).__name__}); check the network, "
+                         f"or pass a file: --task FILE.jsonl with question and answer") from error
+    problems = [problem_of(task, row, i) for i, row in enumerate(rows)]
+    return [problem for problem in problems if problem]
+
+
+def problem_of(task: str, row: dict, index: int) -> Problem | None:
+    """One row of a hub dataset as a Problem; None where MATH's solution has no final box."""
+    if task == "svamp":
+        question = f"{row['Body'].strip()} {row['Question'].strip()}"
+        return Problem(question, f"{float(row['Answer']):g}", row["ID"], row["Type"])
+    if task == "gsm8k":
+        return Problem(row["question"], gold_of(row["answer"]), str(index), task)
+    if task == "math500":
+        return Problem(row["problem"], row["answer"], row["unique_id"], row["subject"])
+    from rewards import last_box
+
+    # MATH's gold is the last box of its solution
+    answer = last_box(row["solution"])
+    return Problem(row["problem"], answer, str(index), row["type"]) if answer else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[Problem]:
+    """The problems of a task's split ("train" | "test" | "all"): `arithmetic`, a hub task, or a .jsonl file.
+
+    Generated tasks give `limit` problems (2,000 for training, 300 else). Raises ValueError in one line.
+    """
+    if task == "arithmetic":
+        return arithmetic(split, seed, limit or (2000 if split == "train" else 300))
+    if task in HUB:
+        problems = from_hub(task, split)
+    elif task.endswith(".jsonl"):
+        if not Path(task).is_file():
+            raise ValueError(f"no file {task}")
+        problems = from_file(Path(task), split)
+    else:
+        known = ["arithmetic", *HUB]
+        close = difflib.get_close_matches(task, known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown task {task!r}: give one of {', '.join(known)} or a .jsonl file{hint}")
+    if not problems:
+        raise ValueError(f"{task} has no problem in its {split} split")
+    return problems[:limit]
+
+
+def batch(problems: list[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The `size` problems of training step `step`: a function of (seed, step), the same for every arm.
+
+    Epochs are shuffled anew; a step may end one epoch and open the next.
+    """
+    def shuffled(epoch: int) -> list[Problem]:
+        return random.Random(f"order {seed} {epoch}").sample(problems, len(problems))
+
+    at = range(step * size, (step + 1) * size)
+    orders = {epoch: shuffled(epoch) for epoch in {i // len(problems) for i in at}}
+    return [orders[i // len(problems)][i % len(problems)] for i in at]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Print problems of a task.")
+    p.add_argument("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
+    p.add_argument("--split", default="train", choices=["train", "test", "all"])
+    p.add_argument("--limit", type=int, default=10, help="how many")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    for problem in load(args.task, args.split, args.seed, args.limit):
+        print(f"[{problem.kind}] {problem.question}  ->  {problem.answer}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"tasks.py: {error}", file=sys.stderr)
+        sys.exit(2)

