@@ -401,7 +401,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, trunk_k=None, trunk
     if trunk_k is None:
         return ((scores + mask).softmax(-1).view(B, K, n, g * C, -1) @ v).view(B, K, n, g, C, D)
     P = trunk_k.shape[2]
-    on_trunk = (q.view(B, K, n * g * C, D) @ trunk_k.transpose(-1, -2)).view(B, K, n, g, C, P)
+    on_trunk = (q.reshape(B, K, n * g * C, D) @ trunk_k.transpose(-1, -2)).view(B, K, n, g, C, P)
     on_trunk, on_own = (torch.cat([on_trunk, scores], -1) + mask).softmax(-1).split([P, scores.shape[-1]], -1)
     out = (on_own.reshape(B, K, n, g * C, -1) @ v).view(B, K, n * g * C, D)
     return (out + on_trunk.reshape(B, K, n * g * C, P) @ trunk_v).view(B, K, n, g, C, D)

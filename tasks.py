@@ -108,12 +108,16 @@ def gold(kind: str, text: str, x: dict[str, int]) -> int:
 
 
 def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
-    """`limit` distinct problems of a split ("train" | "test" | "all"), a function of (split, seed, limit)."""
+    """`limit` distinct problems of a split ("train" | "test" | "all"), a function of (split, seed); a larger limit only
+    adds to them. ValueError where the templates can't give as many."""
     choices = [(kind, text) for kind, rows in TEMPLATES.items() for _, text in rows]
     often = [weight / len(rows) for rows in TEMPLATES.values() for weight, _ in rows]
     draw = random.Random(f"arithmetic {split} {seed}")
-    problems, seen = [], set()
+    problems, seen, misses = [], set(), 0
     while len(problems) < limit:
+        misses += 1
+        if misses > 5000:                               # draws in a row that brought nothing new: they are used up
+            raise ValueError(f"arithmetic has hardly more than {len(problems)} {split} problems; lower the limit")
         kind, text = draw.choices(choices, often)[0]
         x = {"a": draw.randint(2, 50), "b": draw.randint(2, 30), "p": draw.randint(2, 12), "q": draw.randint(2, 12)}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
@@ -123,6 +127,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
         if split not in ("all", here) or text + used in seen:
             continue
         seen.add(text + used)
+        misses = 0
         n, m = draw.sample(NAMES, 2)
         question = text.format(**x, n=n, m=m, o=draw.choice(OBJECTS))
         name = f"{kind}-{zlib.crc32((text + used).encode()):08x}"
@@ -142,35 +147,42 @@ def gold_of(text: str) -> str:
 def read_file(path: Path) -> list[tuple[Problem, str | None]]:
     """(problem, its `split` or None) for each line. Raises ValueError naming the first line that is broken."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):           # of bytes: U+2028 ends no line
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:                     # broken JSON, or not UTF-8
             raise ValueError(f"{where}: not JSON ({error}); give an object with question and answer") from error
-        if not isinstance(row, dict) or not (row.get("question") or row.get("problem")):
-            raise ValueError(f"{where}: no `question` (or `problem`)")
-        if str(row.get("answer", "")).strip() == "":
-            raise ValueError(f"{where}: no `answer`; remove the line or give it a gold answer")
-        kind = str(row.get("kind") or row.get("type") or row.get("subject") or path.stem)
-        name = str(row.get("id") or row.get("unique_id") or number)
-        question = str(row.get("question") or row["problem"]).strip()
-        rows.append((Problem(question, gold_of(str(row["answer"])), name, kind), row.get("split")))
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not an object; give one with question and answer")
+        rows.append((from_row(where, row, path.stem, number), row.get("split")))
     if not rows:
-        raise ValueError(f"{path} holds no problem")
+        raise ValueError(f"{path} holds no problem; give lines with question and answer")
     return rows
+
+
+def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
+    question, answer = row.get("question") or row.get("problem"), row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{where}: no `question` (or `problem`); give it one, or remove the line")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not gold_of(str(answer)):
+        raise ValueError(f"{where}: no `answer`; give it the gold as text or number, or remove the line")
+    kind = str(row.get("kind") or row.get("type") or row.get("subject") or stem)
+    name = str(row.get("id") or row.get("unique_id") or number)
+    return Problem(question.strip(), gold_of(str(answer)), name, kind)
 
 
 def from_file(path: Path, split: str) -> list[Problem]:
     rows = read_file(path)
     if split == "all":
         return [problem for problem, _ in rows]
-    if any(named for _, named in rows):
-        return [problem for problem, named in rows if named == split]
+    named = sum(part is not None for _, part in rows)
+    if 0 < named < len(rows):                           # which of the rest may be trained on would be a guess
+        raise ValueError(f"{path}: {named} of {len(rows)} problems have a `split`; give one to all or to none")
     cut = len(rows) * 7 // 10
-    return [problem for problem, _ in (rows[:cut] if split == "train" else rows[cut:])]
+    return [p for i, (p, part) in enumerate(rows) if (part or ("train" if i < cut else "test")) == split]
 
 
 HUB = {                                                 # task -> hub id, configuration, our split -> theirs
@@ -224,13 +236,17 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
 
     Generated tasks give `limit` problems (2,000 for training, 300 else). Raises ValueError in one line.
     """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"unknown split {split!r}: give train, test or all")
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} leaves no problem: give 1 or more")
     if task == "arithmetic":
         return arithmetic(split, seed, limit or (2000 if split == "train" else 300))
     if task in HUB:
         problems = from_hub(task, split)
     elif task.endswith(".jsonl"):
         if not Path(task).is_file():
-            raise ValueError(f"no file {task}")
+            raise ValueError(f"no file {task}: give the path of a .jsonl file with question and answer")
         problems = from_file(Path(task), split)
     else:
         known = ["arithmetic", *HUB]

@@ -1,0 +1,425 @@
+"""Evaluate a model: accuracy under every persona, the persona lottery, and whether it still plays the character.
+
+    python evaluate.py --model smollm2-135m --task arithmetic --personas test --out runs/eval      # one arm
+    python evaluate.py --compare runs/a/evaluation/after runs/b/evaluation/after                   # arms side by side
+
+All personas get the same problems, decoded greedily in one call of the sampler: the training sampler, template and
+verifier, so that nothing differs from training but the weights. The prompt without persona, named `none`, is always
+asked too. It is the reference, not a ticket of the lottery: PSS and the other scores range over the P personas alone.
+
+Fidelity needs no judge: a frozen start model names the persona that wrote an answer (`persona_identification`), and
+the policy says how far the persona moved it (`style_shift`). Measures, intervals and hypotheses are in measures.py,
+PersonaGym with a judge model in judge.py, pictures in report.py.
+
+Out comes `results.json` (numbers, and the whole table of right and wrong: any other score can be computed later),
+`transcripts.jsonl` (every answer), `report.html` and its plots as PNG. Left out: multiple choice by log-likelihood,
+and tasks without one verifiable answer.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import judge
+import measures
+import personas as pool
+import report
+import rewards
+import rollout
+import tasks
+import weights
+from model import completion_logprobs, pack
+from report import write_atomically
+
+NONE = "none"  # the name of the prompt without a persona in every result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Accuracy: one pass over personas x problems
+
+
+def sample(model, tokenizer, prompts, n=1, **sampling):
+    """n completions a prompt in one call of the sampler -> list over prompts of lists of (text, Completion)."""
+    table = [[None] * n for _ in prompts]
+    for done in rollout.generate(model, prompts, n, **sampling):
+        table[done.index][done.sample] = (tokenizer.decode(done.tokens, skip_special_tokens=True), done)
+    return table
+
+
+def ask(model, tokenizer, problems, personas, n=1, **sampling):
+    """Every problem under every persona (None: none), n answers each, verified -> transcripts, persona by persona."""
+    pairs = [(persona, problem) for persona in personas for problem in problems]
+    prompts = [pool.prompt_ids(tokenizer, problem.question, persona) for persona, problem in pairs]
+    rows = []
+    for (persona, problem), outs in zip(pairs, sample(model, tokenizer, prompts, n, **sampling), strict=True):
+        for number, (text, done) in enumerate(outs):
+            verdict = rewards.verify(problem.answer, text)
+            rows.append({"persona": persona.name if persona else NONE, "id": problem.id, "kind": problem.kind,
+                         "question": problem.question, "gold": problem.answer, "answer": text, "sample": number,
+                         "temperature": sampling["temperature"], "correct": verdict.verdict == "correct",
+                         "verdict": verdict.verdict, "extracted": verdict.extracted.strip(),
+                         "tokens": len(done.tokens), "truncated": done.truncated})
+    return rows
+
+
+def evaluate(model, tokenizer, problems, personas, seed=0, max_new_tokens=32, out=None, info=None, samples=0,
+             noise_floor=False, temperature=0.7, fidelity_args=None, gym_args=None):
+    """Accuracy of every persona on the same problems, greedily -> the results dict (and all files, given a folder
+    `out`).
+
+    info: what the caller knows and the result should carry (model, task, method). samples: answers a prompt for
+    pass@k at `temperature`. noise_floor: rerun the prompt without persona, sampled, once per persona. fidelity_args,
+    gym_args: keyword arguments of `fidelity` and `personagym`. ValueError without problems, or without personas of
+    distinct names.
+    """
+    start = time.time()
+    names = [NONE] + [persona.name for persona in personas]
+    if not problems or not personas or len(set(names)) < len(names):
+        raise ValueError(f"evaluation needs problems, and personas with different names (none of them '{NONE}')")
+    n_items, sampling = len(problems), {"max_new_tokens": max_new_tokens, "seed": seed}
+    rows = ask(model, tokenizer, problems, [None, *personas], temperature=0.0, **sampling)
+    results = {"model": "", "task": "", "method": "", "seed": seed, "command": " ".join(sys.argv), "commit": commit()}
+    results |= (info or {}) | sampling | summary(as_table(rows, n_items), problems, personas, seed)
+    results |= {key: sum(row[k] for row in rows) / len(rows)
+                for key, k in (("tokens_per_answer", "tokens"), ("truncated_fraction", "truncated"))}
+    reruns, drawn, fidelity_rows = [], [], []
+    if noise_floor:
+        reruns = ask(model, tokenizer, problems, [None], len(personas), temperature=temperature, **sampling)
+        results["noise_floor"] = floor(reruns, n_items, temperature, seed)
+    results["inference_time_rivals"] = rivals(rows, reruns, len(personas), seed)
+    if samples:
+        drawn = ask(model, tokenizer, problems, [None, *personas], samples, temperature=temperature, **sampling)
+        results["pass_at_k"] = pass_at_k(drawn, n_items, samples, temperature, seed)
+    if fidelity_args is not None:
+        results["fidelity"], fidelity_rows = fidelity(model, tokenizer, personas, seed=seed, **fidelity_args)
+    if gym_args is not None:
+        gym = personagym(model, tokenizer, seed=seed, **gym_args)
+        results["fidelity"] = results.get("fidelity", {}) | {"personagym": gym}
+    results["seconds"] = round(time.time() - start, 2)
+    if out is not None:
+        write(results, rows + drawn + fidelity_rows, out)
+    return results
+
+
+def as_table(rows, n_items):
+    """Transcripts with one answer a prompt, persona by persona -> [N, columns] of 0 and 1."""
+    return np.array([row["correct"] for row in rows], dtype=float).reshape(-1, n_items).T
+
+
+def summary(table, problems, personas, seed):
+    """All measures of one table of right and wrong [N, 1 + P], column 0 without a persona -> dict for results.json."""
+    n, correct = len(problems), table[:, 1:]
+    kinds = np.array([problem.kind for problem in problems])
+    rows = []
+    for column, (name, stratum) in zip(table.T, [(NONE, NONE)] + [(p.name, p.stratum) for p in personas], strict=True):
+        low, high = measures.wilson(column.sum(), n)
+        by_kind = {str(kind): float(column[kinds == kind].mean()) for kind in np.unique(kinds)}
+        rows.append({"name": name, "stratum": stratum, "accuracy": float(column.mean()), "n": n,
+                     "accuracy_low": low, "accuracy_high": high, "by_kind": by_kind})
+    counts = measures.resamples(n, seed=seed)
+    values = measures.table_scores(correct) | {"no_persona_accuracy": table[:, 0].mean()}
+    draws = measures.bootstrap(correct, counts, seed) | {"no_persona_accuracy": counts @ table[:, 0] / n}
+    return {"personas": rows} | measures.with_intervals(values, draws) | {
+        "lottery": measures.lottery(correct.mean(axis=0)).tolist(),
+        "lottery_held_out": measures.held_out_lottery(correct, seed).tolist() if n > 1 else [],
+        "items": [{"id": problem.id, "kind": problem.kind} for problem in problems],
+        "correct": {row["name"]: "".join("01"[int(c)] for c in table[:, j]) for j, row in enumerate(rows)}}
+
+
+def floor(reruns, n_items, temperature, seed):
+    """The scores over sampled reruns of one and the same prompt: what no persona effect looks like."""
+    table = np.array([row["correct"] for row in reruns], dtype=float).reshape(n_items, -1)
+    draws = measures.bootstrap(table, measures.resamples(n_items, seed=seed), seed)
+    return measures.with_intervals(measures.table_scores(table), draws) | {
+        "temperature": temperature, "reruns": table.shape[1], "lottery": measures.lottery(table.mean(axis=0)).tolist()}
+
+
+def pass_at_k(rows, n_items, n, temperature, seed):
+    """pass@k, k = 1, 2, 4 ... n, without persona and on the mean over personas, with intervals over items."""
+    hits = np.array([row["correct"] for row in rows]).reshape(-1, n_items, n).sum(axis=2)  # [1 + P, N]
+    counts, out = measures.resamples(n_items, seed=seed), {}
+    for k in sorted({min(2**j, n) for j in range(n.bit_length() + 1)}):
+        chance = np.array([measures.pass_at_k(h, n, k) for h in range(n + 1)])[hits]
+        columns = {"none": chance[0], "personas": chance[1:].mean(axis=0)}
+        out[str(k)] = measures.with_intervals({name: c.mean() for name, c in columns.items()},
+                                              {name: counts @ c / n_items for name, c in columns.items()})
+    return {"n": n, "temperature": temperature, "k": out}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rivals that spend tokens at inference instead of training
+
+
+def rivals(rows, reruns, n_personas, seed):
+    """Accuracy and generated tokens per answered item of what one may do at inference instead of training.
+
+    Greedy `rows` (no persona first) give the persona search, scored on items it did not pick with, and the vote over
+    personas; sampled `reruns` without persona give the vote over samples. The search pays for its picking half.
+    """
+    n_items = len(rows) // (1 + n_personas)
+    table = as_table(rows, n_items)
+    cost = np.array([row["tokens"] for row in rows]).reshape(-1, n_items).mean(axis=1)  # tokens an answer, by persona
+    out = [("no persona", table[:, 0].mean(), cost[0]), ("a persona at random", table[:, 1:].mean(), cost[1:].mean())]
+    if n_items > 1:
+        picking = (n_items // 2) / (n_items - n_items // 2) * cost[1:].sum()
+        out.append((f"best of {n_personas} personas, picked on a held-out half",
+                    measures.held_out_lottery(table[:, 1:], seed)[-1], picking + cost[1:].mean()))
+    out.append((f"majority of {n_personas} personas", majority(rows[n_items:]), cost[1:].sum()))
+    if reruns:
+        spent = sum(row["tokens"] for row in reruns) / n_items
+        out.append((f"majority of {n_personas} samples without persona", majority(reruns), spent))
+    return [{"name": name, "accuracy": float(accuracy), "tokens_per_item": float(cost)} for name, accuracy, cost in out]
+
+
+def majority(rows):
+    """Accuracy of the commonest final answer to each item; unreadable answers abstain, and the first wins a tie."""
+    ballots = {}
+    for row in rows:
+        ballots.setdefault(row["id"], []).append(row)
+    right = 0
+    for ballot in ballots.values():
+        winner = Counter(row["extracted"] for row in ballot if row["extracted"]).most_common(1)
+        right += any(row["correct"] for row in ballot if winner and row["extracted"] == winner[0][0])
+    return right / len(ballots)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fidelity
+
+
+def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, max_new_tokens=48):
+    """Does an answer to an open question still tell its persona? -> (dict for results.json, role-play transcripts).
+
+    The answer y ~ pi(. | q, s) is scored by the frozen start model, log p(y | q, s') for k candidates s': right when
+    its own persona wins. Candidates come in blocks of k personas, drawn anew for each question, each other's rivals.
+    style_shift: mean per token of log pi(y | q, s) - log pi(y | q, none) under the model. Intervals over questions.
+    """
+    k, n = min(k, len(personas)), len(personas)
+    if k < 2 or not questions:
+        raise ValueError("fidelity needs at least 2 personas and 1 question")
+    prompts = [[pool.prompt_ids(tokenizer, q, persona) for persona in [*personas, None]] for q in questions]
+    outs = sample(model, tokenizer, [p for row in prompts for p in row[:n]], temperature=0.9, top_p=0.9, seed=seed,
+                  max_new_tokens=max_new_tokens)
+    names = ("persona_identification", "log_posterior", "style_shift")
+    tables = {name: np.zeros((len(questions), n)) for name in names}
+    rows, rng = [], np.random.default_rng(seed)
+    for q, question in enumerate(questions):
+        texts, ys = zip(*[(out[0][0], out[0][1].tokens) for out in outs[q * n:(q + 1) * n]], strict=True)
+        for members, candidates in blocks(n, k, rng):
+            written = [ys[p] for p in members]
+            scored = total_logprobs(start_model, [(prompts[q][c], written) for c in candidates]).reshape(k, -1).T
+            own = total_logprobs(model, [(prompts[q][p], [ys[p]]) for p in members])
+            shift = (own - total_logprobs(model, [(prompts[q][n], written)])) / [max(len(y), 1) for y in written]
+            for table, values in zip(tables.values(), (*measures.identification(scored), shift), strict=True):
+                table[q, members] = values
+        rows += [{"persona": persona.name, "id": f"roleplay-{q}", "kind": "roleplay", "question": question,
+                  "answer": text, "tokens": len(y)} | {name: table[q, p] for name, table in tables.items()}
+                 for p, (persona, text, y) in enumerate(zip(personas, texts, ys, strict=True))]
+    counts = measures.resamples(len(questions), seed=seed)
+    out = measures.with_intervals({name: t.mean() for name, t in tables.items()},
+                                  {name: counts @ t.mean(axis=1) / len(questions) for name, t in tables.items()})
+    tables = {name: t.round(4).tolist() for name, t in tables.items()}
+    return out | {"chance": 1 / k, "candidates": k, "questions": list(questions), "tables": tables}, rows
+
+
+def blocks(n, k, rng):
+    """n personas in random blocks (members, candidates): k candidates, members first; a short block borrows others."""
+    order = rng.permutation(n)
+    for start in range(0, n, k):
+        members = order[start:start + k]
+        yield members, np.concatenate([members, order[:k - len(members)]])
+
+
+@torch.no_grad()
+def total_logprobs(model, groups):
+    """log p(completion | prompt) summed over its tokens [M], for groups of (prompt_ids, [completion_ids, ...])."""
+    logprobs, _ = completion_logprobs(model, pack(groups, model.c, model.device))
+    lengths = [len(completion) for _, completions in groups for completion in completions]
+    return np.array([part.sum().item() for part in logprobs.double().split(lengths)])
+
+
+def personagym(model, tokenizer, questions, grader, name, folder, price=(0.0, 0.0), seed=0, max_new_tokens=128):
+    """PersonaGym: answers in character at temperature 0.9, top-p 0.9, graded by a judge (see judge.py) -> dict."""
+    speakers = [pool.from_row("", {"persona": row["persona"]}) for row in questions]
+    prompts = [pool.prompt_ids(tokenizer, row["question"], p) for row, p in zip(questions, speakers, strict=True)]
+    outs = sample(model, tokenizer, prompts, temperature=0.9, top_p=0.9, seed=seed, max_new_tokens=max_new_tokens)
+    rows = [row | {"answer": out[0][0]} for row, out in zip(questions, outs, strict=True)]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    scores = judge.grade(rows, grader, name, folder, seed, price)
+    write_atomically(Path(folder) / "personagym.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def commit():
+    """The git commit of this checkout, or "" outside one."""
+    got = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return got.stdout.strip() if got.returncode == 0 else ""
+
+
+def read_lines(path):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def run_of(folder):
+    """(config, metrics) of the run that a folder (its model, one of its evaluations) lies in; ({}, []) outside a
+    run."""
+    for parent in list(Path(folder).resolve().parents)[:2]:
+        if (parent / "config.json").exists() and (parent / "metrics.jsonl").exists():
+            return json.loads((parent / "config.json").read_text()), read_lines(parent / "metrics.jsonl")
+    return {}, []
+
+
+def write(results, transcripts, folder):
+    """transcripts.jsonl, report.html, PNG plots, and last results.json: where that exists, the rest is complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "transcripts.jsonl", "".join(json.dumps(row) + "\n" for row in transcripts))
+    label, metrics = results["method"] or results["model"] or "model", run_of(folder)[1]
+    report.write({label: results}, [transcripts], folder, {label: metrics} if metrics else {})
+    write_atomically(folder / "results.json", json.dumps(results, indent=1))
+
+
+def compare(folders, out, roles=None, seed=0):
+    """Evaluations side by side: comparison.json, report.html and plots into `out` -> the comparison dict.
+
+    An arm's role (base, rlvr, permix, ...) is what `roles` says, else base for a folder named `before`, else the
+    `method` in its results; several folders of one role are training seeds of one arm.
+    """
+    roles = roles or [None] * len(folders)
+    if len(folders) < 2 or len(roles) != len(folders):
+        raise ValueError("--compare needs at least two folders, and --roles one name for each of them")
+    arms, transcripts, metrics, out = {}, {}, {}, Path(out)
+    for folder, role in zip(map(Path, folders), roles, strict=True):
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        role = role or ("base" if folder.name == "before" else results["method"] or folder.name)
+        arms.setdefault(role, []).append(results)
+        transcripts.setdefault(role, read_lines(folder / "transcripts.jsonl"))  # an arm's first seed speaks for it
+        if role != "base" and run_of(folder)[1]:
+            metrics.setdefault(role, run_of(folder)[1])
+    comparison = measures.compare(arms, seed)
+    shown = {role: measures.averaged(runs[0], comparison["arms"][role]) for role, runs in arms.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    report.write(shown, list(transcripts.values()), out, metrics, comparison)
+    write_atomically(out / "comparison.json", json.dumps(comparison, indent=1))
+    return comparison
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def columns(head, rows):
+    """Rows of (name, value, low, high) as aligned text."""
+    width = max(len(row[0]) for row in rows)
+    return "\n".join([f"{head:{width}}   value  95 % interval"] + [
+        f"{name:{width}}  {value:6.3f}  [{low:.3f}, {high:.3f}]" for name, value, low, high in rows])
+
+
+def table_text(results):
+    """The table that the command prints: personas from best to worst, then the scores with their intervals."""
+    rows = [(row["name"], row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in report.ranked(results)]
+    rows = rows[::-1] + [(name, *(results[name + end] for end in ("", "_low", "_high"))) for name in measures.SCORES]
+    cut = f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} tokens"
+    return f"{columns('persona, then score', rows)}\n{cut} (--max-new-tokens)"
+
+
+def comparison_text(comparison):
+    """The differences between arms, then a verdict in words for each hypothesis."""
+    blocks = [columns(pair, [(name, d["difference"], d["low"], d["high"]) for name, d in scores.items()])
+              for pair, scores in comparison["differences"].items()]
+    verdicts = [f"{h['name']} {h['claim']}: {h['verdict'].upper()}. {h['words']}" for h in comparison["hypotheses"]]
+    single = ", ".join(role for role, runs in comparison["runs"].items() if runs == 1)
+    return "\n\n".join([*blocks, "\n".join(verdicts)]) + (
+        f"\n\nOne training seed for {single}: intervals cover the choice of items alone." if single else "")
+
+
+def parse(argv):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
+    add("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
+    add("--personas", default="test", help="test, train, all, or a file of personas")
+    add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
+    add("--limit", type=int, default=50, help="number of problems")
+    add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
+    add("--max-new-tokens", type=int, help="longest answer (default: that of the model's run, else 32)")
+    add("--prompt", choices=[*tasks.PROMPTS, "few-shot"], help="how a problem is put (default: as in the model's run)")
+    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--method", help="the arm's role, for --compare (default: of the run that the model lies in, else base)")
+    add("--samples", type=int, default=0, help="answers a prompt, for pass@k")
+    add("--noise-floor", action="store_true", help="rerun the prompt without persona, sampled, once per persona")
+    add("--temperature", type=float, default=0.7, help="of --samples and --noise-floor")
+    add("--fidelity", type=int, nargs="?", const=8, default=0, metavar="N",
+        help="identify personas by their answers to N open questions (8 without a number)")
+    add("--start-model", help="frozen scorer of --fidelity (default: that of the model's run, else the model)")
+    add("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
+    add("--judge", metavar="URL", help="OpenAI-compatible endpoint, key in JUDGE_API_KEY (default: in this process)")
+    add("--judge-model", default="smollm2-135m", help="name at --judge, or a model as for --model")
+    add("--judge-price", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="per million tokens")
+    add("--compare", nargs="+", metavar="DIR", help="evaluation folders to put side by side, into --out")
+    add("--roles", nargs="+", help="names for the folders of --compare: base, rlvr, permix, ...")
+    return parser.parse_args(argv)
+
+
+def put(problems, prompt, shots=()):
+    """The problems with their question in one of tasks.PROMPTS, or after the solved examples `shots`."""
+    if prompt != "few-shot":
+        return [replace(p, question=tasks.format_question(p, prompt)) for p in problems]
+    solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
+    return [replace(p, question=f"{solved}Question: {p.question}\nAnswer:") for p in problems]
+
+
+def one_arm(args):
+    """Evaluate one model as the flags say -> the results dict, written to --out."""
+    run, fidelity_args, gym_args = run_of(args.model)[0], None, None
+    trained = run.get("settings", {})  # of the training run that the model lies in
+    prompt, max_new_tokens = args.prompt or trained.get("prompt", "plain"), trained.get("max_new_tokens", 32)
+    shots = tasks.load(args.task, "train", args.seed, 4) if prompt == "few-shot" else ()
+    problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt, shots)
+    personas = pool.load(args.personas)
+    model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    if args.fidelity:
+        start = args.start_model or trained.get("model", args.model)
+        scorer = model if start == args.model else weights.load(start, args.dtype, args.device)[0]
+        fidelity_args = {"questions": pool.load_roleplay("test")[:args.fidelity], "start_model": scorer}
+    if args.personagym:
+        grader = (judge.endpoint(args.judge, args.judge_model) if args.judge
+                  else judge.local(*weights.load(args.judge_model, args.dtype, args.device)))
+        gym_args = {"questions": judge.questions(args.personagym), "grader": grader, "name": args.judge_model,
+                    "folder": args.out, "price": args.judge_price}
+    info = {"model": args.model, "task": args.task, "method": args.method or run.get("method", "base"),
+            "prompt": prompt}
+    return evaluate(model, tokenizer, problems, personas, args.seed, args.max_new_tokens or max_new_tokens, args.out,
+                    info, args.samples, args.noise_floor, args.temperature, fidelity_args, gym_args)
+
+
+def main(argv=None):
+    """The command line; a user's mistake is one line on stderr and exit 2."""
+    args = parse(argv)
+    try:
+        print(comparison_text(compare(args.compare, args.out, args.roles, args.seed)) if args.compare
+              else table_text(one_arm(args)))
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

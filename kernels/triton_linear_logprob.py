@@ -1,0 +1,301 @@
+"""The fused linear log-prob on a GPU: two Triton kernels and two library matmuls. Mathematics: kernels/README.md.
+
+Forward. One program owns BLOCK_N tokens and one split of the vocabulary, and walks the split in tiles of BLOCK_V
+columns. A tile's logits live in registers and leave four numbers per token: the largest logit m, s = sum
+exp(x - m), d = sum exp(x - m) (x - m), and the target's logit. The splits are merged at the end, as in flash-decoding;
+without them 1,500 tokens would occupy 12 of the 132 processors of an H100.
+
+Backward. For one chunk of the vocabulary at a time a kernel computes the logit tiles again and writes d logits,
+rounded to the input dtype as tensor cores take it anyway; then d hidden += d logits @ weight and d weight = d
+logits.T @ hidden are library matmuls with fp32 results. The chunk fits the L2 cache. The alternatives: one kernel
+that adds its share of both gradients to memory atomically (cut-cross-entropy) has no chunk but another result every
+run; two kernels that each compute the logits make the backward pass a third longer.
+
+Logits are rounded to the input dtype before the softmax, as a linear layer rounds them, so that log-probs agree
+with a sampler's. No gradient is skipped. `python -m kernels.triton_linear_logprob` compiles every kernel for four
+chips and prints registers, spills and shared memory; it needs no GPU.
+"""
+
+import functools
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.linear_logprob import row_coefficients
+
+CHUNK_BYTES = 32 * 2**20      # of d logits at once: fits the L2 of an A100 (40 MB) and of an H100 (50 MB)
+PROGRAMS = 512                # wanted programs of the forward pass: about four for each processor of an A100 or an H100
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: exp(LOWEST - m) is 0, and so is 0 * LOWEST
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts bits off where a GPU rounds to nearest even
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _logit_tile(hidden, weight, rows, columns, n_tokens, vocab, hidden_size, stride_hn, stride_hk, stride_wv, stride_wk,
+                BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Raw logits [BLOCK_N, BLOCK_V] in fp32, rounded to the input dtype."""
+    k = tl.arange(0, BLOCK_K)
+    # 64-bit: row * stride passes 2^31 at 256k columns x 8,192 features
+    hidden_tile = hidden + rows.to(tl.int64)[:, None] * stride_hn + k[None, :] * stride_hk
+    weight_tile = weight + columns.to(tl.int64)[None, :] * stride_wv + k[:, None] * stride_wk
+    logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, hidden_size, BLOCK_K):
+        inside = k < hidden_size - start
+        h = tl.load(hidden_tile, mask=(rows < n_tokens)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(weight_tile, mask=(columns < vocab)[None, :] & inside[:, None], other=0.0)
+        if INTERPRETED:  # which holds bf16 in integers, and would multiply those
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        logits = tl.dot(h, w, logits, input_precision="ieee")  # fp32 inputs stay fp32: tf32 keeps 10 bits
+        hidden_tile += BLOCK_K * stride_hk
+        weight_tile += BLOCK_K * stride_wk
+    return _round(logits, hidden.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _softcap(x, softcap):
+    return softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)  # c tanh(x / c)
+
+
+@triton.jit
+def forward_kernel(hidden, weight, targets, partials, n_tokens, vocab, hidden_size,
+                   stride_hn, stride_hk, stride_wv, stride_wk, inverse_temperature, softcap, split_columns,
+                   HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr):
+    """partials [splits, 4, N]: max, sum exp(x - max), sum exp(x - max) (x - max), target logit; grid tokens, splits."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    target = tl.load(targets + rows, mask=rows < n_tokens, other=-1).to(tl.int32)
+    largest = tl.zeros((BLOCK_N,), dtype=tl.float32) + LOWEST
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    dot = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    target_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    stop = tl.minimum((split + 1) * split_columns, vocab)
+    for start in range(split * split_columns, stop, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        x = _logit_tile(hidden, weight, rows, columns, n_tokens, stop, hidden_size,
+                        stride_hn, stride_hk, stride_wv, stride_wk, BLOCK_N, BLOCK_V, BLOCK_K)
+        if HAS_SOFTCAP:
+            x = _softcap(x, softcap)
+        x = tl.where((columns < stop)[None, :], x * inverse_temperature, LOWEST)
+        target_logit += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), axis=1)
+        new_largest = tl.maximum(largest, tl.max(x, axis=1))
+        x -= new_largest[:, None]
+        exp = tl.exp(x)
+        shift = largest - new_largest  # what was summed relative to the old maximum moves to the new one
+        decay = tl.exp(shift)
+        dot = decay * (dot + shift * total) + tl.sum(exp * x, axis=1)
+        total = decay * total + tl.sum(exp, axis=1)
+        largest = new_largest
+    out = partials + split.to(tl.int64) * 4 * n_tokens + rows
+    tl.store(out, largest, mask=rows < n_tokens)
+    tl.store(out + n_tokens, total, mask=rows < n_tokens)
+    tl.store(out + 2 * n_tokens, dot, mask=rows < n_tokens)
+    tl.store(out + 3 * n_tokens, target_logit, mask=rows < n_tokens)
+
+
+@triton.jit
+def backward_kernel(hidden, weight, targets, logsumexp, slope, curve, at_target, grad_logits,
+                    n_tokens, vocab, hidden_size, stride_hn, stride_hk, stride_wv, stride_wk, inverse_temperature,
+                    softcap, first_column, n_columns, HAS_SOFTCAP: tl.constexpr, HAS_CURVE: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr):
+    """grad_logits [N, n_columns] for the vocabulary from first_column on. Grid (tokens, columns)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    columns = first_column + local
+    x = _logit_tile(hidden, weight, rows, columns, n_tokens, vocab, hidden_size,
+                    stride_hn, stride_hk, stride_wv, stride_wk, BLOCK_N, BLOCK_V, BLOCK_K)
+    if HAS_SOFTCAP:
+        x = _softcap(x, softcap)
+    real = rows < n_tokens
+    log_p = x * inverse_temperature - tl.load(logsumexp + rows, mask=real, other=0.0)[:, None]
+    factor = tl.load(slope + rows, mask=real, other=0.0)[:, None]
+    if HAS_CURVE:
+        factor += tl.load(curve + rows, mask=real, other=0.0)[:, None] * log_p
+    grad = tl.exp(log_p) * factor
+    target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
+    gain = tl.load(at_target + rows, mask=real, other=0.0)
+    # before rounding: where p is near 1 the two terms nearly cancel
+    grad += tl.where(columns[None, :] == target[:, None], gain[:, None], 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - (x / softcap) * (x / softcap)
+    out = grad_logits + rows.to(tl.int64)[:, None] * n_columns + local[None, :]
+    tl.store(out, _round(grad, grad_logits.dtype.element_ty), mask=real[:, None] & (local < n_columns)[None, :])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# launching
+
+def tiles(kernel, half, chip):
+    """(BLOCK_N, BLOCK_V, BLOCK_K, warps, stages): the large ones that spill no register (table: kernels/README.md)."""
+    if not half:
+        return ((64, 128, 32, 8, 2),)
+    large, small = (128, 128, 64, 8, 3), (64, 128, 64, 8, 3)
+    return (small,) if chip == "sm_100" and kernel is forward_kernel else (large, small)
+
+
+@functools.cache
+def _tuned(kernel, half):
+    chip = "sm_100" if torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 10 else None
+    configs = [triton.Config(dict(BLOCK_N=n, BLOCK_V=v, BLOCK_K=k), num_warps=warps, num_stages=stages)
+               for n, v, k, warps, stages in tiles(kernel, half, chip)]
+    return triton.autotune(configs, key=["vocab", "hidden_size"])(kernel)
+
+
+def _launch(kernel, grid, half, *args, **flags):
+    """Runs a kernel with the best tile for this vocabulary, hidden size and dtype, found once."""
+    if INTERPRETED:  # any tile will do
+        kernel[grid](*args, **flags, BLOCK_N=16, BLOCK_V=64, BLOCK_K=32)
+    else:
+        _tuned(kernel, half)[grid](*args, **flags)
+
+
+def triton_linear_logprob(hidden, weight, targets, temperature=1.0, softcap=None):
+    """As kernels.linear_logprob, whose arguments it takes checked. A target outside [0, V) gives NaN."""
+    return _TritonLinearLogprob.apply(hidden, weight, targets, temperature, softcap)
+
+
+class _TritonLinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap):
+        targets = targets.contiguous()
+        logprobs, entropy, logsumexp = _forward(hidden, weight, targets, temperature, softcap)
+        ctx.save_for_backward(hidden, weight, targets, entropy, logsumexp)
+        ctx.settings = temperature, softcap
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        grads = _backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.settings, *ctx.needs_input_grad[:2])
+        return *grads, None, None, None
+
+
+def _forward(hidden, weight, targets, temperature, softcap):
+    """logprobs, entropy, logsumexp, each [N] fp32."""
+    (n_tokens, hidden_size), vocab = hidden.shape, weight.shape[0]
+    splits = max(1, min(PROGRAMS * 128 // max(1, n_tokens), triton.cdiv(vocab, 1024)))
+    split_columns = triton.cdiv(triton.cdiv(vocab, splits), 256) * 256  # whole tiles
+    splits = triton.cdiv(vocab, split_columns)
+    partials = hidden.new_empty(splits, 4, n_tokens, dtype=torch.float32)
+    if n_tokens:
+        _launch(forward_kernel, lambda tile: (triton.cdiv(n_tokens, tile["BLOCK_N"]), splits),
+                hidden.element_size() == 2, hidden, weight, targets, partials, n_tokens, vocab, hidden_size,
+                *hidden.stride(), *weight.stride(), 1.0 / temperature, softcap or 0.0, split_columns,
+                HAS_SOFTCAP=softcap is not None)
+    largest, total, dot, target_logit = partials.unbind(1)
+    overall = largest.amax(0)
+    shift = largest - overall
+    decay = shift.exp()
+    dot = (decay * (dot + shift * total)).sum(0)
+    total = (decay * total).sum(0)
+    logsumexp = total.log() + overall
+    logprobs = torch.where((targets >= 0) & (targets < vocab), target_logit.sum(0) - logsumexp, torch.nan)
+    return logprobs, total.log() - dot / total, logsumexp
+
+
+def _backward(grad_logprobs, grad_entropy, hidden, weight, targets, entropy, logsumexp, temperature, softcap,
+              needs_hidden, needs_weight):
+    """(d hidden, d weight), each None unless needed."""
+    n_tokens, vocab = len(hidden), len(weight)
+    grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
+    slope, curve = row_coefficients(grad_logprobs, grad_entropy, entropy, temperature)
+    at_target = grad_logprobs / temperature
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    step = max(1, CHUNK_BYTES // (256 * hidden.element_size() * max(1, n_tokens))) * 256
+    for start in range(0, vocab if n_tokens else 0, step):
+        chunk = slice(start, min(start + step, vocab))
+        grad = _logit_gradient(hidden, weight, targets, logsumexp, slope, curve, at_target, chunk, temperature, softcap)
+        if needs_hidden:
+            grad_hidden += _mm_fp32(grad, weight[chunk])
+        if needs_weight:
+            grad_weight[chunk] = _mm_fp32(grad.t(), hidden)
+    return grad_hidden.to(hidden.dtype) if needs_hidden else None, grad_weight
+
+
+def _logit_gradient(hidden, weight, targets, logsumexp, slope, curve, at_target, chunk, temperature, softcap):
+    """d logits [N, columns of the chunk] in the input dtype."""
+    (n_tokens, hidden_size), vocab, columns = hidden.shape, weight.shape[0], chunk.stop - chunk.start
+    grad = hidden.new_empty(n_tokens, columns)
+    _launch(backward_kernel,
+            lambda tile: (triton.cdiv(n_tokens, tile["BLOCK_N"]), triton.cdiv(columns, tile["BLOCK_V"])),
+            hidden.element_size() == 2, hidden, weight, targets, logsumexp, slope, slope if curve is None else curve,
+            at_target, grad, n_tokens, vocab, hidden_size, *hidden.stride(), *weight.stride(), 1.0 / temperature,
+            softcap or 0.0, chunk.start, columns, HAS_SOFTCAP=softcap is not None, HAS_CURVE=curve is not None)
+    return grad
+
+
+def _mm_fp32(a, b):
+    """a @ b in fp32. cuBLAS may otherwise add partial sums of a long reduction in bf16."""
+    if a.is_cuda and a.element_size() == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compiling ahead of time
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}  # A100, H100, B200, MI300X
+POINTERS = {"logsumexp", "slope", "curve", "at_target", "partials"}
+
+
+def compile_kernel(kernel, target, dtype, tile):
+    """The compiled kernel for a chip of TARGETS. dtype: "bf16", "fp16" or "fp32"; tile: one of tiles()."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    *blocks, warps, stages = tile
+    constants = dict(zip(("BLOCK_N", "BLOCK_V", "BLOCK_K"), blocks, strict=True), HAS_SOFTCAP=True, HAS_CURVE=True,
+                     stride_hk=1, stride_wk=1)  # as the launcher specialises contiguous inputs
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {"hidden": "*" + dtype, "weight": "*" + dtype, "grad_logits": "*" + dtype, "targets": "*i64",
+             "inverse_temperature": "fp32", "softcap": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32" if name in POINTERS else "i32")
+                 for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if signature[name] not in ("constexpr", "fp32")}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(num_warps=warps, num_stages=stages))
+
+
+def resources(compiled):
+    """(registers a thread, spilled bytes a thread, shared memory bytes a program) of a compiled kernel."""
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        count = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
+        return count["vgpr_count"], 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"]), shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+                               capture_output=True, text=True, check=True).stdout
+    count = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
+    return count["REG"], count["STACK"] + count["LOCAL"], shared  # spilled registers lie on the stack
+
+
+def main():
+    """Prints a Markdown table of every kernel, dtype, tile and chip."""
+    print("| kernel | dtype | tile N x V x K | warps, stages | chip | registers | spilled bytes | shared KiB |")
+    print("|---|---|---|---|---|---:|---:|---:|")
+    for kernel, dtype, chip in itertools.product((forward_kernel, backward_kernel), ("bf16", "fp32"), TARGETS):
+        for tile in tiles(kernel, dtype != "fp32", chip):
+            registers, spilled, shared = resources(compile_kernel(kernel, chip, dtype, tile))
+            print(f"| {kernel.__name__} | {dtype} | {tile[0]} x {tile[1]} x {tile[2]} | {tile[3]}, {tile[4]} | {chip} "
+                  f"| {registers} | {spilled} | {shared / 1024:g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

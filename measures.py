@@ -1,0 +1,323 @@
+"""Measures of a persona lottery, in numpy alone: how much does a system prompt move accuracy?
+
+Everything starts from one table, correct[i, p] in {0, 1}: item i answered under persona p, every persona on the same
+items. a_p is a column's mean. The persona stability score (PSS) is after PerMix-RLVR (arXiv 2604.08986); the abstract
+gives no formula, so min_p a_p / max_p a_p is our reading, and other scores with other failings stand beside it. The
+lottery curve is the expected best of k personas drawn without replacement: the estimator of pass@k (Chen et al. 2021,
+arXiv 2107.03374), turned from samples to personas. Intervals resample items, all personas together: easy and hard
+items then cancel in a comparison. Minimum and maximum of noisy columns are biased; `accuracy_draws` says what is done
+about it.
+
+Left out: significance tests (an interval says more) and anything that needs a model.
+"""
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+
+SCORES = ("pss", "pss_mean_minus_std", "pss_all_correct", "worst_persona_accuracy", "mean_accuracy",
+          "no_persona_accuracy")
+
+
+def pss(accuracy):
+    """min_p a_p / max_p a_p over the last axis of `accuracy` [..., P]; 0 where the maximum is 0."""
+    low, high = np.min(accuracy, axis=-1), np.max(accuracy, axis=-1)
+    return np.where(high > 0, low / np.where(high > 0, high, 1), 0.0)
+
+
+def scores(accuracy, all_correct=None):
+    """The stability scores of accuracies [..., P] as a dict of arrays [...]; std is that of the population (ddof 0).
+
+    all_correct [...]: the share of items right under every persona, which accuracies alone do not determine.
+    """
+    mean = np.mean(accuracy, axis=-1)
+    out = {
+        "pss": pss(accuracy),
+        "pss_mean_minus_std": mean - np.std(accuracy, axis=-1),
+        "worst_persona_accuracy": np.min(accuracy, axis=-1),
+        "mean_accuracy": mean,
+    }
+    return out if all_correct is None else out | {"pss_all_correct": all_correct}
+
+
+def table_scores(correct):
+    """The scores of a table correct [N, P] as a dict of floats."""
+    correct = np.asarray(correct, dtype=float)
+    return {name: float(value) for name, value in scores(correct.mean(axis=0), correct.prod(axis=1).mean()).items()}
+
+
+def draw_weights(n):
+    """W [n, n]: W[j-1, k-1] = C(j-1, k-1) / C(n, k), the chance that the j-th smallest of n is the best of k drawn."""
+    return np.array([[comb(j - 1, k - 1) / comb(n, k) for k in range(1, n + 1)] for j in range(1, n + 1)])
+
+
+def lottery(accuracy):
+    """E[max of k personas drawn without replacement], k = 1..P, exact, along the last axis of `accuracy` [..., P]."""
+    return np.sort(accuracy, axis=-1) @ draw_weights(np.shape(accuracy)[-1])
+
+
+def held_out_lottery(correct, seed=0, splits=200):
+    """What a search really gets: pick the best of k personas on half of the items, score that one on the other half.
+
+    correct [N, P] -> accuracy [P], k = 1..P, exact over the draw of k and averaged over `splits` random halvings;
+    ties in the picking half are broken at random. Needs N >= 2 (ValueError).
+    """
+    correct = np.asarray(correct, dtype=float)
+    n, p = correct.shape
+    if n < 2:
+        raise ValueError("a held-out pick needs at least 2 items")
+    rng, total = np.random.default_rng(seed), np.zeros(p)
+    for _ in range(splits):
+        order = rng.permutation(n)
+        picking, scoring = correct[order[:n // 2]].mean(axis=0), correct[order[n // 2:]].mean(axis=0)
+        total += scoring[np.lexsort((rng.random(p), picking))]  # held-out accuracies, the last to be picked first
+    return total / splits @ draw_weights(p)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def resamples(n_items, n=2000, seed=0):
+    """Bootstrap counts [n, n_items]: how often each item is drawn. These times a table are its n resampled sums."""
+    return np.random.default_rng(seed).multinomial(n_items, np.full(n_items, 1 / n_items), size=n).astype(float)
+
+
+def accuracy_draws(correct, counts, seed=0):
+    """Resampled accuracies [2, B, P] of correct [N, P] under counts [B, N]: as drawn, and with their spread shrunk.
+
+    The smallest of P noisy accuracies lies below the smallest true one, and resampling adds the same error again:
+    with 24 equal personas the percentile interval of PSS never covers its true value, 1. Row 1 therefore draws from
+    the empirical Bayes posterior of the true accuracies (Efron and Morris 1975): of their observed variance it keeps
+    the part f2 that item noise does not explain, itself uncertain by a chi-square of P - 1 degrees. A lone outlier it
+    shrinks too far, and there row 0 is right: `interval` takes the hull of both.
+    """
+    correct = np.asarray(correct, dtype=float)
+    n, p = correct.shape
+    drawn, accuracy = counts @ correct / n, correct.mean(axis=0)
+    if p == 1 or n == 1:
+        return np.stack([drawn, drawn])
+    error = drawn - accuracy
+    common = error.mean(axis=1, keepdims=True)  # an easier draw of items: lifts all personas, is no noise between them
+    noise = ((error - common) ** 2).mean() * p / (p - 1) * n / (n - 1)
+    variance = accuracy.var(ddof=1) * (p - 1) / np.random.default_rng(seed).chisquare(p - 1, len(counts))
+    f2 = np.clip(1 - noise / np.maximum(variance, 1e-12), 0, 1)[:, None]
+    shrunk = accuracy.mean() + common + f2 * (accuracy - accuracy.mean()) + np.sqrt(f2) * (error - common)
+    return np.stack([drawn, np.clip(shrunk, 0, 1)])
+
+
+def bootstrap(correct, counts, seed=0):
+    """Resampled scores of a table correct [N, P]: a dict of arrays [2, B], the two rows as in accuracy_draws.
+
+    Pass the same counts for two arms and the items are paired: the difference of two such arrays goes to `interval`.
+    """
+    all_correct = counts @ np.asarray(correct, dtype=float).prod(axis=1) / counts.shape[1]
+    return scores(accuracy_draws(correct, counts, seed), np.stack([all_correct, all_correct]))
+
+
+def interval(values, level=0.95):
+    """(low, high): the central `level` of resampled values [..., B], and the hull of the rows where there are
+    several."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    return float(low.min()), float(high.max())
+
+
+def with_intervals(values, draws):
+    """{name: value} and {name: resampled values} -> {name, name_low, name_high}, as results.json has them."""
+    out = {}
+    for name, value in values.items():
+        low, high = interval(draws[name])
+        out |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
+    return out
+
+
+def wilson(hits, n, z=1.96):
+    """Wilson's 95 % interval for a proportion: unlike the bootstrap's it does not collapse at 0 of n or n of n."""
+    rate, spread = hits / n, z * np.sqrt(hits * (n - hits) / n + z * z / 4) / n
+    centre, scale = rate + z * z / (2 * n), 1 + z * z / n
+    return float((centre - spread) / scale), float((centre + spread) / scale)
+
+
+def pass_at_k(hits, n, k):
+    """1 - C(n - hits, k) / C(n, k): the chance that one of k of the n samples is right (arXiv 2107.03374)."""
+    return 1 - comb(n - hits, k) / comb(n, k)
+
+
+def match_mean(accuracy, target):
+    """Accuracies [..., P] moved along the logit, all by one shift, until their mean is `target` [...]; 0 and 1 stay.
+
+    In theory reward training adds 1/beta to each item's logit, so a higher mean alone raises PSS. Comparing an arm
+    with the other arm shifted to its mean takes that away. Ours, and approximate: it shifts persona means, not items.
+    """
+    target = np.asarray(target, dtype=float)
+    low, high = np.full(target.shape, -30.0), np.full(target.shape, 30.0)
+    for _ in range(50):  # bisection: the mean rises with the shift
+        odds = np.exp((low + high) / 2)[..., None]
+        moved = accuracy * odds / (1 - accuracy + accuracy * odds)
+        above = moved.mean(axis=-1) > target
+        low, high = np.where(above, low, (low + high) / 2), np.where(above, (low + high) / 2, high)
+    return moved
+
+
+def identification(logprobs):
+    """Which of k personas wrote the answer? logprobs [A, k] = log p(answer | question, candidate); row a's own is
+    column a.
+
+    Returns (hit [A], log posterior of the true persona [A]) under a uniform prior. A tie of t winners scores 1/t, so
+    text that says nothing about its persona scores 1/k: chance, not luck of the order.
+    """
+    best, own = logprobs.max(axis=1), np.diagonal(logprobs)
+    hit = np.where(own == best, 1 / (logprobs == best[:, None]).sum(axis=1), 0.0)
+    return hit, own - best - np.log(np.exp(logprobs - best[:, None]).sum(axis=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arms side by side
+
+
+def answer_table(run):
+    """The table of right and wrong [N, 1 + P] of a results dict, column 0 without a persona."""
+    return np.array([[int(c) for c in run["correct"][row["name"]]] for row in run["personas"]], dtype=float).T
+
+
+def run_draws(run, salt, n_draws=2000, seed=0):
+    """{score: (value, draws [2, B])} of one results dict. Counts are the same for every run, so items are paired; the
+    shrinkage is drawn for each run by itself, by its `salt`."""
+    table = answer_table(run)
+    counts = resamples(len(table), n_draws, seed)
+    drawn = bootstrap(table[:, 1:], counts, [seed, salt])
+    out = {name: (value, drawn[name]) for name, value in table_scores(table[:, 1:]).items()}
+    out["no_persona_accuracy"] = table[:, 0].mean(), np.stack([counts @ table[:, 0] / len(table)] * 2)
+    for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
+        mean = np.array(rows).mean(axis=1)
+        out[name] = mean.mean(), np.stack([resamples(len(mean), n_draws, seed) @ mean / len(mean)] * 2)
+    return out
+
+
+def arm_draws(runs, salt=0, n_draws=2000, seed=0):
+    """{score: (value, draws [2, B])} of an arm, averaged over its runs: training seeds, resampled where there are
+    several."""
+    weights = resamples(len(runs), n_draws, seed).T / len(runs)  # [S, B], the same for arms of as many runs: paired
+    each = [run_draws(run, 1000 * salt + i, n_draws, seed) for i, run in enumerate(runs)]
+    shared = [name for name in each[0] if all(name in draws for draws in each)]
+    return {name: (np.mean([draws[name][0] for draws in each]),
+                   sum(draws[name][1] * w for draws, w in zip(each, weights, strict=True))) for name in shared}
+
+
+def check_comparable(runs):
+    """ValueError unless all runs answered the same items under the same personas with the same settings."""
+    for key in ("task", "seed", "max_new_tokens", "items", "personas"):
+        seen = [[row["name"] for row in run[key]] if key == "personas" else run[key] for run in runs]
+        if seen.count(seen[0]) < len(seen):
+            raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
+
+
+def difference(first, second):
+    """Arm second minus arm first: {score: {"difference", "low", "high", ...}} for the scores that both have,
+    paired."""
+    a, b, out = arm_draws(first), arm_draws(second, 1), {}
+    for name in [name for name in a if name in b]:
+        low, high = interval(b[name][1] - a[name][1])
+        out[name] = {"first": float(a[name][0]), "second": float(b[name][0]), "low": low, "high": high,
+                     "difference": float(b[name][0] - a[name][0])}
+    return out | {"pss_at_matched_mean": matched_pss(first, second)}
+
+
+def matched_pss(first, second, n_draws=2000, seed=0):
+    """The difference in PSS after the first arm was moved to the second's mean accuracy (see match_mean)."""
+    values, draws = [], []
+    for a, b in zip(first, second, strict=False):  # runs in pairs, one training seed each
+        tables = [answer_table(run)[:, 1:] for run in (a, b)]
+        counts = resamples(len(tables[0]), n_draws, seed)
+        drawn = [accuracy_draws(table, counts, [seed, i]) for i, table in enumerate(tables)]
+        for (x, y), out in (([t.mean(axis=0) for t in tables], values), (drawn, draws)):
+            out.append(pss(y) - pss(match_mean(x, y.mean(axis=-1))))
+    low, high = interval(np.mean(draws, axis=0))
+    return {"difference": float(np.mean(values)), "low": low, "high": high}
+
+
+STABILITY = ("pss", "pss_mean_minus_std", "worst_persona_accuracy")
+CLAIMS = (  # hypothesis, first arm, second arm, the score that leads, the sign claimed, in words
+    ("H1", "base", "rlvr", "pss", 1, "RLVR raises stability over the start model"),
+    ("H2", "base", "rlvr", "persona_identification", -1, "RLVR lowers fidelity against the start model"),
+    ("H3", "rlvr", "permix", "pss", 1, "PerMix raises stability over RLVR"),
+    ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
+    ("H5", "rlvr", "permix", "no_persona_accuracy", 0, "PerMix loses no accuracy without a persona"),
+)
+
+
+def hypotheses(arms, margin=0.03):
+    """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not tested) and words.
+
+    A stability claim needs `pss`, `pss_mean_minus_std` and `worst_persona_accuracy` to agree in sign and the interval
+    of `pss` to leave out 0. H5 claims no loss: the interval stays above -margin.
+    """
+    out = []
+    for name, first, second, score, sign, claim in CLAIMS:
+        missing = [arm for arm in (first, second) if arm not in arms]
+        got = {} if missing else difference(arms[first], arms[second])
+        found, words = "not tested", f"no arm {' or '.join(missing)} given" if missing else "fidelity was not measured"
+        if score in got:
+            d, found = got[score], verdict(got[score], sign, margin)
+            words = (f"{score} {d['first']:.3f} -> {d['second']:.3f}, difference {d['difference']:+.3f} "
+                     f"[{d['low']:+.3f}, {d['high']:+.3f}]")
+            if score == "pss" and len({np.sign(got[other]["difference"]) for other in STABILITY}) > 1:
+                found, words = "not shown", words + "; the three stability scores disagree in sign"
+        out.append({"name": name, "claim": claim, "verdict": found, "words": words})
+    return [*out, collapse(arms)]
+
+
+def verdict(d, sign, margin):
+    """One word or two for a difference with its interval against the claimed sign; sign 0 claims no loss beyond
+    margin."""
+    if sign == 0:
+        return "shown" if d["low"] > -margin else "opposite" if d["high"] < 0 else "not shown"
+    low, high = sorted((sign * d["low"], sign * d["high"]))
+    return "shown" if low > 0 else "opposite" if high < 0 else "not shown"
+
+
+def collapse(arms, threshold=0.1, n_draws=2000, seed=0):
+    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below `threshold` against
+    others.
+
+    Kinds, not items: items chosen for being answered wrong would have a low PSS by construction.
+    """
+    values, draws = {True: [], False: []}, {True: [], False: []}  # key: is the kind's accuracy near zero?
+    for run in [run for runs in arms.values() for run in runs]:
+        table, kinds = answer_table(run)[:, 1:], np.array([item["kind"] for item in run["items"]])
+        for part in [table[kinds == kind] for kind in np.unique(kinds)]:
+            weak = bool(part.mean() < threshold)
+            values[weak].append(pss(part.mean(axis=0)))
+            draws[weak].append(bootstrap(part, resamples(len(part), n_draws, seed), seed)["pss"])
+    out = {"name": "H6", "claim": "PSS collapses where accuracy is near zero"}
+    if not values[True] or not values[False]:
+        side = "above" if values[True] else "below"
+        return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {threshold}"}
+    low, high = interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
+    words = (f"PSS {np.mean(values[True]):.3f} over {len(values[True])} problem kinds with accuracy below {threshold}, "
+             f"{np.mean(values[False]):.3f} over {len(values[False])} others, difference [{low:+.3f}, {high:+.3f}]")
+    return out | {"verdict": verdict({"low": low, "high": high}, 1, 0), "words": words}
+
+
+def compare(arms, seed=0):
+    """Arms side by side, {role: [results dict, one a training seed]} -> scores with intervals, differences,
+    hypotheses.
+
+    Differences are second minus first, for every pair of arms in the order given. ValueError where runs cannot be
+    paired.
+    """
+    check_comparable([run for runs in arms.values() for run in runs])
+    scored = {role: arm_draws(runs, seed=seed) for role, runs in arms.items()}
+    return {
+        "runs": {role: len(runs) for role, runs in arms.items()},
+        "arms": {role: with_intervals(*({name: pair[i] for name, pair in got.items()} for i in (0, 1)))
+                 for role, got in scored.items()},
+        "differences": {f"{b} - {a}": difference(arms[a], arms[b]) for a, b in combinations(arms, 2)},
+        "hypotheses": hypotheses(arms),
+    }
+
+
+def averaged(run, scores):
+    """A run's results with its arm's scores, averaged over training seeds, in place of its own."""
+    return run | scores | ({"fidelity": run["fidelity"] | scores} if "fidelity" in run else {})

@@ -1,0 +1,318 @@
+"""Pictures of an evaluation: PNG plots for a paper, and one HTML file that opens offline, in light, dark, and on a
+phone.
+
+Each figure is drawn once, by matplotlib, and written twice: as PNG, and as SVG inside the page, where every colour of
+the light palette below becomes a CSS variable, so that the reader's colour scheme repaints the plots as well. The
+page carries its style and fetches nothing. Left out: JavaScript, and with it zooming; every number is in
+results.json.
+"""
+
+import html
+import io
+import os
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+PALETTE = {  # name: (light, dark)
+    "ink": ("#1f2428", "#e4e7ea"), "soft": ("#66707a", "#9aa4ae"), "line": ("#d9dee3", "#363d45"),
+    "page": ("#fbfbf9", "#14171b"), "card": ("#ffffff", "#1c2127"), "c0": ("#2f6db3", "#7db3f0"),
+    "c1": ("#c8553d", "#f0917c"), "c2": ("#3d8b5f", "#78c79a"), "c3": ("#8a5fb0", "#c29be6"),
+    "c4": ("#b8860b", "#e5bd57"),
+}
+LIGHT = {name: pair[0] for name, pair in PALETTE.items()}
+SERIES = [LIGHT[f"c{i}"] for i in range(5)] * 9  # more arms than colours: they come round again
+RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "font.size": 9, "text.color": LIGHT["ink"],
+      "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["line"], "axes.spines.top": False,
+      "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 9, "xtick.color": LIGHT["soft"],
+      "ytick.color": LIGHT["soft"], "grid.color": LIGHT["line"], "grid.linewidth": 0.6, "legend.frameon": False,
+      "legend.fontsize": 8, "lines.linewidth": 1.8}
+SCORES = {  # name in results.json: what the reader is told
+    "pss": "worst over best persona; 1 is no lottery", "pss_mean_minus_std": "mean minus spread over personas",
+    "pss_all_correct": "problems right under every persona", "worst_persona_accuracy": "the unlucky ticket",
+    "mean_accuracy": "a persona at random", "no_persona_accuracy": "no system prompt",
+    "persona_identification": "answers traced to their persona", "log_posterior": "log posterior of that persona",
+    "style_shift": "log-prob a token that the persona adds", "persona_score": "PersonaGym, 1 to 5, by a judge model",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures: results in, matplotlib Figure out
+
+
+def figure(width, height, rows=1):
+    """A Figure and its axes, without pyplot's global state."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, 1) if rows > 1 else fig.add_subplot()
+
+
+def ranked(results):
+    """The rows of results["personas"], from worst to best."""
+    return sorted(results["personas"], key=lambda row: row["accuracy"])
+
+
+def bars(results):
+    """Accuracy of every persona as sorted bars with 95 % intervals; the prompt without persona stands out."""
+    rows = ranked(results)
+    fig, ax = figure(5.2, 0.9 + 0.2 * len(rows))
+    value = np.array([row["accuracy"] for row in rows])
+    error = np.abs([value - [row["accuracy_low"] for row in rows], [row["accuracy_high"] for row in rows] - value])
+    ax.barh(range(len(rows)), value, height=0.68, xerr=error,
+            color=[SERIES[1] if row["name"] == "none" else SERIES[0] for row in rows],
+            error_kw={"ecolor": LIGHT["soft"], "elinewidth": 1, "capsize": 2})
+    ax.axvline(results["mean_accuracy"], color=LIGHT["soft"], linestyle=":", linewidth=1.2)
+    ax.set(xlabel="accuracy (dotted: mean)", xlim=(0, min(1, 1.05 * (value + error[1]).max())))
+    ax.margins(y=0.01)
+    ax.set_yticks(range(len(rows)), [short(row["name"]) for row in rows], color=LIGHT["ink"])
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    return fig
+
+
+def heat(results):
+    """Accuracy in percent by persona and problem kind, personas in the order of the bars."""
+    rows = ranked(results)
+    kinds = list(rows[0]["by_kind"])
+    table = np.array([[row["by_kind"][kind] for kind in kinds] for row in rows])
+    fig, ax = figure(max(5.2, 2 + 0.62 * len(kinds)), 1.1 + 0.2 * len(rows))
+    ramp = LinearSegmentedColormap.from_list("accuracy", ["#f3efe4", "#8fb3d9", "#1d4f8c"])
+    ax.pcolormesh(table, cmap=ramp, vmin=0, vmax=1, edgecolors=LIGHT["card"], linewidth=0.8)
+    for (y, x), value in np.ndenumerate(table):
+        ax.text(x + 0.5, y + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=7,
+                color="#fefefe" if value > 0.55 else "#202122")
+    ax.set_xticks(np.arange(len(kinds)) + 0.5, [short(kind, 18) for kind in kinds], color=LIGHT["ink"],
+                  **({"rotation": 30, "ha": "right"} if len(kinds) > 4 else {}))
+    ax.set_yticks(np.arange(len(rows)) + 0.5, [short(row["name"]) for row in rows], color=LIGHT["ink"])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return fig
+
+
+def lottery(arms):
+    """Expected accuracy of the best of k personas: as seen, and (dashed) as kept on items that did not pick it."""
+    fig, ax = figure(5.2, 3.3)
+    for colour, (label, results) in zip(SERIES, arms.items(), strict=False):
+        k = np.arange(1, len(results["lottery"]) + 1)
+        ax.plot(k, results["lottery"], color=colour, label=f"{label}: best of k")
+        if results["lottery_held_out"]:
+            ax.plot(k, results["lottery_held_out"], color=colour, linestyle="--", label=f"{label}: held-out")
+        if "noise_floor" in results:
+            ax.plot(k, results["noise_floor"]["lottery"], color=colour, linestyle=":", label=f"{label}: noise floor")
+    ax.set(xlabel="k personas tried", ylabel="expected accuracy", ylim=(0, None))
+    ax.grid()
+    fig.legend(loc="outside lower center", ncols=3)
+    return fig
+
+
+def tradeoff(arms):
+    """Stability against fidelity, one point an arm; against mean accuracy where fidelity was not measured."""
+    measured = all("fidelity" in results for results in arms.values())
+    key = "persona_identification" if measured else "mean_accuracy"
+    label = key.replace("_", " ")
+    fig, ax = figure(5.2, 3.6)
+    for colour, (name, results) in zip(SERIES, arms.items(), strict=False):
+        other = results["fidelity"] if measured else results
+        error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1)
+                 for row, k in ((results, "pss"), (other, key))]
+        ax.errorbar(results["pss"], other[key], xerr=error[0], yerr=error[1], color=colour, marker="o", markersize=7,
+                    elinewidth=1, capsize=3)
+        ax.annotate(name, (results["pss"], other[key]), xytext=(7, 6), textcoords="offset points", color=colour,
+                    fontweight="bold")
+    if measured:
+        ax.axhline(next(iter(arms.values()))["fidelity"]["chance"], color=LIGHT["soft"], linestyle=":", linewidth=1.2)
+        label += " (dotted: chance)"
+    ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=label, xlim=(0, 1.02), ylim=(0, 1.02))
+    ax.grid()
+    return fig
+
+
+def curves(metrics, labels=None):
+    """Learning curves, {arm: rows of metrics.jsonl}; labels: all arms, for the colours that they have elsewhere."""
+    labels = list(labels or metrics)
+    fig, axes = figure(5.2, 5, rows=3)
+    for ax, key in zip(axes, ("reward", "entropy", "completion_length"), strict=True):
+        for label, rows in metrics.items():
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            ax.plot([x for x, _ in points], [y for _, y in points], color=SERIES[labels.index(label)], label=label)
+        ax.set_title(key.replace("_", " "), loc="left")
+        ax.grid()
+    axes[-1].set_xlabel("step")
+    axes[0].legend()
+    return fig
+
+
+def short(name, limit=34):
+    """A label that fits its plot."""
+    return name if len(name) <= limit else name[:limit - 1].rstrip() + "…"
+
+
+def svg(fig):
+    """The figure as an SVG element for the page, its light palette replaced by CSS variables."""
+    buffer = io.StringIO()
+    fig.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text[text.index("<svg"):], count=1)
+    for name, colour in LIGHT.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def sentence(arms, comparison):
+    """The finding in a sentence or two."""
+    if comparison:
+        shown, against = ("; ".join(h["claim"] for h in comparison["hypotheses"] if h["verdict"] == word)
+                          for word in ("shown", "opposite"))
+        return (f"Shown here: {shown}. " if shown else "None of the claims is shown by these arms. ") + (
+            f"The data speak against: {against}." if against else "")
+    (label, results), = arms.items()
+    rows = [row for row in ranked(results) if row["name"] != "none"]
+    return (f"With nothing changed but the persona in the system prompt, {label} answers between "
+            f"{100 * rows[0]['accuracy']:.0f} % ({rows[0]['name']}) and {100 * rows[-1]['accuracy']:.0f} % "
+            f"({rows[-1]['name']}) of {rows[0]['n']} problems, and {100 * results['no_persona_accuracy']:.0f} % "
+            f"without a persona. Stability (PSS) is {results['pss']:.2f}, 95 % interval {results['pss_low']:.2f} to "
+            f"{results['pss_high']:.2f}.")
+
+
+def html_table(head, rows):
+    """Rows of plain text as an HTML table that scrolls by itself on a narrow screen."""
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
+
+
+def numbers(arms):
+    """The table of scores with their intervals, one column an arm."""
+    def row(name, note, places, key):
+        cells = [f"{p[key]:.3f} [{p[key + '_low']:.3f}, {p[key + '_high']:.3f}]" if key in p else "–" for p in places]
+        return [name, *cells, note] if set(cells) != {"–"} else None
+
+    results = list(arms.values())
+    graded = [r.get("fidelity", {}).get("personagym", {}) for r in results]
+    found = [gym | r.get("fidelity", {}) | r for gym, r in zip(graded, results, strict=True)]
+    rows = [row(name, note, found, name) for name, note in SCORES.items()]
+    rows += [[f"judge {gym['judge']}", "NOT USABLE: failed its planted controls", *[""] * len(arms)]
+             for gym in graded if gym and not gym["usable"]]
+    floors = [r.get("noise_floor", {}) for r in results]
+    rows.append(row("pss of the noise floor", "as many reruns without persona", floors, "pss"))
+    sampled = [r.get("pass_at_k", {}).get("k", {}) for r in results]
+    for k in sampled[0]:
+        rows.append(row(f"pass@{k}", "sampled, mean over personas", [s.get(k, {}) for s in sampled], "personas"))
+    return html_table(["score [95 % interval]", *arms, ""], [r for r in rows if r])
+
+
+def cards(arms, transcripts, limit=6):
+    """Answers worth reading side by side: persona against persona, or arm against arm under the same persona."""
+    keyed = {label: {(row["persona"], row["id"]): row for row in rows if not row.get("sample")}
+             for label, rows in zip(arms, transcripts, strict=True)}
+    first = next(iter(keyed.values()))
+    names = [row["name"] for row in ranked(next(iter(arms.values()))) if row["name"] != "none"][::-1]
+    ids = list(dict.fromkeys(row["id"] for row in first.values()))
+    if len(arms) == 1:
+        columns = ("none", names[0], names[-1])
+        panels = [[(name, first[name, i]) for name in columns if (name, i) in first] for i in ids]
+    else:
+        pairs = [(names[j % len(names)], i) for j, i in enumerate(ids)]
+        panels = [[(f"{label} as {key[0]}", rows[key]) for label, rows in keyed.items() if key in rows]
+                  for key in pairs]
+    panels.sort(key=lambda panel: -len({row.get("correct") for _, row in panel}))  # first those on which they differ
+    spoken = [panel for panel in panels if panel and "correct" not in panel[0][1]]
+    solved = [panel for panel in panels if panel and "correct" in panel[0][1]]
+    return "".join(card(panel) for panel in spoken[:limit] + solved[:limit])
+
+
+def card(panel):
+    """One question with its answers in columns; panel: pairs of label and transcript row."""
+    columns = ""
+    for label, row in panel:
+        mark = {True: " <b class=right>right</b>", False: " <b class=wrong>wrong</b>", None: ""}[row.get("correct")]
+        columns += f"<div><h4>{html.escape(label)}{mark}</h4><pre>{html.escape(row['answer'])}</pre></div>"
+    row = panel[0][1]
+    gold = f" <span>gold: {html.escape(row['gold'])}</span>" if "gold" in row else ""
+    return f"<article><p class=q>{html.escape(row['question'])}{gold}</p><div class=cols>{columns}</div></article>"
+
+
+def style():
+    """The page's CSS: two palettes; one column on a phone, two on a desktop."""
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in PALETTE.items()) for i in (0, 1))
+    return f"""
+:root{{color-scheme:light dark;{light}}} @media (prefers-color-scheme:dark){{:root{{{dark}}}}}
+*{{box-sizing:border-box}} h1{{font-size:1.5rem;margin:.4rem 0}} h2{{font-size:1.1rem;margin:0 0 .6rem}}
+body{{margin:0 auto;max-width:1120px;padding:1.2rem;background:var(--page);color:var(--ink)}}
+body{{font:16px/1.55 system-ui,sans-serif}} pre{{font:13px/1.5 ui-monospace,monospace}}
+.lead{{font-size:1.12rem;max-width:46rem}} .meta,.q span{{color:var(--soft);font-size:.86rem;overflow-wrap:anywhere}}
+.grid{{columns:2 440px;column-gap:1rem}} .grid section{{break-inside:avoid}} .q{{margin:.1rem 0 .6rem}}
+.cols{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.9rem}}
+section,article{{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem;margin:0 0 1rem}}
+svg{{width:100%;height:auto;display:block}} svg text{{font-family:system-ui,sans-serif!important}}
+.scroll{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.88rem;width:100%}}
+td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);white-space:nowrap}}
+th,td:last-child:not(:nth-child(2)){{color:var(--soft)}} h4{{margin:0 0 .3rem;font-size:.86rem}}
+pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overflow-y:auto}} dt{{font-weight:600}}
+.right,.shown{{color:var(--c2)}} .wrong,.opposite{{color:var(--c1)}} dd{{margin:0 0 .6rem;color:var(--soft)}}
+"""
+
+
+def claims(comparison):
+    """The hypotheses as a list: claim, verdict, what was measured."""
+    return "".join(f"<dt>{h['name']} {html.escape(h['claim'])}: <span class='{h['verdict'].replace(' ', '-')}'>"
+                   f"{h['verdict']}</span></dt><dd>{html.escape(h['words'])}</dd>" for h in comparison["hypotheses"])
+
+
+def page(arms, transcripts, figures, comparison=None):
+    """The whole report as one HTML string; arms {label: results}, figures {title: Figure}."""
+    results = next(iter(arms.values()))
+    blocks = f"<section><h2>Scores</h2>{numbers(arms)}</section>"
+    if comparison:
+        blocks = f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>{blocks}"
+    else:
+        rows = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
+                for row in results["inference_time_rivals"]]
+        table = html_table(["instead of training", "accuracy", "generated tokens per item"], rows)
+        blocks += f"<section><h2>What inference can buy</h2>{table}</section>"
+    plots = "".join(f"<section><h2>{title}</h2>{svg(fig)}</section>" for title, fig in figures.items())
+    title = html.escape(" / ".join(arms) if comparison else f"{results['model']} on {results['task']}")
+    meta = (f"{results['task']}, {len(results['items'])} problems, {len(results['personas']) - 1} personas, "
+            f"seed {results['seed']}, greedy")
+    return f"""<!doctype html><html lang=en><head><meta charset=utf-8><link rel=icon href="data:,">
+<meta name=viewport content="width=device-width,initial-scale=1"><title>Persona stability: {title}</title>
+<style>{style()}</style></head><body><h1>{title}</h1><p class=lead>{html.escape(sentence(arms, comparison))}</p>
+<p class=meta>{html.escape(meta)}</p>{blocks}<div class=grid>{plots}</div><h2>Transcripts</h2>{cards(arms, transcripts)}
+<p class=meta>{html.escape(results['command'])} {html.escape(results['commit'][:12])}</p></body></html>
+"""
+
+
+def write_atomically(path, text):
+    """Write a file whole or not at all: an interrupted evaluation leaves no half of one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write(arms, transcripts, folder, metrics=None, comparison=None):
+    """report.html, and each figure as PNG, into `folder`.
+
+    arms {label: results}; transcripts: a list of rows for each arm; metrics {label: rows of metrics.jsonl};
+    comparison: what measures.compare returned, where there are several arms.
+    """
+    folder = Path(folder)
+    with matplotlib.rc_context(RC):
+        figures = {"The persona lottery": lottery(arms)}
+        if comparison:
+            figures["Stability against fidelity"] = tradeoff(arms)
+        else:
+            (results,) = arms.values()
+            figures = {"Accuracy per persona": bars(results), "Persona and problem kind": heat(results)} | figures
+        if metrics:
+            figures["Learning curves"] = curves(metrics, arms)
+        for title, fig in figures.items():
+            fig.savefig(folder / f"{title.lower().replace(' ', '_')}.png", dpi=160)
+        text = page(arms, transcripts, figures, comparison)
+    write_atomically(folder / "report.html", text)

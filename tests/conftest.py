@@ -1,0 +1,93 @@
+"""Shared by all tests: tiny random models of every family, the embedded model, and the data folder."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test may wait for a network
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import weights
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+         "pad_token_id": 2, "tie_word_embeddings": False}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+GEMMA_ROPE = {"full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+              "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "llama3": {"model_type": "llama", "rope_parameters": LLAMA3, "tie_word_embeddings": True, "attention_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 7, "query_pre_attn_scalar": 24, "rope_parameters": GEMMA_ROPE,
+               "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+               "tie_word_embeddings": True},
+    "olmo2": {"model_type": "olmo2"},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]},
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 99)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = ("{% for m in messages %}{{ '<s> ' + m['content'] + ' ' }}{% endfor %}"
+                          "{% if add_generation_prompt %}{{ '<s> ' }}{% endif %}")
+    return fast
+
+
+def make_reference(family: str):
+    """A random transformers model with weights large enough that every norm, bias and scale matters."""
+    torch.manual_seed(0)
+    settings = SIZES | FAMILIES[family]
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.3 if "norm" in name or "bias" in name else 0.1))
+    return model
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def family(request, tmp_path_factory):
+    """(our model, transformers' model, folder), for each family in turn."""
+    reference, folder = make_reference(request.param), tmp_path_factory.mktemp(request.param)
+    reference.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return weights.load(str(folder), "float32")[0], reference, folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_reference("llama3").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """(model, tokenizer) of a small llama in fp32."""
+    return weights.load(str(tiny_folder), "float32")
+
+
+@pytest.fixture(scope="session")
+def embedded_path():
+    try:
+        return weights.embedded_model()
+    except ValueError as error:
+        pytest.skip(f"the embedded model cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def embedded(embedded_path):
+    """(model, tokenizer): SmolLM2-135M-Instruct in fp32."""
+    return weights.load(weights.EMBEDDED, "float32")

@@ -1,0 +1,442 @@
+"""evaluate.py and measures.py: every measure against a hand-computed table, brute force, or simulation."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import measures
+import model as model_module
+import personas
+import rollout
+import tasks
+import weights
+
+ROOT = Path(__file__).resolve().parents[1]
+#            a  b  c   personas; rows are items
+TABLE = [[1, 1, 0],
+         [1, 0, 0],
+         [1, 1, 1],
+         [1, 0, 0]]  # accuracies 1, 1/2, 1/4
+
+
+def test_scores_equal_the_hand_computed_table():
+    got = measures.table_scores(TABLE)
+    mean = 1.75 / 3
+    std = math.sqrt(((1 - mean) ** 2 + (0.5 - mean) ** 2 + (0.25 - mean) ** 2) / 3)
+    want = {"pss": 0.25, "pss_mean_minus_std": mean - std, "pss_all_correct": 0.25, "worst_persona_accuracy": 0.25,
+            "mean_accuracy": mean}
+    assert got == pytest.approx(want)
+    assert {*got, "no_persona_accuracy"} == set(measures.SCORES)
+
+
+def test_pss_is_zero_when_every_persona_fails_and_one_when_all_are_equal():
+    assert measures.pss(np.zeros(5)) == 0
+    assert measures.pss(np.full(5, 0.2)) == 1
+    assert measures.pss(np.array([[0, 0.5], [0.25, 0.5]])).tolist() == [0, 0.5]
+
+
+@pytest.mark.parametrize("p", [1, 2, 5, 7])
+def test_the_lottery_curve_equals_the_mean_over_all_subsets(p):
+    accuracy = np.random.default_rng(p).random(p).round(1)  # rounded: ties occur
+    brute = [np.mean([max(s) for s in itertools.combinations(accuracy, k)]) for k in range(1, p + 1)]
+    assert measures.lottery(accuracy) == pytest.approx(brute)
+
+
+def test_the_lottery_stays_exact_for_a_large_pool():
+    weights = measures.draw_weights(160)
+    assert weights.sum(axis=0) == pytest.approx(np.ones(160))
+    assert measures.lottery(np.arange(160) / 160)[[0, 159]] == pytest.approx([79.5 / 160, 159 / 160])
+
+
+def test_the_held_out_pick_equals_a_search_by_hand_over_the_same_halves():
+    correct = (np.random.default_rng(0).random((9, 4)) < [0.2, 0.4, 0.6, 0.9]).astype(float)
+    halves, rng = [], np.random.default_rng(3)
+    for _ in range(20):
+        order = rng.permutation(9)
+        picking, scoring = correct[order[:4]].mean(0), correct[order[4:]].mean(0)
+        rank = np.argsort(np.lexsort((rng.random(4), picking)))
+        draws = [itertools.combinations(range(4), k) for k in range(1, 5)]
+        halves.append([np.mean([scoring[max(s, key=rank.__getitem__)] for s in subsets]) for subsets in draws])
+    assert measures.held_out_lottery(correct, seed=3, splits=20) == pytest.approx(np.mean(halves, axis=0))
+
+
+def test_a_held_out_pick_gains_nothing_when_personas_do_not_differ():
+    correct = (np.random.default_rng(1).random((400, 12)) < 0.5).astype(float)
+    seen, held_out = measures.lottery(correct.mean(0))[-1], measures.held_out_lottery(correct)[-1]
+    assert seen > 0.53 and abs(held_out - 0.5) < 0.03
+
+
+def test_a_resampled_table_equals_the_loop_over_repeated_rows():
+    table, counts = np.array(TABLE, dtype=float), measures.resamples(4, n=30, seed=5)
+    got = measures.bootstrap(table, counts)
+    for b, row in enumerate(counts.astype(int)):
+        want = measures.table_scores(np.repeat(table, row, axis=0))
+        assert {name: values[0, b] for name, values in got.items()} == pytest.approx(want)
+
+
+def persona_tables(accuracies, n_items, runs, rng):
+    """Simulated tables: an item's difficulty is shared by all personas, a persona moves the logit."""
+    logits = np.log(np.array(accuracies) / (1 - np.array(accuracies)))
+    for _ in range(runs):
+        yield rng.random((n_items, len(logits))) < 1 / (1 + np.exp(-(rng.normal(size=(n_items, 1)) + logits)))
+
+
+@pytest.mark.parametrize("accuracies", [
+    np.linspace(0.06, 0.23, 24), np.linspace(0.4, 0.8, 24), np.full(24, 0.6), np.r_[0.3, np.full(22, 0.6), 0.85],
+    [0.2, 0.5, 0.8]], ids=["the start model", "a trained model", "no persona effect", "two outliers", "three personas"])
+def test_the_95_percent_intervals_cover_the_truth_in_simulation(accuracies):
+    rng = np.random.default_rng(0)
+    exact = np.mean([table.mean(axis=0) for table in persona_tables(accuracies, 100_000, 4, rng)], axis=0)
+    truth = measures.table_scores(exact[None])
+    covered = dict.fromkeys(("pss", "pss_mean_minus_std", "worst_persona_accuracy", "mean_accuracy"), 0)
+    for run, table in enumerate(persona_tables(accuracies, 60, 300, rng)):
+        draws = measures.bootstrap(table, measures.resamples(60, n=300, seed=run), seed=run)
+        for name in covered:
+            low, high = measures.interval(draws[name])
+            covered[name] += low - 0.005 <= truth[name] <= high + 0.005
+    assert all(0.88 <= hits / 300 <= 1 for hits in covered.values()), covered
+
+
+def test_the_paired_interval_of_a_difference_covers_and_is_narrower_than_the_unpaired_one():
+    rng, covered, narrower = np.random.default_rng(1), 0, 0
+    for run in range(300):
+        difficulty = rng.normal(size=(80, 1)) * 2
+        a, b = (rng.random((80, 8)) < 1 / (1 + np.exp(-(difficulty + shift))) for shift in (0.0, 0.0))
+        counts, other = measures.resamples(80, 300, run), measures.resamples(80, 300, run + 1000)
+        first, second = measures.bootstrap(a, counts)["mean_accuracy"], measures.bootstrap(b, counts)["mean_accuracy"]
+        low, high = measures.interval(first - second)
+        covered += low <= 0 <= high
+        apart = measures.interval(first - measures.bootstrap(b, other)["mean_accuracy"])
+        narrower += high - low < apart[1] - apart[0]
+    assert 0.9 <= covered / 300 <= 0.99 and narrower == 300
+
+
+def test_wilson_equals_the_textbook_values_and_does_not_collapse_at_zero():
+    assert measures.wilson(8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-3)
+    low, high = measures.wilson(0, 10)
+    assert low == pytest.approx(0) and high == pytest.approx(0.2775, abs=1e-3)
+
+
+@pytest.mark.parametrize("hits", range(6))
+def test_pass_at_k_equals_the_mean_over_all_subsets_of_samples(hits):
+    samples = [1] * hits + [0] * (5 - hits)
+    for k in range(1, 6):
+        brute = np.mean([max(s) for s in itertools.combinations(samples, k)])
+        assert measures.pass_at_k(hits, 5, k) == pytest.approx(brute)
+
+
+def test_matching_the_mean_moves_all_personas_by_one_logit_shift():
+    accuracy = np.array([0.2, 0.4, 0.5])
+    moved = measures.match_mean(accuracy, 0.7)
+    shift = np.log(moved / (1 - moved)) - np.log(accuracy / (1 - accuracy))
+    assert moved.mean() == pytest.approx(0.7) and shift == pytest.approx(np.full(3, shift[0]))
+    assert measures.pss(moved) > measures.pss(accuracy)  # saturation alone raises stability
+    batch = measures.match_mean(np.stack([accuracy, accuracy]), np.array([0.7, 0.3]))
+    assert batch.mean(axis=1) == pytest.approx([0.7, 0.3])
+    assert measures.match_mean(np.array([0.0, 0.5]), 0.25) == pytest.approx([0, 0.5])  # 0 stays 0
+
+
+def test_identification_equals_the_hand_computed_posterior_and_ties_score_chance():
+    logprobs = np.log([[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [1 / 3, 1 / 3, 1 / 3], [0.0001, 0.0001, 0.9998]])
+    hit, posterior = measures.identification(logprobs[:3])
+    assert hit.tolist() == [1, 0, 1 / 3] and np.exp(posterior) == pytest.approx([0.6, 0.2, 1 / 3])
+    hit, _ = measures.identification(np.log([[0.4, 0.4, 0.2], [0.1, 0.8, 0.1]]))
+    assert hit.tolist() == [1 / 2, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison of arms
+
+
+def results_of(accuracies, seed, identified=0.9, n_items=150, hard=True):
+    """The results dict of a made-up arm: every fourth item is of the kind "hard", never solved."""
+    rng = np.random.default_rng(seed)
+    table = (rng.random((n_items, len(accuracies))) < accuracies) * ((np.arange(n_items)[:, None] % 4 > 0) | (not hard))
+    problems = [Problem("", "", str(i), "easy" if i % 4 else "hard") for i in range(n_items)]
+    speakers = [Persona(f"p{j}", "x") for j in range(len(accuracies) - 1)]
+    out = evaluate.summary(table.astype(float), problems, speakers, 0)
+    hits = (rng.random((40, len(accuracies) - 1)) < identified).astype(float)
+    return out | {"task": "t", "seed": 0, "max_new_tokens": 8,
+                  "fidelity": {"tables": {"persona_identification": hits.tolist()}}}
+
+
+Problem = namedtuple("Problem", "question answer id kind")
+Persona = namedtuple("Persona", "name stratum")
+BASE, RLVR, PERMIX = np.r_[0.3, np.linspace(0.05, 0.5, 8)], np.r_[0.7, np.linspace(0.3, 0.8, 8)], np.full(9, 0.8)
+
+
+def verdicts(arms):
+    return {h["name"]: h["verdict"] for h in measures.compare(arms)["hypotheses"]}
+
+
+def test_each_hypothesis_gets_the_verdict_that_the_arms_were_made_for():
+    arms = {"base": [results_of(BASE, 0, 0.95)], "rlvr": [results_of(RLVR, 1, 0.5)],
+            "permix": [results_of(PERMIX, 2, 0.9)]}
+    assert verdicts(arms) == dict.fromkeys(("H1", "H2", "H3", "H4", "H5", "H6"), "shown")
+    arms["rlvr"], arms["permix"] = arms["permix"], arms["rlvr"]
+    got = verdicts(arms)
+    assert (got["H3"], got["H4"], got["H5"]) == ("opposite", "opposite", "opposite")
+
+
+def test_nothing_is_claimed_of_two_equal_arms_or_of_an_arm_that_is_missing():
+    arms = {"rlvr": [results_of(RLVR, 1)], "permix": [results_of(RLVR, 1)]}
+    got = verdicts(arms)
+    assert (got["H1"], got["H3"], got["H4"]) == ("not tested", "not shown", "not shown")
+    same = measures.compare(arms)["differences"]["permix - rlvr"]
+    assert all(abs(d["difference"]) < 1e-9 and d["low"] <= 1e-9 and d["high"] >= -1e-9 for d in same.values())
+
+
+def test_a_stability_claim_needs_all_three_scores_to_agree(monkeypatch):
+    def disagreeing(first, second):
+        row = {"first": 0.2, "second": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
+        return {"pss": row, "pss_mean_minus_std": row, "worst_persona_accuracy": row | {"difference": -0.1}}
+
+    monkeypatch.setattr(measures, "difference", disagreeing)
+    h1 = measures.hypotheses({"base": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})[0]
+    assert h1["verdict"] == "not shown" and "disagree" in h1["words"]
+
+
+def test_at_matched_mean_accuracy_mere_saturation_gains_no_stability():
+    logits = np.linspace(-2.5, -0.5, 9)
+    first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False)
+                     for shift in (0, 2))
+    got = measures.difference([first], [second])
+    assert got["pss"]["low"] > 0.1 and abs(got["pss_at_matched_mean"]["difference"]) < 0.06
+
+
+def test_several_training_seeds_of_an_arm_are_averaged_and_widen_its_interval():
+    runs = [results_of(np.full(9, level), seed) for seed, level in enumerate((0.3, 0.5, 0.7))]
+    one, all_three = measures.arm_draws(runs[1:2])["mean_accuracy"], measures.arm_draws(runs)["mean_accuracy"]
+    assert all_three[0] == pytest.approx(np.mean([run["mean_accuracy"] for run in runs]))
+    width = [np.subtract(*measures.interval(draws)[::-1]) for _, draws in (one, all_three)]
+    assert width[1] > 1.5 * width[0]
+
+
+def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
+    rng, covered = np.random.default_rng(2), 0
+    truth = [measures.pss(next(persona_tables(a, 400_000, 1, rng)).mean(axis=0)) for a in (BASE, RLVR)]
+    for run in range(200):
+        difficulty = rng.normal(size=(80, 1))
+        tables = [rng.random((80, 9)) < 1 / (1 + np.exp(-(difficulty + np.log(a / (1 - a))))) for a in (BASE, RLVR)]
+        counts = measures.resamples(80, 300, run)
+        a, b = (measures.bootstrap(table, counts, [run, i])["pss"] for i, table in enumerate(tables))
+        low, high = measures.interval(b - a)
+        covered += low <= truth[1] - truth[0] <= high
+    assert 0.9 <= covered / 200 <= 1, covered / 200
+
+
+@pytest.mark.parametrize("change, said", [({"seed": 1}, "seed"), ({"task": "u"}, "task"), ({"items": []}, "items"),
+                                          ({"personas": []}, "personas")])
+def test_runs_that_cannot_be_paired_are_refused(change, said):
+    run = results_of(BASE, 0)
+    with pytest.raises(ValueError, match=said):
+        measures.compare({"base": [run], "rlvr": [run | change]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, with a tiny random model behind the embedded model's tokenizer, and with the embedded model itself
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return weights.load("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def tiny(embedded):
+    """(a random 2-layer float32 model, the embedded model's tokenizer)."""
+    torch.manual_seed(0)
+    c = model_module.Config(vocab_size=embedded[0].c.vocab_size, hidden_size=32, intermediate_size=48, num_layers=2,
+                            num_heads=4, num_kv_heads=2, head_dim=8, rms_eps=1e-5, max_positions=2048, tied=True,
+                            activation="silu", windows=[0, 0], rope=embedded[0].c.rope[:2],
+                            stop_ids=embedded[0].c.stop_ids)
+    model = model_module.Transformer(c)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4) if weight.dim() > 1 else torch.nn.init.ones_(weight)
+    return model.eval(), embedded[1]
+
+
+def voices(*descriptions):
+    return [personas.Persona(name=d, text=f"You are {d}.", stratum="made up", split="test") for d in descriptions]
+
+
+PROBLEMS = [Problem(f"What is {i} + {i}?", str(2 * i), f"sum-{i}", ("small", "large")[i > 2]) for i in range(1, 6)]
+SPEAKERS = voices("a pirate", "a nurse", "a cook")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated")
+    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, seed=3, max_new_tokens=6, out=out,
+                                info={"model": "tiny", "task": "sums", "method": "base"}, samples=2, noise_floor=True)
+    return results, out
+
+
+def test_results_carry_what_the_design_names(evaluated):
+    results, out = evaluated
+    assert json.loads((out / "results.json").read_text()) == results
+    for name in measures.SCORES:
+        assert results[f"{name}_low"] <= results[name] + 1e-9 and results[name] <= results[f"{name}_high"] + 1e-9
+    assert {"model", "task", "seed", "command", "commit", "seconds", "lottery", "noise_floor"} <= set(results)
+    assert [row["name"] for row in results["personas"]] == ["none", "a pirate", "a nurse", "a cook"]
+    assert all(row["n"] == 5 and row["stratum"] for row in results["personas"])
+    assert len(results["lottery"]) == len(results["lottery_held_out"]) == 3  # none is no ticket of the lottery
+    assert not list(out.glob("*.part"))
+
+
+def test_p16_each_transcript_holds_the_answer_to_its_own_persona_and_problem(tiny, evaluated):
+    rows = [json.loads(line) for line in (evaluated[1] / "transcripts.jsonl").read_text().splitlines()]
+    greedy = [row for row in rows if row["temperature"] == 0]
+    assert len(greedy) == 20 and len(rows) == 20 + 40
+    for row in greedy[::3]:
+        persona = next((p for p in SPEAKERS if p.name == row["persona"]), None)
+        prompt = personas.prompt_ids(tiny[1], row["question"], persona)
+        alone = next(rollout.generate(tiny[0], [prompt], max_new_tokens=6, temperature=0.0))
+        assert tiny[1].decode(alone.tokens, skip_special_tokens=True) == row["answer"]
+
+
+def test_p26_evaluation_uses_the_training_template_verifier_and_sampler(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate.pool, "prompt_ids", lambda *a: seen.append(a[1:3]) or personas_prompt_ids(*a))
+    monkeypatch.setattr(evaluate.rewards, "verify", lambda gold, answer: verify(gold, f"It is {gold}."))
+    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, max_new_tokens=2)
+    assert results["mean_accuracy"] == 1 and results["pss"] == 1
+    assert seen == [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]
+
+
+personas_prompt_ids, verify = personas.prompt_ids, evaluate.rewards.verify
+
+
+def test_p26_pass_at_k_comes_with_intervals_and_rises_with_k(evaluated):
+    got = evaluate.pass_at_k([{"correct": c} for c in [0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 0, 0]], 2, 3, 0.7, 0)["k"]
+    assert list(got) == ["1", "2", "3"] and list(evaluated[0]["pass_at_k"]["k"]) == ["1", "2"]
+    assert [got[k]["none"] for k in got] == pytest.approx([1 / 3, 1 / 2, 1 / 2])  # items with 0 and 2 of 3 right
+    assert got["1"]["personas"] == pytest.approx(1 / 2) and got["1"]["none_low"] == 0
+
+
+def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, evaluated):
+    settings = {"max_new_tokens": 6, "temperature": 1.0}
+    first, again, other = (evaluate.ask(*tiny, PROBLEMS, SPEAKERS, 2, seed=seed, **settings) for seed in (3, 3, 4))
+    assert first == again and [r["answer"] for r in first] != [r["answer"] for r in other]
+
+
+@pytest.mark.parametrize("problems, speakers", [([], SPEAKERS), (PROBLEMS, []), (PROBLEMS, SPEAKERS + SPEAKERS[:1]),
+                                                (PROBLEMS, voices("none"))])
+def test_an_evaluation_of_nothing_or_of_two_personas_with_one_name_is_refused(tiny, problems, speakers):
+    with pytest.raises(ValueError, match="personas with different names"):
+        evaluate.evaluate(*tiny, problems, speakers)
+
+
+def vote(*answers):
+    """Transcripts of one item whose gold answer is 5."""
+    return [{"id": "1", "extracted": a, "correct": a == "5", "tokens": 10} for a in answers]
+
+
+@pytest.mark.parametrize("answers, right", [(("5", "5", "4"), 1), (("4", "5", "4"), 0), (("", "", "5"), 1),
+                                            (("", ""), 0), (("5", "4"), 1), (("4", "5"), 0)])
+def test_the_majority_wins_abstentions_do_not_count_and_the_first_wins_a_tie(answers, right):
+    assert evaluate.majority(vote(*answers)) == right
+
+
+def test_rivals_are_charged_for_every_token_they_spend():
+    rows = [{"id": str(i), "extracted": "5", "correct": persona != 1, "tokens": 10 * (1 + persona)}
+            for persona in range(3) for i in range(4)]
+    got = {row["name"]: (row["accuracy"], row["tokens_per_item"]) for row in evaluate.rivals(rows, rows[:8], 2, 0)}
+    assert got == {"no persona": (1, 10), "a persona at random": (0.5, 25),
+                   "best of 2 personas, picked on a held-out half": (1, 50 + 25),
+                   "majority of 2 personas": (1, 50), "majority of 2 samples without persona": (1, 30)}
+
+
+def test_a_sum_of_logprobs_equals_the_plain_forward_of_prompt_and_completion(tiny):
+    groups = [([5, 9, 2], [[7, 8], [1]]), ([4, 4, 4, 6], [[3, 2, 1, 9]])]
+    want = []
+    for prompt, completions in groups:
+        for completion in completions:
+            packed = model_module.pack([(prompt + completion[:-1], [completion[-1:]])], tiny[0].c)
+            last = model_module.completion_logprobs(tiny[0], packed)[0].item()
+            head = evaluate.total_logprobs(tiny[0], [(prompt, [completion[:-1]])])[0] if len(completion) > 1 else 0
+            want.append(head + last)
+    assert evaluate.total_logprobs(tiny[0], groups) == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("n, k", [(8, 8), (24, 8), (11, 4), (5, 2)])
+def test_candidates_are_k_different_personas_and_each_persona_is_asked_about_once(n, k):
+    got = list(evaluate.blocks(n, k, np.random.default_rng(0)))
+    assert sorted(np.concatenate([members for members, _ in got])) == list(range(n))
+    for members, candidates in got:
+        assert len(set(candidates)) == k and list(candidates[:len(members)]) == list(members)
+
+
+def test_identification_is_exactly_chance_where_all_personas_read_alike(tiny):
+    alike = [personas.Persona(name=str(i), text="You are someone.", stratum="x", split="test") for i in range(8)]
+    got, rows = evaluate.fidelity(*tiny, alike, ["How are you?", "Who is there?"], tiny[0], max_new_tokens=5)
+    assert got["persona_identification"] == pytest.approx(1 / 8) == got["chance"]
+    assert got["log_posterior"] == pytest.approx(math.log(1 / 8), abs=1e-4) and len(rows) == 16
+
+
+def test_identification_is_at_chance_on_answers_given_without_a_persona(tiny, monkeypatch):
+    asked, real = [f"Question {i}?" for i in range(12)], evaluate.sample
+
+    def without_persona(model, tokenizer, prompts, **sampling):
+        bare = [personas.prompt_ids(tokenizer, question, None) for question in asked for _ in range(8)]
+        assert len(bare) == len(prompts)
+        return real(model, tokenizer, bare, **sampling)
+
+    monkeypatch.setattr(evaluate, "sample", without_persona)
+    speakers = voices(*"pirate nurse cook judge monk clown spy king".split())
+    got, _ = evaluate.fidelity(*tiny, speakers, asked, tiny[0], max_new_tokens=5)
+    assert abs(got["persona_identification"] - 1 / 8) < 0.11  # 96 answers: three standard deviations
+
+
+def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(embedded):
+    speakers = voices("a pirate captain", "a five-year-old child", "a nuclear physicist", "a medieval knight",
+                      "a chef from Naples", "a cowboy in Texas", "a drill sergeant", "a Buddhist monk")
+    got, _ = evaluate.fidelity(*embedded, speakers, ["How was your day?", "What are you afraid of?"], embedded[0],
+                               max_new_tokens=24)
+    assert got["persona_identification"] >= 0.8 and got["style_shift_low"] > 0 and got["candidates"] == 8
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--task", "nowhere.jsonl"], "nowhere.jsonl"), (["--personas", "no.jsonl"], "no.jsonl"),
+    (["--limit", "0"], "problem"), (["--compare", "one"], "at least two"),
+    (["--compare", "a", "b", "--roles", "x"], "one name"),
+    (["--compare", "no_a", "no_b"], "no_a"), (["--model", "/nowhere/model"], "nowhere")])
+def test_a_users_mistake_is_one_line_and_exit_2(flags, said, capsys, tmp_path):
+    assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err and not (tmp_path / "out").exists()
+
+
+def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two():
+    run = [sys.executable, str(ROOT / "evaluate.py")]
+    got = subprocess.run([*run, "--personnas", "x"], capture_output=True, text=True)
+    assert got.returncode == 2 and "personnas" in got.stderr and "Traceback" not in got.stderr
+    with pytest.raises(SystemExit, match="0"):
+        evaluate.parse(["--help"])
+
+
+@pytest.mark.parametrize("prompt, question", [
+    ("plain", "1 + 1?"), ("cot", tasks.PROMPTS["cot"].format(question="1 + 1?")),
+    ("few-shot", "Question: What is 1 + 1?\nAnswer: 2\n\nQuestion: 1 + 1?\nAnswer:")])
+def test_a_problem_is_put_as_the_prompt_style_says(prompt, question):
+    problem = tasks.Problem(question="1 + 1?", answer="2", id="1", kind="sum")
+    (got,) = evaluate.put([problem], prompt, PROBLEMS[:1])
+    assert got.question == question and got.answer == "2"
+
+
+def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny, tmp_path):
+    asked = [{"persona": persona, "task": task, "question": "Well?"} for persona in ("A nurse", "A pirate")
+             for task in evaluate.judge.TASKS]
+    got = evaluate.personagym(*tiny, asked, evaluate.judge.local(*tiny), "tiny", tmp_path / "new", max_new_tokens=3)
+    rows = evaluate.read_lines(tmp_path / "new/personagym.jsonl")
+    assert [row["question"] for row in rows] == ["Well?"] * 10 and {row["score"] for row in rows} == {1}
+    assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"

@@ -1,0 +1,213 @@
+"""The decoder against transformers and against itself: packed, padded, prompt-shared, cached."""
+
+import math
+
+import pytest
+import torch
+
+import model as model_module
+import weights
+from model import Transformer, completion_logprobs, config_from_hf, pack
+from rollout import generate
+
+
+def logits_of(model, ids: list[int]) -> torch.Tensor:
+    packed = pack([(ids, [])], model.c)
+    return model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+
+
+def random_ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 99, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def groups_of(seed: int = 0):
+    """Three groups of unlike sizes; completions of length 0, 1 and more."""
+    sizes = [(9, [5, 1, 8]), (3, [0, 4]), (14, [7])]
+    return [(random_ids(p, seed + i), [random_ids(c, seed + 10 * i + j) for j, c in enumerate(cs)])
+            for i, (p, cs) in enumerate(sizes)]
+
+
+# -- against transformers ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_logits_equal_transformers(family):
+    ours, reference, _ = family
+    ids = random_ids(40)
+    assert (logits_of(ours, ids) - reference(torch.tensor([ids])).logits[0]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_greedy_continuation_equals_transformers(family):
+    ours, reference, _ = family
+    prompts = [random_ids(n, n) for n in (5, 23)]
+    done = sorted(generate(ours, prompts, max_new_tokens=64, temperature=0, stop_ids=[]), key=lambda c: c.index)
+    for prompt, completion in zip(prompts, done, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = reference.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None)
+        assert completion.tokens == theirs[0, len(prompt):].tolist()
+
+
+def test_gradients_of_every_parameter_equal_transformers(family):
+    ours, reference, _ = family
+    prompt, completion = random_ids(12), random_ids(20, 1)
+    ours.zero_grad()
+    completion_logprobs(ours, pack([(prompt, [completion])], ours.c))[0].mean().backward()
+    reference.zero_grad()
+    ids = torch.tensor([prompt + completion])
+    logprobs = reference(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+    logprobs[torch.arange(20), torch.tensor(completion)].mean().backward()
+    theirs = {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert (p.grad - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+
+
+@torch.no_grad()
+def test_a_saved_folder_is_the_same_model_to_transformers(family, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ours, reference, folder = family
+    weights.save(ours, AutoTokenizer.from_pretrained(folder), tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([random_ids(30)])
+    assert torch.equal(again(ids).logits, type(again).from_pretrained(folder, dtype=torch.float32)(ids).logits)
+    assert not list(tmp_path.glob(".out*"))
+
+
+@torch.no_grad()
+def test_the_embedded_model_equals_transformers(embedded, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours, tokenizer = embedded
+    weights.save(ours, tokenizer, tmp_path / "smol")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "smol", dtype=torch.float32)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 + 30?"}], return_dict=False,
+                                        add_generation_prompt=True)
+    theirs = reference(torch.tensor([ids])).logits[0]
+    assert (logits_of(ours, ids) - theirs).abs().max() <= 1e-3
+    done = next(generate(ours, [ids], max_new_tokens=24, temperature=0))
+    assert done.tokens == reference.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):].tolist()
+
+
+# -- against itself --------------------------------------------------------------------------------------------------
+
+
+def test_p1_a_label_moves_only_its_own_logprob(tiny):
+    model = tiny[0].double()
+    try:
+        prompt, completion = random_ids(6), random_ids(5, 1)
+        before = completion_logprobs(model, pack([(prompt, [completion])], model.c))[0]
+        whole = logits_of(model, prompt + completion).log_softmax(-1)
+        at = torch.arange(5, 10)
+        assert torch.allclose(before, whole[at, torch.tensor(completion)].float(), atol=1e-6)
+        changed = completion[:-1] + [completion[-1] % 90 + 5]
+        after = completion_logprobs(model, pack([(prompt, [changed])], model.c))[0]
+        assert torch.equal(before[:-1], after[:-1]) and before[-1] != after[-1]
+    finally:
+        model.float()
+
+
+def test_p3_packed_padded_shared_and_single_forwards_agree(family):
+    ours, reference, _ = family
+    groups = groups_of()
+    shared = completion_logprobs(ours, pack(groups, ours.c))[0]
+    plain = completion_logprobs(ours, pack([(p, [c]) for p, cs in groups for c in cs], ours.c))[0]
+    single = [completion_logprobs(ours, pack([(p, [c])], ours.c))[0] for p, cs in groups for c in cs]
+    assert (shared - plain).abs().max() <= 1e-5 and (shared - torch.cat(single)).abs().max() <= 1e-5
+    start = 0
+    for prompt, completion in ((p, c) for p, cs in groups for c in cs if c):
+        left = 32 - len(prompt) - len(completion)       # transformers, left padded with junk
+        ids = torch.tensor([[50] * left + prompt + completion])
+        seen = torch.tensor([[0] * left + [1] * (32 - left)])
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        logits = reference(ids, attention_mask=seen, position_ids=positions).logits[0, left + len(prompt) - 1:-1]
+        theirs = logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
+        assert (shared[start:start + len(completion)] - theirs).abs().max() <= 1e-5
+        start += len(completion)
+
+
+def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(tiny):
+    model, groups = tiny[0], groups_of()
+    weight = torch.randn(sum(len(c) for _, cs in groups for c in cs), generator=torch.Generator().manual_seed(0))
+
+    def gradients(batches):
+        model.zero_grad()
+        logprobs = torch.cat([completion_logprobs(model, pack(batch, model.c))[0] for batch in batches])
+        (logprobs * weight).sum().backward()
+        return {name: p.grad.double() for name, p in model.named_parameters()}
+
+    shared = gradients([groups])
+    for other in ([[(p, [c]) for p, cs in groups for c in cs]], [[group] for group in groups],
+                  [[(p, [c])] for p, cs in groups for c in cs]):
+        for name, grad in gradients(other).items():
+            assert (grad - shared[name]).norm() <= 1e-6 * shared[name].norm(), name
+
+
+def test_p17_sequences_of_a_pack_do_not_see_each_other(tiny):
+    model = tiny[0]
+    groups = groups_of()
+    before = completion_logprobs(model, pack(groups, model.c))[0]
+    (prompt, (first, *others)), *rest = groups
+    changed = [(prompt, [[t % 90 + 4 for t in first], *others]), *rest]
+    after = completion_logprobs(model, pack(changed, model.c))[0]
+    assert torch.equal(before[len(first):], after[len(first):])
+    assert not torch.equal(before[:len(first)], after[:len(first)])
+
+
+def test_recomputing_layers_changes_no_gradient(tiny):
+    model, packed = tiny[0], pack(groups_of(), tiny[0].c)
+    found = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        completion_logprobs(model, packed)[0].sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    model.checkpointing = False
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_prompt_is_forwarded_once_for_its_completions(tiny):
+    prompt, completions = random_ids(120), [random_ids(40, i) for i in range(8)]
+    packed = pack([(prompt, completions)], tiny[0].c)
+    assert len(packed.input_ids) == 120 + 8 * 39        # a completion's last token is only ever a target
+
+
+def test_llama3_scaling_keeps_short_and_slows_long_wavelengths():
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}
+    plain = model_module.inverse_frequencies(64, {"rope_theta": 10000.0})
+    scaled = model_module.inverse_frequencies(64, rope)
+    wavelength = 2 * math.pi / plain
+    assert torch.equal(scaled[wavelength < 16], plain[wavelength < 16])
+    assert torch.allclose(scaled[wavelength > 64], plain[wavelength > 64] / 8)
+
+
+def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
+    model = Transformer(tiny[0].c).to(torch.bfloat16)
+    ids = random_ids(20)
+    with torch.no_grad():
+        before = logits_of(model, ids)
+        with model.packed():
+            inside = logits_of(model, ids)
+        after = logits_of(model, ids)
+    assert torch.equal(before, after) and model.packed_head is None
+    assert (inside - before).abs().max() <= 0.05 * before.abs().max()
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, names", [({"model_type": "mixtral"}, "mixtral"), ({"hidden_act": "relu"}, "relu"),
+                                           ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn")])
+def test_what_is_not_supported_is_named(change, names):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig()
+    for key, value in change.items():
+        setattr(config, key, value)
+    with pytest.raises(ValueError, match=names):
+        config_from_hf(config)
+
+
+def test_an_empty_prompt_is_refused(tiny):
+    with pytest.raises(ValueError, match="no tokens"):
+        pack([([], [[3, 4]])], tiny[0].c)

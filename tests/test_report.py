@@ -1,0 +1,135 @@
+"""report.py: one file that opens offline, shows every number it was given, and shows text as text."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+import evaluate
+import report
+
+Problem = namedtuple("Problem", "question answer id kind")
+Persona = namedtuple("Persona", "name stratum")
+HOSTILE = '<script>document.title="taken"</script><img src="http://127.0.0.1:9/x.png">'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def arm(seed, method):
+    """(results, transcripts) of a made-up arm with hostile text in every place that takes text."""
+    rng, names = np.random.default_rng(seed), ["a pirate", "a nurse & poet", HOSTILE]
+    problems = [Problem(f"{i} + {i}? {HOSTILE}", str(2 * i), str(i), "sum" if i % 2 else HOSTILE) for i in range(12)]
+    rows = [{"persona": name, "id": p.id, "kind": p.kind, "question": p.question, "gold": p.answer, "answer": HOSTILE,
+             "correct": bool(rng.random() < 0.5), "tokens": 7, "extracted": "3", "sample": 0}
+            for name in ["none", *names] for p in problems]
+    results = evaluate.summary(evaluate.as_table(rows, 12), problems, [Persona(name, "x") for name in names], seed)
+    results |= {"model": "m", "task": "t", "method": method, "seed": 0, "max_new_tokens": 8, "command": HOSTILE,
+                "commit": "0" * 40, "inference_time_rivals": evaluate.rivals(rows, [], 3, 0),
+                "noise_floor": evaluate.floor(rows[:36], 12, 0.7, 0)}
+    hits = rng.random((5, 3)).round()
+    results["fidelity"] = {"chance": 0.5, "persona_identification": hits.mean(), "persona_identification_low": 0.1,
+                           "persona_identification_high": 0.9, "tables": {"persona_identification": hits.tolist()}}
+    spoken = [{"persona": name, "id": "roleplay-0", "kind": "roleplay", "question": "How are you?",
+               "answer": f"As {name}."} for name in names]
+    return results, rows + spoken
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The folder of one arm's evaluation inside a run that has learning curves."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "config.json").write_text("{}")
+    rows = [{"step": i, "reward": i / 9, "entropy": 1.0, "completion_length": None} for i in range(9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.write(*arm(0, "rlvr"), run / "evaluation/after")
+    return run / "evaluation/after"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The folder of a comparison of three arms."""
+    top = tmp_path_factory.mktemp("arms")
+    for seed, method in enumerate(("base", "rlvr", "permix")):
+        evaluate.write(*arm(seed, method), top / method)
+    evaluate.compare([top / method for method in ("base", "rlvr", "permix")], top / "all")
+    return top / "all"
+
+
+def pages(single, several):
+    return [(folder / "report.html").read_text() for folder in (single, several)]
+
+
+def test_the_report_fetches_nothing_and_runs_nothing(single, several):
+    for page in pages(single, several):
+        shown = re.sub(r"&lt;.*?&gt;", "", page)  # the hostile text, which is shown and links to nothing
+        links = re.findall(r"""(?:src|href|url|action|@import)\s*[=(]\s*["']?([^"')\s>]+)""", shown)
+        assert links and all(link.startswith(("#", "data:,")) for link in links)
+        assert not re.search(r"<(script|iframe|object|embed|base|meta http)", page)
+
+
+def test_text_from_models_and_files_is_shown_as_text(single, several):
+    for page in pages(single, several):
+        assert HOSTILE not in page and "&lt;script&gt;" in page and "a nurse &amp; poet" in page
+
+
+def test_every_persona_and_score_is_in_the_page_with_its_interval(single):
+    page, results = (single / "report.html").read_text(), json.loads((single / "results.json").read_text())
+    assert all(row["name"].split("<")[0] in page for row in results["personas"] if row["name"] != "a nurse & poet")
+    for name in ("pss", "mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy"):
+        assert f"{results[name]:.3f} [{results[name + '_low']:.3f}, {results[name + '_high']:.3f}]" in page
+    assert all(row["name"] in page for row in results["inference_time_rivals"])
+
+
+def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):
+    page, comparison = (several / "report.html").read_text(), json.loads((several / "comparison.json").read_text())
+    assert [h["name"] for h in comparison["hypotheses"]] == ["H1", "H2", "H3", "H4", "H5", "H6"]
+    assert all(h["claim"] in page and f">{h['verdict']}</span>" in page for h in comparison["hypotheses"])
+    assert all(f"{label} as " in page for label in ("base", "rlvr", "permix"))  # transcripts side by side
+
+
+def test_plots_follow_the_readers_colour_scheme(single):
+    body = (single / "report.html").read_text().split("</style></head>")[1]
+    assert body.count("<svg") == 4 and "var(--ink)" in body
+    assert not [colour for colour in report.LIGHT.values() if colour in body]
+
+
+def test_each_plot_is_written_as_png(single, several):
+    wanted = {single: ["accuracy_per_persona", "persona_and_problem_kind", "the_persona_lottery", "learning_curves"],
+              several: ["the_persona_lottery", "stability_against_fidelity"]}
+    for folder, names in wanted.items():
+        assert sorted(f.stem for f in folder.glob("*.png")) == sorted(names)
+        assert all((folder / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in names)
+
+
+def test_bars_and_points_stand_at_the_numbers_given():
+    results, _ = arm(0, "rlvr")
+    fig = report.bars(results)
+    widths = [bar.get_width() for bar in fig.axes[0].patches]
+    assert widths == sorted(row["accuracy"] for row in results["personas"])
+    points = report.tradeoff({"rlvr": results}).axes[0].containers[0].lines[0].get_xydata()
+    assert points.tolist() == [[results["pss"], results["fidelity"]["persona_identification"]]]
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        report.write_atomically(tmp_path / "a.json", "x" * 10_000 + "\ud800")
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desktop"])
+def test_chromium_opens_the_report_without_an_error_and_nothing_runs_over_the_edge(single, width, tmp_path):
+    page = (single / "report.html").read_text()
+    probe = ("<script>document.title = innerWidth + ' ' + document.documentElement.scrollWidth</script></body>")
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe))  # the page has no script of its own
+    got = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+         "--disable-component-update", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'probe.html'}"],
+        capture_output=True, text=True, timeout=60)
+    inner, wide = map(int, re.search(r"<title>(\d+) (\d+)</title>", got.stdout).groups())
+    assert wide <= inner and "CONSOLE" not in got.stderr and "ERR_" not in got.stderr

@@ -1,0 +1,338 @@
+"""The verifier: right on a labelled corpus (P23), safe against hostile answers (P24), not fooled by format (P25)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import Verifier, Worker, extract, load_reward, verify
+from verifier.parse import parse
+from verifier.text import NotMath, TooBig
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared/data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the shared data sets are not at {DATA}")
+CORPUS = [json.loads(line) for line in (ROOT / "tests/verifier_corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def lines(name):
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def verdict(gold, answer):
+    return verify(gold, answer).verdict
+
+
+def run(*args):
+    command = [sys.executable, str(ROOT / "rewards.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+# -- P23: right --------------------------------------------------------------------------------------------------------
+
+
+def test_p23_the_corpus_has_no_false_positive_and_99_percent_are_right():
+    wrong = [(row, verify(row["gold"], row["answer"])) for row in CORPUS
+             if (verdict(row["gold"], row["answer"]) == "correct") != row["correct"]]  # fmt: skip
+    assert not [row for row in wrong if not row[0]["correct"]], "false positives"
+    assert len(wrong) <= 0.01 * len(CORPUS), wrong
+
+
+def test_p23_the_corpus_is_large_and_every_class_has_both_labels():
+    assert len(CORPUS) >= 500
+    labels = {(row["class"], row["correct"]) for row in CORPUS}
+    assert {(name, label) for name, _ in labels for label in (True, False)} == labels
+
+
+@needs_data
+def test_p23_every_gsm8k_gold_is_right_against_itself_and_its_own_solution():
+    for row in lines("gsm8k_train.jsonl"):
+        gold = row["answer"].split("####")[1].strip()
+        assert verdict(gold, gold) == verdict(gold, row["answer"]) == verdict(row["answer"], gold) == "correct", row
+
+
+@needs_data
+def test_p23_every_math500_gold_is_right_in_a_box_and_in_a_sentence():
+    for row in lines("math500_half.jsonl"):
+        gold = row["answer"]
+        for answer in (gold, rf"We find $x$, so \boxed{{{gold}}}.", f"The answer is ${gold}$."):
+            assert verdict(gold, answer) == "correct", (gold, answer, verify(gold, answer))
+
+
+@needs_data
+def test_p23_another_problems_gold_is_right_only_where_unit_is_all_that_differs():
+    golds = sorted({row["answer"] for row in lines("math500_half.jsonl")})
+    pairs = [(a, b) for i, a in enumerate(golds) for b in golds[i % 7 :: 7] if a != b]
+    same = {frozenset(pair) for pair in pairs if verdict(pair[0], rf"\boxed{{{pair[1]}}}") != "wrong"}
+    assert same <= {frozenset(pair) for pair in (("36", r"\$36"), ("36", r"36^\circ"), ("15", r"15\mbox{ cm}^2"))}
+
+
+def test_p23_a_percent_accepts_fraction_and_number_but_a_fraction_not_the_number():
+    assert verdict(r"50\%", "0.5") == verdict(r"50\%", "50") == verdict("0.5", r"50\%") == "correct"
+    assert verdict("0.5", "50") == verdict(r"50\%", r"0.5\%") == verdict("0.5", r"0.5\%") == "wrong"
+
+
+def test_p23_interval_ends_and_base_subscripts_count():
+    assert verdict("[2, 5)", "2 \\le x < 5") == verdict("101_2", "101_{2}") == "correct"
+    assert verdict("[2, 5)", "(2, 5]") == verdict("[2, 5)", "[2, 5]") == verdict("101_2", "101") == "wrong"
+
+
+def test_p23_a_rounded_or_almost_equal_value_is_wrong():
+    assert verdict(r"\frac13", "0.3333") == verdict(r"\pi", "3.14159") == "wrong"
+    assert verdict(r"\sqrt2", r"\sqrt2+10^{-90}") == verdict("2^{1000}", "2^{1000}+1") == "wrong"
+
+
+def test_p23_points_of_both_signs_tell_x_from_its_absolute_value():
+    assert verdict("|x|", r"\sqrt{x^2}") == "correct"
+    assert verdict("x", r"\sqrt{x^2}") == "wrong"
+
+
+def test_a_verdict_does_not_depend_on_when_it_is_asked():
+    pair = (r"\frac{x+1}{x-1}", r"\boxed{1+\frac{2}{x-1}}")
+    assert {verify(*pair) for _ in range(20)} == {verify(*pair)}
+
+
+# -- P24: safe ---------------------------------------------------------------------------------------------------------
+
+TOUCH = "open('{0}/pwned','w')"
+HOSTILE = [
+    r"\boxed{5^{(5^{(5^{(5^5)})}-4)}}", r"\boxed{9^{9^{9^9}}}", r"\boxed{10^{10^{10}}}", r"\boxed{10^{-10^{10}}}",
+    r"\boxed{99999!}", r"\boxed{(10^9)!}", r"\boxed{((3!)!)!}", r"\boxed{(((3!)!)!)!}",
+    r"\boxed{\binom{10^9}{5\cdot10^8}}",
+    r"\boxed{\binom{2000}{1000}^{2000}}", r"\boxed{\sqrt[1000000]{2}}", r"\boxed{\sqrt[10^9]{2^{10^9}}}",
+    r"\boxed{\sin(10^{290})}", r"\boxed{\tan(10^{10^5})}", r"\boxed{(x+1)^{10000}}", r"\boxed{x^{x^{x^{x^x}}}}",
+    r"\boxed{e^{e^{e^{e^e}}}}", r"\boxed{\log_{1}5}", r"\boxed{\frac{1}{0}}", r"\boxed{0^{-1}}", r"\boxed{\ln(0)}",
+    r"\boxed{1e9999}", r"\boxed{1e-9999}", r"\boxed{1e99999999}", r"\boxed{1_{99}}",
+    r"\boxed{\gcd(10^{9000},6^{9000})}",
+    r"\boxed{(x+y+z)^{1000}-(x+y+z)^{999}}", r"\boxed{\ln(-x^2)^{\ln(-y^2)}}",
+    "\\boxed{" + "9^{" * 50 + "9" + "}" * 51, "\\boxed{" + "(" * 10**4 + "1" + ")" * 10**4 + "}",
+    "\\boxed{" + "{" * 10**4 + "1" + "}" * 10**4 + "}", "(" * 10**4, "\\boxed{" * 10**4, "\\boxed{" * 5000 + "}" * 5000,
+    "\\frac{1}{" * 5000 + "2" + "}" * 5000, "\\boxed{" + "-" * 1900 + "1}", "\\boxed{" + "\\sqrt " * 300 + "2}",
+    "\\boxed{" + "\\sin " * 390 + "2}", "\\boxed{" + "1+" * 290 + "1}", "\\boxed{" + "x^" * 290 + "1}",
+    "\\boxed{" + "|" * 900 + "}", "\\boxed{" + "2!" * 290 + "}", "\\boxed{5" + "!" * 500 + "}",
+    "\\boxed{" + "\\pm1" * 50 + "}",
+    "\\boxed{" + "9" * 1500 + "}", "\\boxed{" + "9" * 5000 + "}", "\\boxed{0." + "3" * 1500 + "}",
+    "\\boxed{" + ",".join(f"\\sqrt{{{i}}}" for i in range(2, 70)) + "}",
+    "\\boxed{" + "+".join(f"\\sqrt{{{i}}}" for i in range(2, 110)) + "}",
+    "\\boxed{" + "+".join(f"\\frac{{1}}{{{i}^{{99}}}}" for i in range(2, 90)) + "}",
+    "\\boxed{" + "\\cup".join(f"({i},{i + 1})" for i in range(90)) + "}", "\\begin{pmatrix}" * 500,
+    "7" * 10**6, "a" * 10**6, "1," * 500_000, "wait " * 200_000, "answer is " * 100_000, "$" * 10**6, "\\(" * 500_000,
+    "####\n" * 200_000, "1 or " * 250_000, "\\" * 10**5, "{" * 10**5, "\\left" * 10**4, "_" * 10**4,
+    f"__import__('os').system(\"{TOUCH}\")", f"\\boxed{{{TOUCH}}}", f"exec(\"{TOUCH}\")",
+    "\\boxed{[x for x in range(10**9)]}",
+    "\\boxed{().__class__.__bases__[0].__subclasses__()}", "\\boxed{lambda: 1}", "\x00\x01\x02\x1b[31m9\x1b[0m",
+    "\\boxed{\ud800}", "\udfff", "\u202e9", "\\boxed{\x00}", "\n" * 10**5,
+]  # fmt: skip
+
+
+def test_p24_hostile_answers_get_verdicts_within_512_mb_and_the_next_answer_is_right(tmp_path):
+    """In a process of its own under a memory limit, which a hang, a crash or a memory hog would end."""
+    rows = [{"gold": gold, "answer": text.replace("{0}", str(tmp_path))}
+            for text in HOSTILE for gold in ("7", r"\sqrt2+\sqrt3", "x^2+1")]  # fmt: skip
+    rows = [row for hostile in rows for row in (hostile, {"gold": "7", "answer": r"\boxed{7}"})]
+    (tmp_path / "in").mkdir()
+    pairs = tmp_path / "in/pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    limited = f"ulimit -v {512 * 1024}; exec '{sys.executable}' '{ROOT}/rewards.py' --jsonl '{pairs}'"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    verdicts = [json.loads(line)["verdict"] for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(HOSTILE) >= 60 and len(verdicts) == len(rows)
+    assert "correct" not in verdicts[::2] and set(verdicts[1::2]) == {"correct"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"], "an answer created a file"
+
+
+def test_p24_a_late_worker_is_killed_and_replaced_and_only_its_own_pair_suffers():
+    worker = Worker(memory_mb=512)
+    try:
+        assert worker.ask("1", "1", 10.0).verdict == "correct"
+        pid = worker.process.pid
+        late = worker.ask(r"\ln(-x^2)", r"\ln(-x^4)-\ln(x^2)", 0.001)
+        assert late.verdict == "unverifiable" and "no verdict within" in late.rule
+        assert worker.process.pid != pid
+        assert worker.ask("1/2", "0.5", 10.0).verdict == "correct"
+    finally:
+        worker.stop()
+
+
+def test_p24_a_worker_that_dies_by_itself_costs_no_pair_its_verdict():
+    worker = Worker(memory_mb=512)
+    try:
+        assert worker.ask("1", "1", 10.0).verdict == "correct"
+        os.kill(worker.process.pid, signal.SIGKILL)
+        assert worker.ask("1/2", "0.5", 10.0).verdict == "correct"
+    finally:
+        worker.stop()
+
+
+def test_p24_workers_decide_what_is_too_long_or_undecidable_for_the_trainers_process():
+    roots = [rf"\sqrt{{{n}}}" for n in range(2, 58)]
+    long_list = ",".join(roots), rf"\boxed{{{','.join(reversed(roots))}}}"
+    never_real = r"\ln(-x^2)+0", r"\boxed{\ln(-x\cdot x)}"
+    assert verdict(*long_list) == verdict(*never_real) == "unverifiable"
+    with Verifier(workers=1, timeout_s=20.0) as verifier:
+        futures = [verifier.submit(*long_list), verifier.submit(*never_real)]
+        assert [f.result(60).verdict for f in futures] == ["correct", "correct"]
+        assert verifier.counts == {"correct": 2, "wrong": 0, "unverifiable": 0}
+
+
+def test_p24_no_future_is_left_waiting_where_no_worker_can_be_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with Verifier(workers=1) as verifier:
+        hard, easy = verifier.submit(r"\ln(-x^2)+0", r"\boxed{\ln(-x\cdot x)}"), verifier.submit("1/2", "0.5")
+        assert hard.result(30).verdict == "unverifiable" and "no worker" in hard.result().rule
+        assert easy.result(30).verdict == "correct"
+
+
+def test_p24_a_trainer_without_a_main_guard_and_its_threads_can_verify(tmp_path):
+    """Workers must not import the trainer again (spawn would), nor need its main thread (an alarm would)."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import threading\nfrom rewards import Verifier\nprint('imported')\n"
+        "verifier = Verifier(workers=1, timeout_s=20)\n"
+        "def ask(n): print(verifier.verify(r'\\ln(-x^2)+%d' % n, r'\\boxed{\\ln(-x\\cdot x)+%d}' % n).verdict)\n"
+        "threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\nverifier.close()\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert Counter(done.stdout.split()) == {"imported": 1, "correct": 3}, done.stderr
+
+
+def test_p24_workers_end_with_their_parent(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from rewards import Worker; w = Worker(512); " \
+             "w.ask('1', '1', 9.0); print(w.process.pid, flush=True); import os; os._exit(0)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    pid = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+        if state.startswith("Z"):  # ended, and nobody in this container collects orphans
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+FRAGMENTS = st.sampled_from([*"0123456789xyei()[]{}|,;:+-*/^_!%$=<>&. \n", r"\frac", r"\sqrt", r"\boxed{", r"\text{",
+                             r"\pm", r"\{", r"\}", r"\cup", r"\infty", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\",
+                             r"\sin", r"\log_", r"^\circ", r"\pi", "½", "√", "−", "²", "####", "the answer is ", " cm",
+                             r"\le", r"\binom", r"\overline", " or ", "10^", r"\cdot", "wait"])  # fmt: skip
+
+FORMULAS = st.lists(FRAGMENTS, max_size=25).map("".join)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.text(max_size=60) | FORMULAS, FORMULAS)
+def test_p24_any_text_gives_a_verdict_and_never_an_exception(gold, answer):
+    for text in (answer, rf"\boxed{{{answer}}}", f"The answer is {answer}."):
+        assert verdict(gold, text) in ("correct", "wrong", "unverifiable")
+
+
+@settings(max_examples=300, deadline=None)
+@given(FORMULAS)
+def test_p24_the_parser_refuses_with_its_own_errors_only(text):
+    try:
+        assert isinstance(parse(text), tuple)
+    except (NotMath, TooBig):
+        pass
+
+
+# -- P25: not fooled by format -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("answer", "expected"), [
+    (r"\boxed{6} then \boxed{7}", "correct"), (r"\boxed{7} then \boxed{6}", "wrong"),
+    (r"\boxed{7", "wrong"), (r"7, so \boxed{}", "wrong"), (r"\boxed{7} \boxed{}", "wrong"),
+    (r"\boxed{7} or \boxed{8", "correct"),
+    (r"\boxed{5, 6, 7}", "wrong"), (r"\boxed{6 \text{ or } 7}", "wrong"), ("The answer is 6 or 7.", "wrong"),
+    (r"\boxed{answer}", "wrong"), (r"Write it as \boxed{your answer}. It is 7.", "wrong"), (r"\fbox{7}", "correct"),
+    ("It is not 7.", "wrong"), ("The answer is 7. Wait, the answer is 6.", "wrong"), ("#### 7\n#### 6", "wrong"),
+])  # fmt: skip
+def test_p25_the_form_of_an_answer_earns_nothing(answer, expected):
+    assert verdict("7", answer) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (r"\boxed{\frac{1}{\sqrt{2}}}", (r"\frac{1}{\sqrt{2}}", "box")), (r"\boxed{\boxed{3}}", ("3", "box")),
+    (r"\boxed{\{1, 2\}}", (r"\{1, 2\}", "box")), ("so\n#### 1,234", ("1,234", "####")),
+    ("The answer is 3/4, which is less than 1.", ("3/4", "statement")),
+    ("Arr, that be 42 doubloons!", ("42", "last number")),
+    ("x = -3", ("x = -3", "whole")), (r"\boxed{1", ("", "unclosed box")), ("No idea", ("No idea", "whole text")),
+])  # fmt: skip
+def test_p25_the_verdict_names_the_rule_that_found_the_answer(text, expected):
+    assert extract(text) == expected
+    assert verify("1", text).rule.startswith(expected[1])
+
+
+def test_p25_an_answer_that_cannot_be_checked_is_counted_apart_from_a_wrong_one():
+    with Verifier(workers=1) as verifier:
+        for answer in (r"\boxed{7}", r"\boxed{8}", r"\boxed{5^{5^{5^{5^5}}}}"):
+            verifier.verify("7", answer)
+    assert verifier.counts == {"correct": 1, "wrong": 1, "unverifiable": 1}
+
+
+# -- rewards and doors -------------------------------------------------------------------------------------------------
+
+
+def test_correctness_is_1_or_0_and_the_format_reward_adds_a_tenth_for_exactly_one_box():
+    problem = SimpleNamespace(question="3+4", answer="7")
+    for answer, correct, with_format in [("7", 1.0, 1.0), ("8", 0.0, 0.0), (r"\boxed{5^{5^{5^{5^5}}}}", 0.0, 0.1),
+                                         (r"\boxed{7}", 1.0, 1.1), (r"\boxed{8}\boxed{7}", 1.0, 1.0),
+                                         (r"\boxed{}", 0.0, 0.0)]:  # fmt: skip
+        assert rewards.correctness(problem, answer) == correct
+        assert rewards.boxed_format(problem, answer) == with_format
+
+
+def test_a_users_reward_is_found_by_module_and_function(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def short(problem, text):\n    return 1.0 / len(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_reward("my_rewards:short")(None, "abcd") == 0.25
+    assert load_reward("rewards:correctness") is rewards.correctness
+
+
+@pytest.mark.parametrize(("spec", "says"), [("rewards", "module:function"), ("no_such_module:f", "cannot import"),
+                                            ("rewards:no_such", "no function"), (":f", "module:function")])  # fmt: skip
+def test_a_reward_that_does_not_exist_is_a_value_error_that_says_which_part(spec, says):
+    with pytest.raises(ValueError, match=says):
+        load_reward(spec)
+
+
+def test_the_command_line_prints_one_word_for_a_pair():
+    assert run("--gold", "1/2", "--answer", r"\boxed{0.5}").stdout == "correct\n"
+    assert run("--gold", "7", "--answer", r"\boxed{5^{5^{5^{5^5}}}}").stdout == "unverifiable\n"
+
+
+def test_the_command_line_adds_verdict_and_milliseconds_to_each_line_in_order(tmp_path):
+    rows = [{"gold": str(n), "answer": str(n % 3), "id": n} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    out = [json.loads(line) for line in run("--jsonl", str(tmp_path / "pairs.jsonl")).stdout.splitlines()]
+    assert [{k: r[k] for k in ("gold", "answer", "id")} for r in out] == rows
+    assert [r["verdict"] for r in out] == ["correct"] * 3 + ["wrong"] * 3
+    assert all(r["ms"] >= 0 for r in out)
+
+
+@pytest.mark.parametrize("args", [["--gold", "1"], ["--unknown"], ["--jsonl", "/no/such/file"], ["--jsonl", "BAD"]])
+def test_a_users_mistake_is_one_line_and_exit_2(args, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"gold": 1}\n')
+    done = run(*[str(tmp_path / "bad.jsonl") if a == "BAD" else a for a in args])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if not line.startswith(("usage:", "  "))]) == 1, done.stderr
+
+
+def test_without_flags_the_verifier_shows_a_short_tour():
+    done = run()
+    assert done.returncode == 0
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"correct", "wrong", "unverifiable"}

@@ -1,0 +1,262 @@
+"""tasks.py: generated problems are right and disjoint, files are read or refused, the training order is fixed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared/data"
+
+
+def write(folder: Path, *rows) -> str:
+    """A .jsonl of rows, each an object or a line as it is."""
+    path = folder / "problems.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def shared(name: str) -> str:
+    if not (SHARED / name).is_file():
+        pytest.skip(f"no {SHARED / name}")
+    return str(SHARED / name)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def test_one_step_answers_follow_from_the_numbers_in_the_question():
+    operation = {"add": lambda x, y: x + y, "subtract": lambda x, y: abs(x - y), "multiply": lambda x, y: x * y,
+                 "divide": lambda x, y: max(x, y) / min(x, y)}
+    problems = [p for p in tasks.load("arithmetic", "all", limit=4000) if p.kind != "two-step"]
+    assert len(problems) > 3000
+    for problem in problems:
+        assert int(problem.answer) == operation[problem.kind](*numbers(problem.question)), problem
+
+
+# How the numbers of each two-step template combine, in the order they are read.
+TWO_STEP = {
+    r"buys \d+ more and then loses": lambda x, y, z: x + y - z,
+    r"What is \d+ \+ \d+ - ": lambda x, y, z: x + y - z,
+    r"What is \d+ \* \d+ \+ ": lambda x, y, z: x * y + z,
+    r"boxes with \d+ \w+ each and \d+ loose": lambda x, y, z: x * y + z,
+    r"tickets for \d+ dollars each and a drink": lambda x, y, z: x * y + z,
+    r"gave away \d+ and then found": lambda x, y, z: x - y + z,
+    r"Together they give": lambda x, y, z: x + y - z,
+    r"shelves with \d+ books each. It sells": lambda x, y, z: x * y - z,
+}
+
+
+def test_two_step_answers_follow_from_the_numbers_in_the_question():
+    problems = [p for p in tasks.load("arithmetic", "all", limit=3000) if p.kind == "two-step"]
+    seen = set()
+    for problem in problems:
+        [pattern] = [pattern for pattern in TWO_STEP if re.search(pattern, problem.question)]
+        seen.add(pattern)
+        assert int(problem.answer) == TWO_STEP[pattern](*numbers(problem.question)), problem
+    assert seen == set(TWO_STEP)
+
+
+def test_there_are_forty_templates_of_five_kinds_and_mostly_one_step_problems():
+    assert sum(map(len, tasks.TEMPLATES.values())) >= 40
+    kinds = Counter(problem.kind for problem in tasks.load("arithmetic", "train", limit=2000))
+    assert set(kinds) == {"add", "subtract", "multiply", "divide", "two-step"}
+    assert min(kinds.values()) > 200 and kinds["two-step"] < 400
+
+
+def test_answers_are_small_and_not_negative():
+    assert all(0 <= int(problem.answer) < 200 for problem in tasks.load("arithmetic", "all", limit=5000))
+
+
+def test_no_brace_of_a_template_is_left_in_a_question():
+    assert not [p for p in tasks.load("arithmetic", "all", limit=2000) if "{" in p.question or "}" in p.question]
+
+
+def problem_without_names(problem) -> str:
+    """What decides the split: the template and its numbers. Names and objects don't make a problem another one."""
+    return re.sub("|".join(rf"\b{word}\b" for word in tasks.NAMES + tasks.OBJECTS), "_", problem.question)
+
+
+def test_p26_train_and_test_problems_are_disjoint_whatever_the_seeds():
+    train = {problem_without_names(p) for seed in (0, 1) for p in tasks.load("arithmetic", "train", seed, 6000)}
+    test = {problem_without_names(p) for seed in (0, 1) for p in tasks.load("arithmetic", "test", seed, 3000)}
+    assert train and test and not train & test
+
+
+def test_a_split_repeats_no_problem_and_no_id():
+    problems = tasks.load("arithmetic", "train", limit=5000)
+    assert len({problem_without_names(p) for p in problems}) == len({p.id for p in problems}) == 5000
+
+
+def test_the_same_seed_gives_the_same_problems_in_another_process():
+    code = "import tasks; print([p.question for p in tasks.load('arithmetic', 'train', 3, 40)])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"},
+                         capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str([p.question for p in tasks.load("arithmetic", "train", 3, 40)])
+    assert out.strip() != str([p.question for p in tasks.load("arithmetic", "train", 4, 40)])
+
+
+def test_a_larger_limit_only_adds_problems():
+    assert tasks.load("arithmetic", "test", limit=300)[:50] == tasks.load("arithmetic", "test", limit=50)
+
+
+def test_more_problems_than_there_are_is_an_error_instead_of_an_endless_loop(monkeypatch):
+    monkeypatch.setattr(tasks, "TEMPLATES", {"multiply": [(1, "What is {p} * {q}?")]})
+    with pytest.raises(ValueError, match="hardly more than 121 all problems; lower the limit"):
+        tasks.load("arithmetic", "all", limit=122)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_file_without_splits_trains_on_the_first_seven_tenths_and_tests_on_the_rest(tmp_path):
+    path = write(tmp_path, *({"question": f"Question {i}?", "answer": i} for i in range(10)))
+    assert [p.answer for p in tasks.load(path, "train")] == [str(i) for i in range(7)]
+    assert [p.answer for p in tasks.load(path, "test")] == ["7", "8", "9"]
+    assert len(tasks.load(path, "all")) == 10 and len(tasks.load(path, "all", limit=4)) == 4
+
+
+def test_a_line_s_split_decides_where_it_goes(tmp_path):
+    path = write(tmp_path, {"question": "a", "answer": "1", "split": "test"},
+                 {"question": "b", "answer": "2", "split": "train"})
+    assert tasks.load(path, "train")[0].question == "b" and tasks.load(path, "test")[0].question == "a"
+
+
+def test_a_file_where_only_some_lines_have_a_split_is_refused(tmp_path):
+    path = write(tmp_path, {"question": "a", "answer": "1", "split": "test"}, {"question": "b", "answer": "2"})
+    with pytest.raises(ValueError, match="1 of 2 problems have a `split`"):
+        tasks.load(path, "train")
+
+
+def test_gold_id_and_kind_are_read_from_the_usual_fields(tmp_path):
+    path = write(tmp_path, {"problem": "p", "answer": "5 * 3 = <<5*3=15>>15\n#### 15", "type": "Sum", "id": "x-1"},
+                 "", {"question": "q", "answer": "\\frac{1}{2}", "subject": "Algebra", "unique_id": "u"},
+                 {"question": "r\u2028s", "answer": 2.5})
+    assert tasks.load(path, "all") == [tasks.Problem("p", "15", "x-1", "Sum"),
+                                       tasks.Problem("q", "\\frac{1}{2}", "u", "Algebra"),
+                                       tasks.Problem("r\u2028s", "2.5", "4", "problems")]
+
+
+@pytest.mark.parametrize("bad, says", [
+    ('{"question": "q"}', "no `answer`"), ('{"question": "q", "answer": null}', "no `answer`"),
+    ('{"question": "q", "answer": " "}', "no `answer`"), ('{"question": "q", "answer": true}', "no `answer`"),
+    ('{"question": "q", "answer": "so it is\\n#### "}', "no `answer`"), ('{"answer": "1"}', "no `question`"),
+    ('{"question": 5, "answer": "1"}', "no `question`"), ('["q", "1"]', "not an object"),
+    ('{"question": "q", "ans', "not JSON"), ("\udcff", "not JSON"),
+])
+def test_a_bad_line_is_an_error_of_one_line_that_names_file_and_number(tmp_path, bad, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"question": "fine", "answer": "1"}\n\n' + bad.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {says}")) as error:
+        tasks.load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_file_and_an_empty_split_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="holds no problem"):
+        tasks.load(write(tmp_path), "test")
+    with pytest.raises(ValueError, match="no problem in its train split"):
+        tasks.load(write(tmp_path, {"question": "q", "answer": "1", "split": "test"}), "train")
+
+
+def test_svamp_is_split_as_prescribed():
+    path = shared("svamp.jsonl")
+    train, test = tasks.load(path, "train"), tasks.load(path, "test")
+    assert (len(train), len(test)) == (700, 300)
+    assert train[0].kind == "Subtraction" and train[0].answer == "51" and test[0].id == "chal-701"
+
+
+def test_gsm8k_s_golds_are_what_follows_the_hashes():
+    golds = [p.answer for p in tasks.load(shared("gsm8k_train.jsonl"), "all")]
+    assert len(golds) == 7473 and all(re.fullmatch(r"-?[\d,.]+", gold) for gold in golds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub and the command line
+
+
+def test_rows_of_the_hub_datasets_become_problems():
+    row = {"Body": "Ann has 3 pens. ", "Question": "How many?", "Answer": "3.0", "ID": "chal-9", "Type": "Addition"}
+    assert tasks.problem_of("svamp", row, 0) == tasks.Problem("Ann has 3 pens. How many?", "3", "chal-9", "Addition")
+    row = {"question": "q", "answer": "work\n#### 1,200"}
+    assert tasks.problem_of("gsm8k", row, 7) == tasks.Problem("q", "1,200", "7", "gsm8k")
+    row = {"problem": "p", "solution": "\\boxed{1}, so \\boxed{\\frac{1}{2}}.", "type": "Algebra", "level": "Level 1"}
+    assert tasks.problem_of("math", row, 2) == tasks.Problem("p", "\\frac{1}{2}", "2", "Algebra")
+    assert tasks.problem_of("math", row | {"solution": "no box"}, 2) is None
+    row = {"problem": "p", "answer": "4", "unique_id": "test/1.json", "subject": "Geometry"}
+    assert tasks.problem_of("math500", row, 0) == tasks.Problem("p", "4", "test/1.json", "Geometry")
+
+
+def test_math500_cannot_be_trained_on():
+    with pytest.raises(ValueError, match="no train split"):
+        tasks.load("math500", "train")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--task", "svamp"], "--task FILE.jsonl"), (["--task", "svmp"], "did you mean svamp?"),
+    (["--task", "nowhere.jsonl"], "no file nowhere.jsonl"), (["--limit", "0"], "give 1 or more"),
+    (["--taks", "svamp"], "unrecognized arguments"),
+])
+def test_a_user_s_mistake_or_no_network_ends_in_one_line_and_exit_code_2(tmp_path, flags, says):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "tasks.py", *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 or "usage:" in done.stderr
+
+
+def test_an_unknown_split_is_an_error():
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        tasks.load("arithmetic", "dev")
+
+
+def test_the_command_prints_problems_with_their_answers():
+    out = subprocess.run([sys.executable, "tasks.py", "--limit", "3"], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout.splitlines()
+    assert out == [f"[{p.kind}] {p.question}  ->  {p.answer}" for p in tasks.load("arithmetic", "train", 0, 3)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a problem is put, and in which order
+
+
+def test_every_prompt_style_keeps_the_question_with_its_braces():
+    problem = tasks.Problem("What is $\\frac{1}{2} + {x}$?", "1", "0", "k")
+    for style in tasks.PROMPTS:
+        assert problem.question in tasks.format_question(problem, style)
+    assert tasks.format_question(problem) == problem.question
+    assert "\\boxed{}" in tasks.format_question(problem, "cot")
+
+
+def test_an_epoch_of_batches_holds_every_problem_once_and_the_next_epoch_is_ordered_anew():
+    problems = tasks.load("arithmetic", "train", limit=30)
+    stream = [p for step in range(12) for p in tasks.batch(problems, step, 5, seed=0)]
+    assert Counter(stream[:30]) == Counter(stream[30:]) == Counter(problems)
+    assert stream[:30] != stream[30:]
+
+
+def test_p20_a_batch_depends_on_the_seed_and_the_step_alone():
+    problems = tasks.load("arithmetic", "train", limit=50)
+    forward = [tasks.batch(problems, step, 8, seed=1) for step in range(20)]
+    assert [tasks.batch(problems, step, 8, seed=1) for step in reversed(range(20))] == forward[::-1]
+    assert forward[3] != tasks.batch(problems, 3, 8, seed=2)
+
+
+def test_batches_of_another_size_cut_the_same_stream_even_across_epochs():
+    problems = tasks.load("arithmetic", "train", limit=7)
+    small = [p for step in range(12) for p in tasks.batch(problems, step, 2, seed=0)]
+    large = [p for step in range(2) for p in tasks.batch(problems, step, 12, seed=0)]
+    assert small == large
