@@ -255,6 +255,7 @@ svg{{width:100%;height:auto;display:block}} svg text{{font-family:system-ui,sans
 .scroll{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.88rem;width:100%}}
 td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);white-space:nowrap}}
 th,td:last-child:not(:nth-child(2)){{color:var(--soft)}} h4{{margin:0 0 .3rem;font-size:.86rem}}
+td:first-child{{white-space:normal}} @media(max-width:480px){{table{{font-size:.74rem}} td,th{{padding-right:.5rem}}}}
 pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overflow-y:auto}} dt{{font-weight:600}}
 .right,.shown{{color:var(--c2)}} .wrong,.opposite{{color:var(--c1)}} dd{{margin:0 0 .6rem;color:var(--soft)}}
 """

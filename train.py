@@ -604,6 +604,9 @@ def main(argv: list[str] | None = None) -> int:
         dist.init_process_group("gloo", timeout=timedelta(hours=12))            # ranks wait while rank 0 evaluates
     try:
         run(settings(argv))
+        if dist.is_initialized():
+            dist.barrier()                              # nobody leaves while another still talks to it
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         print(f"train.py: {weights.one_line(error)}", file=sys.stderr)
         return 2

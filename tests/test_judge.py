@@ -10,6 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import judge
@@ -19,6 +20,7 @@ GYM = ROOT.parent / "shared/data/personagym_half.jsonl"
 ANSWERS = {"a pirate": "Arr, me hearty, hoist the sails!", "a chemist": "First I would titrate the sample."}
 ROWS = [{"persona": persona, "task": task, "question": "What do you do at dawn?", "answer": answer}
         for persona, answer in ANSWERS.items() for task in judge.TASKS]
+FEW = [row for row in ROWS if row["task"] in ("Linguistic Habits", "Toxicity Control")]  # for the slow judge
 CALLS = 10 + 8  # 2 personas x 5 tasks, and 2 x 4 planted controls
 
 
@@ -73,6 +75,15 @@ class Server:
         http.wfile.write(body)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loopback():
+    """conftest.py forbids the hub; the server on this machine is allowed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def model_replies(tmp_path_factory):
     """(judgement by the embedded model in this process, its reply to every prompt: what the server serves)."""
@@ -85,7 +96,7 @@ def model_replies(tmp_path_factory):
             known[prompts[index]] = text
             yield index, text, tokens_in, tokens_out
 
-    rows = [dict(row) for row in ROWS]
+    rows = [dict(row) for row in FEW]
     got = judge.grade(rows, recording, "m", tmp_path_factory.mktemp("local"))
     return got, [row["score"] for row in rows], known
 
@@ -98,7 +109,7 @@ def served(model_replies):
 @pytest.fixture(scope="module")
 def undisturbed(served, tmp_path_factory):
     with Server(served) as server:
-        rows = [dict(row) for row in ROWS]
+        rows = [dict(row) for row in FEW]
         got = judge.grade(rows, judge.endpoint(server.url, "m"), "m", tmp_path_factory.mktemp("calm"))
         assert set(server.good.values()) == {1}
     return got, [row["score"] for row in rows]
@@ -115,7 +126,7 @@ def test_a_judge_in_this_process_and_the_same_judge_behind_a_server_agree(model_
 def test_faults_are_retried_and_change_nothing(undisturbed, served, tmp_path):
     faults = "429 500 drop none malformed slow fields none 503 drop 429 none malformed".split()
     with Server(served, faults) as server:
-        rows = [dict(row) for row in ROWS]
+        rows = [dict(row) for row in FEW]
         got = judge.grade(rows, judge.endpoint(server.url, "m", backoff=0.01, timeout=1.0), "m", tmp_path)
     assert (got, [row["score"] for row in rows]) == undisturbed
     assert set(server.good.values()) == {1} and server.requests == got["calls"] + sum(f != "none" for f in faults)
@@ -126,10 +137,10 @@ CHILD = "import sys, json; sys.path.insert(0, sys.argv[1]); import judge; rows =
 
 
 def test_an_evaluation_killed_half_way_goes_on_without_judging_anything_twice(undisturbed, served, tmp_path):
-    with Server(served, hold_after=9) as server:
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), server.url, str(tmp_path), json.dumps(ROWS)])
+    with Server(served, hold_after=3) as server:
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), server.url, str(tmp_path), json.dumps(FEW)])
         cache, patience = tmp_path / "judge.jsonl", time.time() + 60
-        while not cache.exists() or cache.read_text().count('"key"') < 9:
+        while not cache.exists() or cache.read_text().count('"key"') < 3:
             assert time.time() < patience and child.poll() is None
             time.sleep(0.05)
         os.kill(child.pid, signal.SIGKILL)
@@ -138,7 +149,7 @@ def test_an_evaluation_killed_half_way_goes_on_without_judging_anything_twice(un
             file.write('\n{"key": "torn')  # as a kill in the middle of a write would leave it
         server.hold_after = None
         server.release.set()
-        rows = [dict(row) for row in ROWS]
+        rows = [dict(row) for row in FEW]
         got = judge.grade(rows, judge.endpoint(server.url, "m"), "m", tmp_path)
     assert (got, [row["score"] for row in rows]) == undisturbed
     assert set(server.good.values()) == {1}

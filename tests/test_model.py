@@ -86,7 +86,8 @@ def test_the_embedded_model_equals_transformers(embedded, tmp_path):
     theirs = reference(torch.tensor([ids])).logits[0]
     assert (logits_of(ours, ids) - theirs).abs().max() <= 1e-3
     done = next(generate(ours, [ids], max_new_tokens=24, temperature=0))
-    assert done.tokens == reference.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):].tolist()
+    theirs = reference.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):]
+    assert done.tokens == theirs.tolist()
 
 
 # -- against itself --------------------------------------------------------------------------------------------------
@@ -172,8 +173,8 @@ def test_the_prompt_is_forwarded_once_for_its_completions(tiny):
 
 
 def test_llama3_scaling_keeps_short_and_slows_long_wavelengths():
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     plain = model_module.inverse_frequencies(64, {"rope_theta": 10000.0})
     scaled = model_module.inverse_frequencies(64, rope)
     wavelength = 2 * math.pi / plain
@@ -196,8 +197,9 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, names", [({"model_type": "mixtral"}, "mixtral"), ({"hidden_act": "relu"}, "relu"),
-                                           ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn")])
+@pytest.mark.parametrize("change, names", [
+    ({"model_type": "mixtral"}, "mixtral"), ({"hidden_act": "relu"}, "relu"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn")])
 def test_what_is_not_supported_is_named(change, names):
     from transformers import LlamaConfig
 

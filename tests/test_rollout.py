@@ -76,7 +76,8 @@ def test_p4_p5_a_completion_ends_with_its_first_stop_token_or_is_truncated(tiny)
 def test_p6_the_prompts_ids_reach_the_model_as_they_are(tiny, monkeypatch):
     model, prompts, seen = tiny[0], random_prompts(1), []
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, ids, *rest: seen.append(ids.tolist()) or forward(self, ids, *rest))
+    monkeypatch.setattr(type(model), "forward",
+                        lambda self, ids, *rest: seen.append(ids.tolist()) or forward(self, ids, *rest))
     done = next(generate(model, prompts, max_new_tokens=4, stop_ids=[]))
     assert seen[0] == prompts[0] and [ids[0] for ids in seen[1:]] == done.tokens[:-1]
 
@@ -175,7 +176,8 @@ def test_each_distinct_prompt_token_is_prefilled_once(tiny, monkeypatch):
     model, persona = tiny[0], random_prompts(1, low=60, high=60)[0]
     prompts = [persona + [3 + i, 4] for i in range(40)]
     tokens, forward = [], type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, ids, *rest: tokens.append(len(ids)) or forward(self, ids, *rest))
+    monkeypatch.setattr(type(model), "forward",
+                        lambda self, ids, *rest: tokens.append(len(ids)) or forward(self, ids, *rest))
     for n in (1, 3):
         tokens.clear()
         list(generate(model, prompts, n=n, max_new_tokens=1, slots=8))     # one new token: prefill is all there is
@@ -202,9 +204,9 @@ def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
 # -- refusals and accidents ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, message", [({"n": 0}, "n must"), ({"temperature": -1.0}, "temperature"),
-                                               ({"temperature": float("nan")}, "temperature"), ({"top_p": 0.0}, "top_p"),
-                                               ({"max_new_tokens": 0}, "max_new_tokens"), ({"stop_strings": ["x"]}, "tokenizer")])
+@pytest.mark.parametrize("settings, message", [
+    ({"n": 0}, "n must"), ({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"),
+    ({"top_p": 0.0}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"stop_strings": ["x"]}, "tokenizer")])
 def test_settings_that_cannot_work_are_refused_at_the_call(tiny, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny[0], [[3]], **settings)
@@ -230,7 +232,8 @@ def test_stop_strings_end_a_completion(tiny):
     model, tokenizer = tiny
     plain = next(generate(model, [[5, 6]], max_new_tokens=12, stop_ids=[], seed=3))
     word = tokenizer.decode(plain.tokens[4:5])
-    cut = next(generate(model, [[5, 6]], max_new_tokens=12, stop_ids=[], seed=3, stop_strings=[word], tokenizer=tokenizer))
+    cut = next(generate(model, [[5, 6]], max_new_tokens=12, stop_ids=[], seed=3, stop_strings=[word],
+                        tokenizer=tokenizer))
     assert cut.tokens == plain.tokens[:plain.tokens.index(plain.tokens[4]) + 1] and not cut.truncated
 
 

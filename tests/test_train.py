@@ -1,0 +1,317 @@
+"""The loop on a tiny model: what is learned from, resumed, refused and written."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import weights
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ["--steps", "4", "--prompts", "2", "--group-size", "4", "--max-new-tokens", "6", "--eval-problems", "0",
+        "--dtype", "float32", "--learning-rate", "1e-3", "--temperature", "1.0", "--truncated", "keep",
+        "--save-every", "1"]
+REWARD = ["--reward", "tests.test_train:word_reward"]
+
+
+def word_reward(problem, text: str) -> float:
+    """1 where the text holds an even number of words below w50: learnable, and noisy at the start."""
+    return float(sum(int(word[1:]) < 50 for word in re.findall(r"w\d+", text)) % 2 == 0)
+
+
+def bad_reward(problem, text: str) -> float:
+    return float("nan")
+
+
+def run(folder, out, *more) -> int:
+    return train.main(["--model", str(folder), "--out", str(out), *FAST, *REWARD, *more])
+
+
+def metrics(out) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def tensors(out) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- the step --------------------------------------------------------------------------------------------------------
+
+
+def arguments(folder, *more):
+    return train.settings(["--model", str(folder), *FAST, *REWARD, *more])
+
+
+def one_batch(folder, *more):
+    """A policy and a batch with unlike rewards, as the loop makes them."""
+    args = arguments(folder, *more)
+    model, tokenizer = weights.load(str(folder), args.dtype)
+    problems = train.tasks.load("arithmetic", "train", 0, 50)[:4]
+    drawn = train.personas.mix(train.personas.load("train"), 0.5, args.mix, range(4), args.group_size, 0)
+    judge = train.make_judge(args.reward, None)
+    batch = train.roll_out(model, tokenizer, problems, drawn, judge, args, 0, 0)
+    return args, model, batch
+
+
+def gradient_of(args, model, batch) -> torch.Tensor:
+    """The whole gradient of one step, as the optimizer would meet it."""
+    policy, found = train.Policy(model, 1e-3, 0), []
+    policy.step = lambda max_norm: found.append(torch.cat([m.grad.flatten() for m in policy.masters])) or 0.0
+    train.learn(policy, None, batch, None, 0, args)
+    return found[0].double()
+
+
+def test_p10_the_gradient_does_not_depend_on_the_micro_batch(tiny_folder):
+    whole = gradient_of(*one_batch(tiny_folder, "--micro-tokens", "100000"))
+    assert whole.norm() > 0
+    for limit in ("1", "120"):
+        other = gradient_of(*one_batch(tiny_folder, "--micro-tokens", limit))
+        assert (other - whole).norm() <= 1e-6 * whole.norm()
+
+
+def test_p10_the_gradient_does_not_depend_on_prompt_sharing(tiny_folder):
+    """The same completions, each with its own copy of the prompt."""
+    args, model, batch = one_batch(tiny_folder)
+    shared = gradient_of(args, model, batch)
+    model.zero_grad()
+    batch.groups = [(prompt, [c]) for prompt, cs in batch.groups for c in cs]
+    plain = gradient_of(args, model, batch)
+    assert (shared - plain).norm() <= 1e-6 * shared.norm()
+
+
+def test_p11_the_ratio_is_1_on_the_first_inner_step_and_moves_on_the_second(tiny_folder):
+    clipped = []
+    for epochs in ("1", "2"):
+        more = ["--inner-epochs", epochs, "--clip-low", "1e-6", "--clip-high", "1e-6"]
+        args, model, batch = one_batch(tiny_folder, *more)
+        clipped.append(train.learn(train.Policy(model, 1e-2, 0), None, batch, None, 0, args)["clip_fraction"])
+    assert clipped[0] == 0 and clipped[1] > 0
+
+
+def test_p13_the_reference_sees_the_same_persona(tiny_folder):
+    """Under the same prompt the start model is the policy itself: its first KL is 0. Under another it is not."""
+    args, model, batch = one_batch(tiny_folder, "--kl-coef", "0.1")
+    start = train.copy.deepcopy(model)
+    assert train.learn(train.Policy(model, 1e-3, 0), start, batch, None, 0, args)["kl"] == 0
+    assert train.learn(train.Policy(model, 1e-3, 0), start, batch, None, 0, args)["kl"] > 0
+
+
+def test_p14_sampler_and_trainer_agree_and_the_gap_is_logged(tiny_folder):
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 5e-2)):
+        args, model, batch = one_batch(tiny_folder, "--dtype", dtype)
+        assert train.learn(train.Policy(model, 1e-3, 0), None, batch, None, 0, args)["sampler_trainer_gap"] <= bound
+
+
+@pytest.mark.parametrize("policy, rewarded", [("zero", False), ("mask", False), ("keep", True)])
+def test_p7_a_truncated_completion_is_worth_what_the_policy_says(tiny_folder, policy, rewarded):
+    args, model, batch = one_batch(tiny_folder, "--truncated", policy)
+    for c in batch.completions:
+        c.truncated = True
+    metrics = train.learn(train.Policy(model, 1e-3, 0), None, batch, None, 0, args)
+    assert metrics["truncated_fraction"] == 1 and (metrics["grad_norm"] > 0) == rewarded
+
+
+def test_p8_equal_rewards_move_nothing(tiny_folder):
+    args, model, batch = one_batch(tiny_folder)
+    batch.rewards[:] = 1.0
+    before = [p.clone() for p in model.parameters()]
+    assert train.learn(train.Policy(model, 1e-3, 0), None, batch, None, 0, args)["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_p30_master_weights_keep_steps_that_bf16_would_lose(tiny_folder):
+    model = weights.load(str(tiny_folder), "bfloat16")[0]
+    policy = train.Policy(model, 1e-6, 0)
+    before = [m.clone() for m in policy.masters]
+    for _ in range(3):
+        for m in policy.masters:
+            m.grad = torch.randn_like(m)
+        policy.step(1.0)
+    moved = [(a != b).float().mean() for a, b in zip(before, policy.masters, strict=True)]
+    assert all(m.dtype == torch.float32 for m in policy.masters) and min(moved) > 0.9
+    assert all(torch.equal(p, m.to(p.dtype)) for p, m in zip(policy.parameters, policy.masters, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny_folder):
+    model = weights.load(str(tiny_folder), "float32")[0]
+    policy, before = train.Policy(model, 1e-3, 0), [p.clone() for p in model.parameters()]
+    for m in policy.masters:
+        m.grad = torch.full_like(m, torch.nan)
+    policy.step(1.0)
+    assert policy.steps == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_anchor_starts_at_zero_and_grows_as_the_policy_moves(tiny_folder):
+    args = arguments(tiny_folder, "--anchor-coef", "0.5", "--anchor-answers", "6", "--anchor-tokens", "5")
+    model, tokenizer = weights.load(str(tiny_folder), "float32")
+    anchor = train.Anchor(model, tokenizer, train.personas.load("train"), args)
+    policy = train.Policy(model, 1e-4, 0)
+    assert anchor(policy, 0, 0.5, 4) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.5)
+    policy.optimizer.zero_grad()
+    moved = anchor(policy, 0, 0.5, 4)
+    assert moved > 1e-3
+    for _ in range(10):
+        policy.step(1.0)
+        left = anchor(policy, 0, 0.5, 4)
+    assert left < moved
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path):
+    for name in ("a", "b"):
+        assert run(tiny_folder, tmp_path / name) == 0
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert metrics(a) == metrics(b) and same(tensors(a), tensors(b))
+    assert [m["step"] for m in metrics(a)] == [0, 1, 2, 3]
+    for name in ("config.json", "samples.jsonl", "curves.png", "model/config.json", "model/tokenizer.json"):
+        assert (a / name).stat().st_size > 0
+    assert sorted(p.name for p in (a / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path):
+    assert run(tiny_folder, tmp_path / "whole") == 0
+    assert run(tiny_folder, tmp_path / "half", "--steps", "2") == 0
+    assert train.main(["--resume", str(tmp_path / "half"), "--steps", "4"]) == 0
+    assert metrics(tmp_path / "half") == metrics(tmp_path / "whole")
+    assert same(tensors(tmp_path / "half"), tensors(tmp_path / "whole"))
+
+
+def test_p20_a_torn_checkpoint_is_passed_over_for_the_one_before(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "whole") == 0
+    assert run(tiny_folder, tmp_path / "torn", "--steps", "3") == 0
+    newest = tmp_path / "torn" / "checkpoints" / "step-000003" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert train.main(["--resume", str(tmp_path / "torn"), "--steps", "4"]) == 0
+    assert "cannot be read" in capsys.readouterr().err
+    assert metrics(tmp_path / "torn") == metrics(tmp_path / "whole")
+    assert same(tensors(tmp_path / "torn"), tensors(tmp_path / "whole"))
+
+
+def test_p20_a_killed_run_resumes_to_the_uninterrupted_one(tiny_folder, tmp_path):
+    assert run(tiny_folder, tmp_path / "whole", "--steps", "12") == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "train.py", "--model", tiny_folder, "--out", out, *FAST, *REWARD, "--steps", "12"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(list((out / "checkpoints").glob("step-*"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert train.main(["--resume", str(out)]) == 0
+    assert metrics(out) == metrics(tmp_path / "whole") and same(tensors(out), tensors(tmp_path / "whole"))
+
+
+def torchrun(folder, out, *more, reward="tests.test_train:word_reward"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+               "--model", folder, "--out", out, *FAST, "--reward", reward, *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_take_the_same_step_as_one(tiny_folder, tmp_path):
+    assert run(tiny_folder, tmp_path / "one", "--steps", "1", "--max-grad-norm", "1e9") == 0
+    assert torchrun(tiny_folder, tmp_path / "two", "--steps", "1", "--max-grad-norm", "1e9").returncode == 0
+    one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
+    assert one["reward"] == two["reward"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+    for name, tensor in tensors(tmp_path / "one").items():
+        assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-5, name
+
+
+def rank_1_only(problem, text: str) -> float:
+    """Rank 0 gets nothing but zero-variance groups."""
+    import torch.distributed as dist
+
+    return word_reward(problem, text) if dist.get_rank() else 0.0
+
+
+def test_p21_a_rank_with_nothing_to_train_on_hangs_nobody(tiny_folder, tmp_path):
+    assert torchrun(tiny_folder, tmp_path / "starved", reward="tests.test_train:rank_1_only").returncode == 0
+    assert len(metrics(tmp_path / "starved")) == 4
+
+
+def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path):
+    asked = {}
+    for arm in ("permix", "rlvr"):
+        assert run(tiny_folder, tmp_path / arm, "--method", arm) == 0
+        lines = [json.loads(line) for line in (tmp_path / arm / "samples.jsonl").read_text().splitlines()]
+        asked[arm] = [line["question"] for line in lines]
+    assert asked["permix"] == asked["rlvr"]
+
+
+@pytest.mark.parametrize("more", [["--mix", "rollout", "--advantage", "persona"],
+                                  ["--loss", "gspo"], ["--loss", "cispo"],
+                                  ["--loss", "dapo", "--kl-coef", "0.1", "--entropy-coef", "0.01"],
+                                  ["--method", "sft"], ["--method", "distill"], ["--correction", "truncate"],
+                                  ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
+def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "2", *more) == 0
+    assert all(m["grad_norm"] >= 0 for m in metrics(tmp_path / "run"))
+
+
+def test_p28_memory_does_not_grow(tiny_folder, tmp_path):
+    """Live tensors after 12 steps are those after 4."""
+    import gc
+
+    counts, original = [], train.record
+
+    def watch(*args):
+        gc.collect()
+        counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+        original(*args)
+
+    train.record = watch
+    try:
+        run(tiny_folder, tmp_path / "run", "--steps", "12")
+    finally:
+        train.record = original
+    assert max(counts[8:]) <= max(counts[2:5])
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "/nowhere/model"], "no model at"), (["--task", "gsm9k"], "did you mean gsm8k"),
+    (["--persona-prob", "1.5"], "between 0 and 1"), (["--group-size", "1"], "siblings"),
+    (["--steps", "0"], "at least 1"), (["--resume", "/nowhere/run"], "not a run folder"),
+    (["--reward", "nothing"], "module:function"),
+    (["--personas", "/nowhere.jsonl"], "nowhere")])
+def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
+    assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert message in errors[-1] and errors[-1].startswith("train.py: ")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
+    assert run(tiny_folder, tmp_path / "run") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_p29_an_unknown_flag_is_an_error():
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--learning_rate_typo", "1"])
+    assert stop.value.code == 2
+
+
+def test_p29_every_flag_is_read():
+    source = (ROOT / "train.py").read_text().split("# Command line")
+    body = source[0] + source[1][source[1].index("def settings"):]
+    unread = [a.dest for a in train.parser()._actions if a.dest != "help" and not re.search(rf"\.{a.dest}\b", body)]
+    assert unread == []
