@@ -32,6 +32,7 @@ from model import Transformer, Tree
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
 MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
+SAMPLE_ROWS = 8                                         # rows of logits drawn from at once
 
 
 @dataclass
@@ -143,23 +144,30 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    scaled = logits / temperature if temperature != 1 else logits
+    parts = [sample_rows(*rows, temperature, top_k, top_p, min_p) for rows in
+             zip(logits.split(SAMPLE_ROWS), uniforms.split(SAMPLE_ROWS), strict=True)]
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
+
+
+def sample_rows(logits, uniforms, temperature, top_k, top_p, min_p) -> tuple[Tensor, Tensor]:
+    """`sample` for a few rows, which stay in the processor's cache over its passes."""
     if top_k or top_p < 1 or min_p > 0:
-        scaled = filtered(scaled, top_k, top_p, min_p)
-    B, V = scaled.shape
-    weights = scaled.new_zeros(B, -(-V // 256) * 256)
-    top = scaled.amax(-1, keepdim=True)
-    weights[:, :V] = scaled.sub(top).exp_()
+        logits = filtered(logits / temperature, top_k, top_p, min_p) * temperature
+    B, V = logits.shape
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.new_zeros(B, -(-V // 256) * 256) if V % 256 else torch.empty_like(logits)
+    torch.sub(logits, top, out=weights[:, :V])
+    weights[:, :V].div_(temperature).exp_()
     blocks = weights.view(B, -1, 256)
     cdf = blocks.sum(-1).double().cumsum(-1)                                    # [B, V / 256]
-    target = uniforms * cdf[:, -1]
-    block = (cdf <= target[:, None]).sum(-1, keepdim=True).clamp(max=cdf.shape[1] - 1)
+    target = uniforms[:, None] * cdf[:, -1:]
+    block = (cdf <= target).sum(-1, keepdim=True).clamp(max=cdf.shape[1] - 1)
     before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, 256))[:, 0].double().cumsum(-1)
-    rest = torch.minimum(target[:, None] - before, inside[:, -1:] * (1 - 1e-12))
-    tokens = (block * 256 + (inside <= rest).sum(-1, keepdim=True))[:, 0].clamp(max=V - 1)
-    logprobs = scaled.gather(1, tokens[:, None])[:, 0] - top[:, 0] - cdf[:, -1].log()
-    return tokens, logprobs.float()
+    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-12))
+    tokens = (block * 256 + (inside <= rest).sum(-1, keepdim=True)).clamp(max=V - 1)
+    logprobs = (logits.gather(1, tokens) - top) / temperature - cdf[:, -1:].log()
+    return tokens[:, 0], logprobs[:, 0].float()
 
 
 def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:

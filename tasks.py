@@ -119,7 +119,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
         if misses > 5000:                               # draws in a row that brought nothing new: they are used up
             raise ValueError(f"arithmetic has hardly more than {len(problems)} {split} problems; lower the limit")
         kind, text = draw.choices(choices, often)[0]
-        x = {"a": draw.randint(2, 20), "b": draw.randint(2, 12), "p": draw.randint(2, 9), "q": draw.randint(2, 9)}
+        x = {"a": draw.randint(2, 18), "b": draw.randint(2, 12), "p": draw.randint(2, 9), "q": draw.randint(2, 9)}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
         x["c"] = draw.randint(2, min(9, x["s"], x["d"]))
         used = "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)

@@ -216,8 +216,9 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
     advantages_all = rewards_all if args.method in ("sft", "distill") else \
         grpo.group_advantages(rewards_all, args.advantage, gathered(persona_ids(batch)))
     lengths_all = gathered(lengths)
-    mine = slice(rank * len(lengths), (rank + 1) * len(lengths))
-    advantages, kept = advantages_all.flatten()[mine], kept_all.flatten()[mine]
+    mine, device = slice(rank * len(lengths), (rank + 1) * len(lengths)), policy.model.device
+    advantages, kept = advantages_all.flatten()[mine].to(device), kept_all.flatten()[mine].to(device)
+    lengths = lengths.to(device)
     counts = {"total_tokens": int(lengths_all[kept_all.flatten()].sum()), "total_sequences": int(kept_all.sum()),
               "max_tokens": args.max_new_tokens}
 
@@ -230,9 +231,9 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         for first, last in micros:
             chosen = useful[first:last]
             rows = torch.cat([torch.arange(i * n, (i + 1) * n) for i in chosen])
-            packed = pack([batch.groups[i] for i in chosen], policy.model.c, policy.model.device)
+            packed = pack([batch.groups[i] for i in chosen], policy.model.c, device)
             logprobs, entropy = completion_logprobs(policy.model, packed, args.temperature)
-            sampled = torch.tensor([x for r in rows for x in batch.completions[r].logprobs], device=logprobs.device)
+            sampled = torch.tensor([x for r in rows for x in batch.completions[r].logprobs], device=device)
             if epoch == 0:
                 old[first] = logprobs.detach()
                 extra["gap"] += (old[first] - sampled).abs().sum().item()
@@ -440,6 +441,7 @@ def evaluated(model: Transformer, tokenizer, args, folder: Path) -> dict:
     if (folder / "results.json").is_file():
         return json.loads((folder / "results.json").read_text())
     problems = tasks.load(args.eval_task or args.task, "test", args.seed, args.eval_problems)
+    problems = evaluate.put(problems, args.prompt)                              # asked as in training
     chosen = few(personas.load("test"), args.eval_personas)
     return evaluate.evaluate(model, tokenizer, problems, chosen, args.seed, args.max_new_tokens, folder,
                              {"model": args.model, "task": args.eval_task or args.task, "method": args.method})
@@ -473,7 +475,7 @@ def parser() -> argparse.ArgumentParser:
     add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
     add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
     add("resume", None, "run folder to continue with its own settings")
-    add("steps", 30, "optimizer steps (times --inner-epochs)")
+    add("steps", 45, "optimizer steps (times --inner-epochs)")
     add("seed", 0, "of problems, personas and samples")
     add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
@@ -482,10 +484,10 @@ def parser() -> argparse.ArgumentParser:
     add("group-size", 8, "completions a problem, G")
     add("max-new-tokens", 32, "length limit of a completion")
     add("temperature", 0.6, "of sampling, and of the log-probs trained on")
-    add("prompt", "plain", "how a problem is asked", choices=sorted(tasks.PROMPTS))
+    add("prompt", "short", "how a problem is asked", choices=sorted(tasks.PROMPTS))
     add("reward", "rewards:correctness", "module:function, called with (problem, completion text)")
     add("teacher", None, "model that writes the completions of distill (default: the start model)")
-    add("learning-rate", 1e-5, "AdamW's, after warm-up")
+    add("learning-rate", 2e-5, "AdamW's, after warm-up")
     add("warmup", 2, "steps of linear warm-up")
     add("max-grad-norm", 1.0, "gradient clipping")
     add("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its paper's, unless given "

@@ -33,11 +33,14 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def load(name: str, dtype: str = "auto", device: str = "cpu"):
+def load(name: str, dtype: str = "auto", device: str = "auto"):
     """(Transformer in eval mode, tokenizer) from `smollm2-135m`, a folder, a hub id or a `.gguf` file.
 
-    dtype: auto | float32 | bfloat16 | float16. Raises ValueError or OSError with one line that says what is wrong.
+    dtype: auto | float32 | bfloat16 | float16. device `auto`: this process's GPU if there is one, else the CPU.
+    Raises ValueError or OSError with one line that says what is wrong.
     """
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     source = resolve(name)
     gguf = source if source.suffix == ".gguf" else None
     try:

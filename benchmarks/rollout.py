@@ -1,0 +1,121 @@
+"""The sampler against transformers.generate and against its own matmul floor, on the embedded model.
+
+    python benchmarks/rollout.py [--repeats 3] [--json FILE]
+
+Two settings, log-probs on for both engines. `equal`: 8 prompts x 8 samples, 64 new tokens, nothing stops. `longtail`:
+32 prompts x 4 samples, up to 128 new tokens, a set of stop tokens that makes most completions short; only tokens of
+completions count. transformers runs in its better dtype of fp32 and bf16. The floor is the time of the linear layers'
+matmuls alone for the same live rows, in our layout, in the same run. Engines alternate; medians are reported.
+
+The last line is JSON: vs_transformers_equal, vs_transformers_longtail, vs_vllm (null: not measured), floor_fraction.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import personas
+import tasks
+import weights
+from rollout import generate
+
+STOPS = [".", "\n", ",", " is", " the", "?"]
+
+
+def prompts_of(tokenizer, count: int) -> list[list[int]]:
+    problems, pool = tasks.load("arithmetic", "train", 0, count), personas.load("train")
+    return [personas.prompt_ids(tokenizer, tasks.format_question(p, "plain"), pool[i]) for i, p in enumerate(problems)]
+
+
+def ours(model, prompts, n, new_tokens, stops) -> tuple[int, float]:
+    start = time.perf_counter()
+    tokens = sum(len(c.tokens) for c in generate(model, prompts, n, new_tokens, 1.0, stop_ids=stops))
+    return tokens, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def theirs(model, prompts, n, new_tokens, stops, batch=64) -> tuple[int, float]:
+    """Left-padded batches of `batch` rows with log-probs of the sampled tokens."""
+    start, tokens = time.perf_counter(), 0
+    rows = [p for p in prompts for _ in range(n)]
+    for first in range(0, len(rows), batch):
+        part = rows[first:first + batch]
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+        out = model.generate(ids, attention_mask=seen, max_new_tokens=new_tokens, do_sample=True, temperature=1.0,
+                             top_k=0, eos_token_id=stops or None, pad_token_id=0, output_logits=True,
+                             return_dict_in_generate=True)
+        new = out.sequences[:, width:]
+        for step, logits in enumerate(out.logits):
+            logits.log_softmax(-1).gather(1, new[:, step:step + 1])
+        ended = torch.isin(new, torch.tensor(stops or [-1]))
+        tokens += int(torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1]).sum())
+    return tokens, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
+    """Seconds in the linear layers' matmuls alone: one prefill of the prompts, then `steps` decode steps."""
+    def matmuls(count, head):
+        for layer in model.layers:
+            x, wide = (torch.randn(count, size, dtype=model.dtype) for size in
+                       (model.c.hidden_size, model.c.intermediate_size))
+            a, m = layer.self_attn, layer.mlp
+            layer.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
+            layer.linear(x, a["o_proj"])
+            layer.linear(x, m["gate_proj"], m["up_proj"])
+            layer.linear(wide, m["down_proj"])
+        if head:
+            torch.ops.mkldnn._linear_pointwise(x, *model.packed_head, "none", [], "")
+
+    with model.packed():
+        matmuls(rows, True)
+        start = time.perf_counter()
+        matmuls(prompt_tokens, False)
+        for _ in range(steps):
+            matmuls(rows, True)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--repeats", type=int, default=3)
+    args = p.parse_args()
+    model, tokenizer = weights.load(weights.EMBEDDED)
+    with tempfile.TemporaryDirectory() as folder:
+        weights.save(model, tokenizer, folder)
+        peers = {str(d): AutoModelForCausalLM.from_pretrained(folder, dtype=d).eval()
+                 for d in (torch.float32, torch.bfloat16)}
+    stops = sorted({tokenizer(s).input_ids[-1] for s in STOPS} | set(model.c.stop_ids))
+    settings = {"equal": (prompts_of(tokenizer, 8), 8, 64, []), "longtail": (prompts_of(tokenizer, 32), 4, 128, stops)}
+    speed: dict = {}
+    for name, setting in settings.items():
+        engines = {"ours": (ours, model)} | {f"transformers {d}": (theirs, peer) for d, peer in peers.items()}
+        for _ in range(args.repeats):
+            for engine, (run, m) in engines.items():
+                tokens, seconds = run(m, *setting)
+                speed.setdefault((name, engine), []).append(tokens / seconds)
+                print(f"{name:9} {engine:28} {tokens / seconds:7.1f} tok/s  {tokens} tokens", file=sys.stderr)
+            if name == "equal" and model.dtype == torch.bfloat16:
+                seconds = floor(model, sum(map(len, setting[0])), 64, 63)
+                speed.setdefault(("equal", "floor"), []).append(64 * 64 / seconds)
+    best = {key: statistics.median(values) for key, values in speed.items()}
+    peer = {name: max(best[name, f"transformers {d}"] for d in peers) for name in settings}
+    fraction = best["equal", "ours"] / best["equal", "floor"] if ("equal", "floor") in best else None
+    print(json.dumps({"vs_transformers_equal": round(best["equal", "ours"] / peer["equal"], 2),
+                      "vs_transformers_longtail": round(best["longtail", "ours"] / peer["longtail"], 2),
+                      "vs_vllm": None, "floor_fraction": fraction and round(fraction, 3)}))
+
+
+if __name__ == "__main__":
+    main()
