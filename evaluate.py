@@ -58,10 +58,13 @@ def ask(model, tokenizer, problems, personas, n=1, **sampling):
     """Every problem under every persona (None: none), n answers each, verified -> transcripts, persona by persona."""
     pairs = [(persona, problem) for persona in personas for problem in problems]
     prompts = [pool.prompt_ids(tokenizer, problem.question, persona) for persona, problem in pairs]
-    rows = []
-    for (persona, problem), outs in zip(pairs, sample(model, tokenizer, prompts, n, **sampling), strict=True):
-        for number, (text, done) in enumerate(outs):
-            verdict = rewards.verify(problem.answer, text)
+    rows, answers = [], sample(model, tokenizer, prompts, n, **sampling)
+    with rewards.Verifier() as verifier:
+        verdicts = [[verifier.submit(problem.answer, text) for text, _ in outs]
+                    for (_, problem), outs in zip(pairs, answers, strict=True)]
+    for (persona, problem), outs, judged in zip(pairs, answers, verdicts, strict=True):
+        for number, ((text, done), future) in enumerate(zip(outs, judged, strict=True)):
+            verdict = future.result()
             rows.append({"persona": persona.name if persona else NONE, "id": problem.id, "kind": problem.kind,
                          "question": problem.question, "gold": problem.answer, "answer": text, "sample": number,
                          "temperature": sampling["temperature"], "correct": verdict.verdict == "correct",

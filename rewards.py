@@ -207,7 +207,7 @@ class Verifier:
             try:
                 worker = worker or Worker(self.memory_mb)
                 verdict = worker.ask(gold, answer, self.timeout_s)
-            except OSError as error:  # the system starts no process: say so, and try again with the next pair
+            except (OSError, ValueError, TypeError) as error:  # no process to be had, or one killed in mid-line
                 worker, verdict = None, Verdict("unverifiable", f"no worker: {error}")
             future.set_result(verdict)
         if worker:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -509,8 +510,10 @@ def read_prompts(path: str, tokenizer) -> list[list[int]]:
                 row = json.loads(line)
                 if "messages" in row:
                     ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
-                else:
+                elif isinstance(row["prompt"], str):
                     ids = tokenizer(row["prompt"]).input_ids
+                else:
+                    raise ValueError("prompt must be a string")
             except Exception as error:                  # whatever is wrong with a line, its number is what helps
                 raise ValueError(f'{path}, line {number}: needs "prompt" or "messages" ({error})') from error
             prompts.append(ids)
@@ -545,7 +548,7 @@ def chat(model, tokenizer, args, sampling: dict) -> None:
                 print(text[len(shown):], end="", flush=True)
                 shown = text
 
-        answer = next(generate(model, [prompt], keys=[number], on_token=show, **sampling))
+        answer = next(generate(model, [prompt], keys=[number], slots=1, on_token=show, **sampling))
         print()
         messages.append({"role": "assistant", "content": tokenizer.decode(answer.tokens, skip_special_tokens=True)})
 
@@ -557,12 +560,16 @@ def main(argv: list[str] | None = None) -> int:
 
         if args.prompts and not Path(args.prompts).is_file():
             raise ValueError(f"no file {args.prompts}")
+        if args.persona and args.prompts:
+            raise ValueError("--persona is for the chat; in --prompts put it into the messages")
+        if not args.prompts and (args.out or args.n != 1):
+            raise ValueError("--out and --n need --prompts")
         model, tokenizer = weights.load(args.model, args.dtype)
         sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                     "top_p": args.top_p, "min_p": args.min_p, "seed": args.seed, "stop_strings": args.stop,
                     "tokenizer": tokenizer, "model_logprobs": args.model_logprobs}
         (batch if args.prompts else chat)(model, tokenizer, args, sampling)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TemplateError) as error:
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -27,19 +27,18 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
 import zlib
 from collections import defaultdict
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import personas
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +46,7 @@ from tqdm import tqdm
 
 import evaluate
 import grpo
+import personas
 import report
 import rewards
 import tasks
@@ -110,7 +110,7 @@ class Policy:
         """Clips, steps, refreshes the model. Returns the gradient's norm; one that is not finite changes nothing."""
         sum_gradients(self.masters)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0:            # a batch without a gradient must not step on momentum alone
             self.steps += 1
             self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / max(1, self.warmup))
             self.optimizer.step()
@@ -170,7 +170,7 @@ def roll_out(author: Transformer | None, tokenizer, problems, drawn, judge, args
         completions[at], texts[at] = done, tokenizer.decode(done.tokens, skip_special_tokens=True)
         judged[at] = judge(problems[at // G], texts[at])
     groups = [(prompt, [c.tokens for c in completions[i * n:(i + 1) * n]]) for i, prompt in enumerate(prompts)]
-    values, verdicts = zip(*(future.result() for future in judged), strict=True)
+    values, verdicts = zip(*(verdict() for verdict in judged), strict=True)
     return Batch(problems, drawn, groups, completions, texts, list(verdicts), torch.tensor(values).view(B, G))
 
 
@@ -187,19 +187,18 @@ def prompt_of(tokenizer, problem: tasks.Problem, persona: personas.Persona | Non
 
 
 def make_judge(spec: str, verifier: rewards.Verifier):
-    """judge(problem, text) -> Future of (reward, verdict). The default runs in the verifier's processes, a user's
-    `module:function` in this one."""
+    """judge(problem, text) -> a function to call, later, for (reward, verdict). The default works meanwhile in the
+    verifier's processes; a user's `module:function` runs in this one."""
     reward = None if spec == "rewards:correctness" else rewards.load_reward(spec)
 
-    def judge(problem: tasks.Problem, text: str) -> Future:
-        scored = Future()
+    def judge(problem: tasks.Problem, text: str):
         if reward:
             value = float(reward(problem, text))
-            scored.set_result((value, "correct" if value > 0 else "wrong"))
-        else:
-            verifier.submit(problem.answer, text).add_done_callback(
-                lambda v: scored.set_result((float(v.result().verdict == "correct"), v.result().verdict)))
-        return scored
+            if not math.isfinite(value):
+                raise ValueError(f"--reward {spec} gave {value} for {text[:60]!r}; it must be a finite number")
+            return lambda: (value, "correct" if value > 0 else "wrong")
+        future = verifier.submit(problem.answer, text)
+        return lambda: (float(future.result().verdict == "correct"), future.result().verdict)
     return judge
 
 
@@ -208,13 +207,17 @@ def make_judge(spec: str, verifier: rewards.Verifier):
 
 
 def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step: int, args) -> dict:
-    """Advantages, loss and optimizer steps on one batch. Returns the metrics of the step."""
+    """Advantages, loss and optimizer steps on one batch. Returns the metrics of the step: rewards and lengths over all
+    ranks, entropy, KL and gap over the tokens trained on (groups without variance are not)."""
     rank, world = ranks()
     lengths = torch.tensor([len(c.tokens) for c in batch.completions])
     truncated = torch.tensor([c.truncated for c in batch.completions]).view_as(batch.rewards)
     rewards_all, kept_all = grpo.truncation(gathered(batch.rewards), gathered(truncated), args.truncated)
-    advantages_all = rewards_all if args.method in ("sft", "distill") else \
-        grpo.group_advantages(rewards_all, args.advantage, gathered(persona_ids(batch)))
+    batch.rewards = rewards_all[rank * len(batch.rewards):(rank + 1) * len(batch.rewards)]
+    if args.method in ("sft", "distill"):               # cross-entropy on the correct completions
+        advantages_all, kept_all = rewards_all, kept_all & (rewards_all > 0)
+    else:
+        advantages_all = grpo.group_advantages(rewards_all, args.advantage, gathered(persona_ids(batch)))
     lengths_all = gathered(lengths)
     mine, device = slice(rank * len(lengths), (rank + 1) * len(lengths)), policy.model.device
     advantages, kept = advantages_all.flatten()[mine].to(device), kept_all.flatten()[mine].to(device)
@@ -258,15 +261,19 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         if anchor:
             extra["anchor_kl"] += anchor(policy, step, args.anchor_coef, args.anchor_count)
         norm = policy.step(args.max_grad_norm)
-    tokens = max(1, extra["tokens"])
+    names = ("tokens", "entropy", "kl", "gap")
+    totals = gathered(torch.tensor([[extra[name] for name in names]], dtype=torch.float64)).sum(0)
+    tokens = totals[0].item()
+    entropy, divergence, gap = (totals[1:] / tokens).tolist() if tokens else (None, None, None)
     return {
-        "reward": rewards_all.mean().item(), "entropy": extra["entropy"] / tokens,
-        "kl": extra["kl"] / tokens / args.inner_epochs, "anchor_kl": extra["anchor_kl"] / args.inner_epochs,
+        "reward": rewards_all.mean().item(), "entropy": entropy,
+        "kl": divergence and divergence / args.inner_epochs, "anchor_kl": extra["anchor_kl"] / args.inner_epochs,
         "clip_fraction": grpo.summarise(sums)["clip_fraction"] if sums else 0.0, "grad_norm": norm,
         "completion_length": lengths_all.float().mean().item(),
         "truncated_fraction": gathered(truncated).float().mean().item(),
         "zero_variance_fraction": 1 - grpo.informative(rewards_all).float().mean().item(),
-        "sampler_trainer_gap": extra["gap"] / tokens, "sampled_tokens": int(lengths_all.sum())}
+        "sampler_trainer_gap": gap if args.method in ("permix", "rlvr") else None,
+        "errors": sum(c.error is not None for c in batch.completions), "sampled_tokens": int(lengths_all.sum())}
 
 
 def persona_ids(batch: Batch) -> Tensor:
@@ -340,7 +347,7 @@ def record(out: Path, step: int, batch: Batch, metrics: dict) -> None:
 
 
 def strata(batch: Batch) -> dict[str, float]:
-    """Mean reward by persona stratum, of this rank's completions."""
+    """Mean reward by persona stratum, of rank 0's completions."""
     values = defaultdict(list)
     for row, reward in zip(batch.personas, batch.rewards.tolist(), strict=True):
         for persona, value in zip(row, reward, strict=True):
@@ -361,8 +368,8 @@ def load_checkpoint(out: Path, policy: Policy) -> int:
     step = 0
     for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
         try:
-            state = torch.load(folder / "state.pt", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
             print(f"{folder} cannot be read ({weights.one_line(error)}); trying the one before", file=sys.stderr)
             continue
         policy.restore(state["policy"])
@@ -370,7 +377,7 @@ def load_checkpoint(out: Path, policy: Policy) -> int:
         break
     for name in ("metrics.jsonl", "samples.jsonl"):
         if ranks()[0] == 0 and (out / name).is_file():
-            lines = [line for line in (out / name).read_text().splitlines() if line.endswith("}")]
+            lines = (out / name).read_text().split("\n")[:-1]                   # a line without its newline is torn
             kept = [line for line in lines if json.loads(line)["step"] < step]
             evaluate.write_atomically(out / name, "".join(line + "\n" for line in kept))
     return step
@@ -393,11 +400,10 @@ class Clock:
 # The run
 
 
-def train(model: Transformer, tokenizer, args, out: Path) -> None:
+def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: list[personas.Persona], args,
+          out: Path) -> None:
     """The loop. Writes the run folder as it goes."""
     rank, world = ranks()
-    problems = tasks.load(args.task, "train", args.seed)
-    pool = personas.load(args.personas)
     start = copy.deepcopy(model) if args.kl_coef or args.method == "distill" else None
     teacher = weights.load(args.teacher, args.dtype)[0] if args.teacher else start
     author = {"distill": teacher, "sft": None}.get(args.method, model)
@@ -419,11 +425,11 @@ def train(model: Transformer, tokenizer, args, out: Path) -> None:
                 metrics = learn(policy, start, batch, anchor, step, args)
             if not math.isfinite(metrics["grad_norm"]):
                 print(f"step {step}: the gradient is not finite; the step was skipped", file=sys.stderr)
-            seconds = time.perf_counter() - began
+            clock.seconds["step"] = round(time.perf_counter() - began, 4)
+            speed = metrics.pop("sampled_tokens") / clock.seconds["sample"]
             metrics = {"step": step, **metrics, "accuracy_by_stratum": strata(batch),
                        "unverifiable_fraction": batch.verdicts.count("unverifiable") / len(batch.verdicts),
-                       "tokens_per_second": metrics.pop("sampled_tokens") / clock.seconds["sample"],
-                       "seconds": clock.seconds | {"step": round(seconds, 4)}}
+                       "tokens_per_second": speed, "seconds": clock.seconds}
             if rank == 0:
                 record(out, step, batch, metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
@@ -436,15 +442,20 @@ def train(model: Transformer, tokenizer, args, out: Path) -> None:
         figure.savefig(out / "curves.png", dpi=120)
 
 
-def evaluated(model: Transformer, tokenizer, args, folder: Path) -> dict:
-    """The fixed held-out problems under a few test personas, as evaluate.py does it; read back if already there."""
+def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
+    """The fixed problems and personas of the evaluation: the same for every seed and arm, asked as in training."""
+    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems or 1)
+    return evaluate.put(problems, args.prompt), few(personas.load("test"), args.eval_personas)
+
+
+def evaluated(model: Transformer, tokenizer, args, folder: Path, steps: int) -> dict:
+    """As evaluate.py does it; read back where it has been done after as many steps."""
     if (folder / "results.json").is_file():
-        return json.loads((folder / "results.json").read_text())
-    problems = tasks.load(args.eval_task or args.task, "test", args.seed, args.eval_problems)
-    problems = evaluate.put(problems, args.prompt)                              # asked as in training
-    chosen = few(personas.load("test"), args.eval_personas)
-    return evaluate.evaluate(model, tokenizer, problems, chosen, args.seed, args.max_new_tokens, folder,
-                             {"model": args.model, "task": args.eval_task or args.task, "method": args.method})
+        done = json.loads((folder / "results.json").read_text())
+        if done.get("steps") == steps:
+            return done
+    return evaluate.evaluate(model, tokenizer, *held_out(args), args.seed, args.max_new_tokens, folder, {
+        "model": args.model, "task": args.eval_task or args.task, "method": args.method, "steps": steps})
 
 
 def before_after(before: dict, after: dict) -> str:
@@ -506,7 +517,7 @@ def parser() -> argparse.ArgumentParser:
     add("anchor-count", 4, "role-play answers a step")
     add("anchor-answers", 80, "role-play answers prepared before training")
     add("anchor-tokens", 40, "their length limit")
-    add("dtype", "auto", "of compute", choices=["auto", "float32", "bfloat16", "float16"])
+    add("dtype", "auto", "of compute", choices=["auto", "float32", "bfloat16"])
     add("micro-tokens", 1024, "packed tokens in one forward and backward")
     add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
     add("slots", 64, "completions decoded together")
@@ -527,20 +538,28 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         path = Path(first.resume) / "config.json"
         if not path.is_file():
             raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
-        p.set_defaults(**json.loads(path.read_text())["settings"])
+        before = json.loads(path.read_text()).get("settings")
+        if not before:
+            raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
+        p.set_defaults(**before)
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
+    for name in ("model", "task", "method", "seed", "dtype") if first.resume else ():
+        if getattr(args, name) != before[name]:
+            raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
     args.loss = args.loss or "grpo"
-    if args.persona_prob is None or args.method == "rlvr":
+    if args.persona_prob is None:
         args.persona_prob = 0.7 if args.method == "permix" else 0.0
+    if args.method == "rlvr" and args.persona_prob:
+        raise ValueError("--method rlvr has no personas: use permix with --persona-prob, or leave it out")
     if not 0 <= args.persona_prob <= 1:
         raise ValueError(f"--persona-prob must be between 0 and 1, not {args.persona_prob}")
     for name in ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "micro_tokens", "slots",
-                 "save_every", "keep"):
+                 "save_every", "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.temperature <= 0 or args.learning_rate <= 0:
+    if not (args.temperature > 0 and args.learning_rate > 0):
         raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
     if args.prompts % ranks()[1]:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
@@ -553,20 +572,22 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_folder(args) -> Path:
-    """The run's folder, made and described by config.json. Raises ValueError if it holds another run."""
-    if args.resume:
-        return Path(args.resume)
+    """The run's folder, made and described by config.json. Raises ValueError if it holds another run.
+
+    Restarted by torchrun (--max-restarts), a run with --out goes on where it was.
+    """
     name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
-    out = Path(args.out or Path("runs") / name)
-    if not args.out:
+    out = Path(args.resume or args.out or Path("runs") / name)
+    if not (args.resume or args.out):
         taken = [out, *(out.with_name(f"{name}-{i}") for i in range(2, 1000))]
         out = next(folder for folder in taken if not (folder / "config.json").exists())
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if (out / "config.json").exists() and not restarted:
+    goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if (out / "config.json").exists() and not goes_on:
         raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    config = {"settings": vars(args), "method": args.method, "command": " ".join(sys.argv), "commit": evaluate.commit(),
+    config = {"settings": vars(args) | {"resume": None, "out": str(out)}, "method": args.method,
+              "command": " ".join(sys.argv), "commit": evaluate.commit(),
               "versions": packages | {"python": sys.version.split()[0]}}
     evaluate.write_atomically(out / "config.json", json.dumps(config, indent=1))
     return out
@@ -581,40 +602,58 @@ def few(pool: list[personas.Persona], count: int) -> list[personas.Persona]:
     return turns[:count]
 
 
+def wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def run(args) -> None:
+    """Everything that can be refused is read first; then the run folder is made."""
     rank, began = ranks()[0], time.time()
+    if rank:
+        wait()                                          # until rank 0 has fetched what was not there
+    model, tokenizer = weights.load(args.model, args.dtype)
+    model.checkpointing = args.recompute
+    problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
+    held_out(args)
+    make_judge(args.reward, None)
+    if not rank:
+        wait()
     folder = [run_folder(args) if rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(folder)
     out = folder[0]
-    model, tokenizer = weights.load(args.model, args.dtype)
-    model.checkpointing = args.recompute
-    before = after = None
-    if rank == 0 and args.eval_problems:
-        print(f"run folder {out}; evaluating before training", file=sys.stderr)
-        before = evaluated(model, tokenizer, args, out / "evaluation" / "before")
-    train(model, tokenizer, args, out)
-    if rank == 0 and args.eval_problems:
-        after = evaluated(model, tokenizer, args, out / "evaluation" / "after")
-        print(before_after(before, after))
+    try:
+        if rank == 0 and args.eval_problems:
+            print(f"run folder {out}; evaluating before training", file=sys.stderr)
+            before = evaluated(model, tokenizer, args, out / "evaluation" / "before", 0)
+        train(model, tokenizer, problems, pool, args, out)
+        if rank == 0 and args.eval_problems:
+            after = evaluated(model, tokenizer, args, out / "evaluation" / "after", args.steps)
+            print(before_after(before, after))
+    except KeyboardInterrupt:
+        print(f"\ntrain.py: stopped; go on with --resume {out}", file=sys.stderr)
+        raise
     if rank == 0:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
+    wait()                                              # nobody leaves while another still talks to it
 
 
 def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo", timeout=timedelta(hours=12))            # ranks wait while rank 0 evaluates
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))           # ranks wait while rank 0 evaluates
     try:
         run(settings(argv))
-        if dist.is_initialized():
-            dist.barrier()                              # nobody leaves while another still talks to it
-            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         print(f"train.py: {weights.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; continue with --resume and the run folder", file=sys.stderr)
         return 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 

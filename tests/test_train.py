@@ -26,7 +26,7 @@ def word_reward(problem, text: str) -> float:
     return float(sum(int(word[1:]) < 50 for word in re.findall(r"w\d+", text)) % 2 == 0)
 
 
-def bad_reward(problem, text: str) -> float:
+def nan_reward(problem, text: str) -> float:
     return float("nan")
 
 
@@ -290,7 +290,8 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path):
     (["--model", "/nowhere/model"], "no model at"), (["--task", "gsm9k"], "did you mean gsm8k"),
     (["--persona-prob", "1.5"], "between 0 and 1"), (["--group-size", "1"], "siblings"),
     (["--steps", "0"], "at least 1"), (["--resume", "/nowhere/run"], "not a run folder"),
-    (["--reward", "nothing"], "module:function"),
+    (["--reward", "nothing"], "module:function"), (["--reward", "tests.test_train:nan_reward"], "finite"),
+    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "above 0"),
     (["--personas", "/nowhere.jsonl"], "nowhere")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
     assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
