@@ -392,7 +392,7 @@ def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
     run, fidelity_args, gym_args = run_of(args.model)[0], None, None
     trained = run.get("settings", {})  # of the training run that the model lies in
-    prompt, max_new_tokens = args.prompt or trained.get("prompt", "short"), trained.get("max_new_tokens", 32)
+    prompt, max_new_tokens = args.prompt or trained.get("prompt", "plain"), trained.get("max_new_tokens", 32)
     shots = tasks.load(args.task, "train", args.seed, 4) if prompt == "few-shot" else ()
     problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt, shots)
     personas = pool.load(args.personas)

@@ -49,7 +49,7 @@ NAMES = ("Ada Ben Clara David Emma Felix Grace Hugo Iris Jonas Kira Liam Mona No
 OBJECTS = ("apples pens books coins cards shells marbles stickers buttons cookies stamps balloons pencils candles "
            "beads oranges ribbons keys spoons feathers").split()
 
-BARE, ONE, TWO = 4, 3, 2                                # how often each sort is drawn
+BARE, ONE, TWO = 4, 3, 1                                # how often each sort is drawn
 
 TEMPLATES = {
     "add": [
@@ -119,7 +119,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
         if misses > 5000:                               # draws in a row that brought nothing new: they are used up
             raise ValueError(f"arithmetic has hardly more than {len(problems)} {split} problems; lower the limit")
         kind, text = draw.choices(choices, often)[0]
-        x = {"a": draw.randint(2, 18), "b": draw.randint(2, 12), "p": draw.randint(2, 9), "q": draw.randint(2, 9)}
+        x = {"a": draw.randint(2, 10), "b": draw.randint(2, 9), "p": draw.randint(2, 9), "q": draw.randint(2, 9)}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
         x["c"] = draw.randint(2, min(9, x["s"], x["d"]))
         used = "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)
