@@ -1,0 +1,37 @@
+"""The words against the code: links, files and commands that the documents name."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
+
+
+def test_every_pitfall_links_a_test_that_exists():
+    text = (ROOT / "docs" / "pitfalls.md").read_text()
+    assert re.findall(r"^\*\*P(\d+) ", text, re.M) == [str(i) for i in range(1, 31)]
+    links = re.findall(r"\[test\]\(\.\./(tests/\w+\.py)#(\w+)\)", text)
+    assert len(links) == 30
+    for path, name in links:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), f"{path}: no {name}"
+
+
+def test_every_relative_link_resolves():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_file_that_the_readme_lists_exists():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([\w/]+(?:\.py|/))`", row.split("|")[1])]
+    assert len(named) > 10 and all((ROOT / name).exists() for name in named)
+
+
+def test_every_flag_of_the_readmes_commands_exists():
+    sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+    commands = re.findall(r"^(?:python|torchrun .*?) ?(\w+\.py)(.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) > 8
+    for script, flags in commands:
+        for flag in re.findall(r"--([a-z-]+)", flags):
+            assert f'"--{flag}"' in sources[script] or f'add("{flag}"' in sources[script], f"{script} --{flag}"
