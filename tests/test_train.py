@@ -205,15 +205,26 @@ def test_p20_a_torn_checkpoint_is_passed_over_for_the_one_before(tiny_folder, tm
     assert same(tensors(tmp_path / "torn"), tensors(tmp_path / "whole"))
 
 
+def interrupt(folder, out, how, *more) -> tuple[int, str]:
+    """Runs in another process until two checkpoints stand, then sends the signal: (exit code, stderr)."""
+    command = [sys.executable, "train.py", "--model", folder, "--out", out, *FAST, *REWARD, *more]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and len(list((out / "checkpoints").glob("step-*"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process.wait(), process.stderr.read()
+
+
+def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_path):
+    code, errors = interrupt(tiny_folder, tmp_path / "run", signal.SIGINT, "--steps", "2000")
+    assert code == 130 and f"--resume {tmp_path / 'run'}" in errors and "Traceback" not in errors
+    assert len(metrics(tmp_path / "run")) >= 2 and (tmp_path / "run" / "config.json").stat().st_size > 0
+
+
 def test_p20_a_killed_run_resumes_to_the_uninterrupted_one(tiny_folder, tmp_path):
     assert run(tiny_folder, tmp_path / "whole", "--steps", "12") == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "train.py", "--model", tiny_folder, "--out", out, *FAST, *REWARD, "--steps", "12"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(list((out / "checkpoints").glob("step-*"))) < 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    interrupt(tiny_folder, out, signal.SIGKILL, "--steps", "12")
     assert train.main(["--resume", str(out)]) == 0
     assert metrics(out) == metrics(tmp_path / "whole") and same(tensors(out), tensors(tmp_path / "whole"))
 
