@@ -10,10 +10,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import make_reference, tiny_tokenizer
 
 import weights
 from model import pack
+from tests.conftest import make_reference, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")]
