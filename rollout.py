@@ -406,6 +406,7 @@ class Generation:
             self.where = count, *self.trunk_cells(count)
         _, trunk_length, cell, row_of_cell = self.where
         trunk_length, cell = trunk_length[:B], cell[:B]
+        in_trunk = (trunk_length > 0).to(self.model.dtype)[:, None, None, None]
         biases = {window: self.bias(window, own, trunk_length) for window in set(self.model.c.windows)}
         S, scale = len(self.trunks), self.model.c.attn_scale or self.model.c.head_dim ** -0.5
 
@@ -427,7 +428,8 @@ class Generation:
             out = (out @ own_v[:B].view(B * K, -1, D)).view(B, K, -1, D)
             if S:
                 grid = weights[..., :P][row_of_cell].view(S, -1, K, q.shape[2], P).transpose(1, 2).reshape(S, K, -1, P)
-                out = out + (grid @ trunk_v).view(S, K, -1, q.shape[2], D).transpose(1, 2).flatten(0, 1)[cell]
+                from_trunk = (grid @ trunk_v).view(S, K, -1, q.shape[2], D).transpose(1, 2).flatten(0, 1)[cell]
+                out = out + from_trunk * in_trunk       # a row without a trunk points at another's cell
             return out.flatten(1, 2)
 
         hidden = self.model(tokens, trunk_length + own, attend)

@@ -307,13 +307,14 @@ def test_p16_each_transcript_holds_the_answer_to_its_own_persona_and_problem(tin
 def test_p26_evaluation_uses_the_training_template_verifier_and_sampler(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate.pool, "prompt_ids", lambda *a: seen.append(a[1:3]) or personas_prompt_ids(*a))
-    monkeypatch.setattr(evaluate.rewards, "verify", lambda gold, answer: verify(gold, f"It is {gold}."))
+    monkeypatch.setattr(evaluate.rewards.Verifier, "submit",
+                        lambda self, gold, answer: submit(self, gold, f"It is {gold}."))
     results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, max_new_tokens=2)
     assert results["mean_accuracy"] == 1 and results["pss"] == 1
     assert seen == [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]
 
 
-personas_prompt_ids, verify = personas.prompt_ids, evaluate.rewards.verify
+personas_prompt_ids, submit = personas.prompt_ids, evaluate.rewards.Verifier.submit
 
 
 def test_p26_pass_at_k_comes_with_intervals_and_rises_with_k(evaluated):

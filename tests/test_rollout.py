@@ -104,6 +104,16 @@ def test_p16_results_stay_with_their_prompts_through_retirement_and_refill(tiny)
     assert (theirs - torch.tensor([x for key in sorted(few) for x in few[key].logprobs])).abs().max() <= 1e-5
 
 
+def test_p3_rows_with_and_without_a_shared_opening_decode_side_by_side(tiny):
+    model, alone = tiny[0], random_prompts(4, seed=8, low=9)
+    prompts = [p for own, opening in zip(alone, random_prompts(4, seed=9, low=12), strict=True)
+               for p in (own, opening + [5], opening + [6, 7])]
+    assert {len(t.ids) > 0 for t in shared_openings(prompts)} == {True, False}
+    done = collected(model, prompts, max_new_tokens=10, stop_ids=list(range(3, 12)))
+    theirs = trainer_logprobs(model, prompts, done, 1, 1.0)
+    assert (theirs - torch.tensor([x for i in range(12) for x in done[i, 0].logprobs])).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33])
 def test_p18_cache_boundaries_equal_the_uncached_forward(tiny, length):
     model, prompts = tiny[0], random_prompts(2, low=length, high=length)

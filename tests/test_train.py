@@ -206,9 +206,12 @@ def test_p20_a_torn_checkpoint_is_passed_over_for_the_one_before(tiny_folder, tm
 
 
 def interrupt(folder, out, how, *more) -> tuple[int, str]:
-    """Runs in another process until two checkpoints stand, then sends the signal: (exit code, stderr)."""
+    """Runs in another process until two checkpoints stand, then sends the signal: (exit code, stderr).
+
+    SIGINT is set back first: a test suite that a shell runs in the background inherits it as ignored."""
     command = [sys.executable, "train.py", "--model", folder, "--out", out, *FAST, *REWARD, *more]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and len(list((out / "checkpoints").glob("step-*"))) < 2:
         time.sleep(0.01)
     process.send_signal(how)
