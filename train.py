@@ -495,7 +495,8 @@ def parser() -> argparse.ArgumentParser:
     add("group-size", 8, "completions a problem, G")
     add("max-new-tokens", 32, "length limit of a completion")
     add("temperature", 0.6, "of sampling, and of the log-probs trained on")
-    add("prompt", "plain", "how a problem is asked", choices=sorted(tasks.PROMPTS))
+    add("prompt", None, "how a problem is asked (default: plain for arithmetic, else short)",
+        choices=sorted(tasks.PROMPTS))
     add("reward", "rewards:correctness", "module:function, called with (problem, completion text)")
     add("teacher", None, "model that writes the completions of distill (default: the start model)")
     add("learning-rate", 3e-5, "AdamW's, after warm-up")
@@ -549,6 +550,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) != before[name]:
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
     args.loss = args.loss or "grpo"
+    args.prompt = args.prompt or ("plain" if args.task == "arithmetic" else "short")
     if args.persona_prob is None:
         args.persona_prob = 0.7 if args.method == "permix" else 0.0
     if args.method == "rlvr" and args.persona_prob:
