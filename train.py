@@ -448,13 +448,13 @@ def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     return evaluate.put(problems, args.prompt), few(personas.load("test"), args.eval_personas)
 
 
-def evaluated(model: Transformer, tokenizer, args, folder: Path, steps: int) -> dict:
-    """As evaluate.py does it; read back where it has been done after as many steps."""
+def evaluated(model: Transformer, tokenizer, held, args, folder: Path, steps: int) -> dict:
+    """On what `held_out` gave, as evaluate.py does it; read back where it has been done after as many steps."""
     if (folder / "results.json").is_file():
         done = json.loads((folder / "results.json").read_text())
         if done.get("steps") == steps:
             return done
-    return evaluate.evaluate(model, tokenizer, *held_out(args), args.seed, args.max_new_tokens, folder, {
+    return evaluate.evaluate(model, tokenizer, *held, args.seed, args.max_new_tokens, folder, {
         "model": args.model, "task": args.eval_task or args.task, "method": args.method, "steps": steps})
 
 
@@ -617,7 +617,7 @@ def run(args) -> None:
     model, tokenizer = weights.load(args.model, args.dtype)
     model.checkpointing = args.recompute
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
-    held_out(args)
+    held = held_out(args)
     make_judge(args.reward, None)
     if not rank:
         wait()
@@ -628,10 +628,10 @@ def run(args) -> None:
     try:
         if rank == 0 and args.eval_problems:
             print(f"run folder {out}; evaluating before training", file=sys.stderr)
-            before = evaluated(model, tokenizer, args, out / "evaluation" / "before", 0)
+            before = evaluated(model, tokenizer, held, args, out / "evaluation" / "before", 0)
         train(model, tokenizer, problems, pool, args, out)
         if rank == 0 and args.eval_problems:
-            after = evaluated(model, tokenizer, args, out / "evaluation" / "after", args.steps)
+            after = evaluated(model, tokenizer, held, args, out / "evaluation" / "after", args.steps)
             print(before_after(before, after))
     except KeyboardInterrupt:
         print(f"\ntrain.py: stopped; go on with --resume {out}", file=sys.stderr)
