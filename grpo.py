@@ -290,6 +290,7 @@ def kl_reward(old_logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor) -> Te
 # ---------------------------------------------------------------------------------------------------------------------
 # Diagnostics
 
+SUMS = ("tokens", "clipped_high", "clipped_low", "clipped_dual", "ratio", "ratio_squared", "old_kl")
 
 def policy_metrics(
     name: str, ratio: Tensor, advantages: Tensor, weights: Tensor,

@@ -32,7 +32,7 @@ class Problem:
 # How a problem is put to the model. `plain` is the default: the verifier takes the last number or box of an answer.
 PROMPTS = {
     "plain": "{question}",
-    "short": "{question}\nAnswer with the number only.",
+    "short": "{question}\nAnswer in one short sentence.",
     "cot": "{question}\nThink step by step, then give the final answer in \\boxed{{}}.",
 }
 

@@ -147,6 +147,41 @@ class Batch:
     verdicts: list[str]
     rewards: Tensor                                     # [B, G]
 
+    @property
+    def lengths(self) -> Tensor:                        # [B, G]
+        return torch.tensor([len(c.tokens) for c in self.completions]).view_as(self.rewards)
+
+    @property
+    def truncated(self) -> Tensor:                      # [B, G]
+        return torch.tensor([c.truncated for c in self.completions]).view_as(self.rewards)
+
+    def joined(self, other: "Batch") -> "Batch":
+        lists = ("problems", "personas", "groups", "completions", "texts", "verdicts")
+        return Batch(*(getattr(self, name) + getattr(other, name) for name in lists),
+                     torch.cat([self.rewards, other.rewards]))
+
+
+def roll_outs(author: Transformer | None, tokenizer, problems, pool, judge, args, step: int) -> Batch:
+    """This rank's share of a step's problems, each under its drawn persona, sampled and verified.
+
+    Dynamic sampling (DAPO): until `--prompts` groups over all ranks have unequal rewards, further problems follow, at
+    most `--dynamic-sampling` times as many. Which ones is a function of (seed, step), whatever earlier steps needed.
+    """
+    rank, world = ranks()
+    share = slice(rank * args.prompts // world, (rank + 1) * args.prompts // world)
+    batch = None
+    for turn in range(1 + args.dynamic_sampling):
+        at = step * (1 + args.dynamic_sampling) + turn
+        chosen = tasks.batch(problems, at, args.prompts, args.seed)
+        keys = [f"{at}:{i}" for i in range(args.prompts)]
+        drawn = personas.mix(pool, args.persona_prob, args.mix, keys, args.group_size, args.seed)
+        more = roll_out(author, tokenizer, chosen[share], drawn[share], judge, args, at, share.start)
+        batch = batch.joined(more) if batch else more
+        rewards = gathered(grpo.truncation(batch.rewards, batch.truncated, args.truncated)[0])
+        if grpo.informative(rewards).sum() >= args.prompts:
+            break
+    return batch
+
 
 def roll_out(author: Transformer | None, tokenizer, problems, drawn, judge, args, step: int, first_key: int) -> Batch:
     """Samples from `author` and verifies; early completions are verified while others still decode.
@@ -206,74 +241,101 @@ def make_judge(spec: str, verifier: rewards.Verifier):
 # Learning
 
 
+SUMS = ("trained_tokens", "entropy", "kl", "gap", *grpo.SUMS)                   # added up over micro-batches and ranks
+
+
 def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step: int, args) -> dict:
-    """Advantages, loss and optimizer steps on one batch. Returns the metrics of the step: rewards and lengths over all
-    ranks, entropy, KL and gap over the tokens trained on (groups without variance are not)."""
-    rank, world = ranks()
-    lengths = torch.tensor([len(c.tokens) for c in batch.completions])
-    truncated = torch.tensor([c.truncated for c in batch.completions]).view_as(batch.rewards)
-    rewards_all, kept_all = grpo.truncation(gathered(batch.rewards), gathered(truncated), args.truncated)
-    batch.rewards = rewards_all[rank * len(batch.rewards):(rank + 1) * len(batch.rewards)]
+    """Advantages, loss and optimizer steps on one batch. Returns the metrics of the step, over all ranks: rewards and
+    lengths of everything sampled; entropy, KL, gap and clips of the tokens trained on (groups without variance are
+    not)."""
+    lengths, truncated = gathered(batch.lengths), gathered(batch.truncated)     # [B, G] of all ranks
+    rewards, kept = grpo.truncation(gathered(batch.rewards), truncated, args.truncated)
+    mine, device = slice(ranks()[0] * len(batch.rewards), (ranks()[0] + 1) * len(batch.rewards)), policy.model.device
+    batch.rewards = rewards[mine]
+    if args.dynamic_sampling:                           # DAPO: the others count as not drawn
+        kept = kept & grpo.informative(rewards)[:, None]
     if args.method in ("sft", "distill"):               # cross-entropy on the correct completions
-        advantages_all, kept_all = rewards_all, kept_all & (rewards_all > 0)
+        advantages, kept = rewards, kept & (rewards > 0)
     else:
-        advantages_all = grpo.group_advantages(rewards_all, args.advantage, gathered(persona_ids(batch)))
-    lengths_all = gathered(lengths)
-    mine, device = slice(rank * len(lengths), (rank + 1) * len(lengths)), policy.model.device
-    advantages, kept = advantages_all.flatten()[mine].to(device), kept_all.flatten()[mine].to(device)
-    lengths = lengths.to(device)
-    counts = {"total_tokens": int(lengths_all[kept_all.flatten()].sum()), "total_sequences": int(kept_all.sum()),
+        advantages = grpo.group_advantages(rewards + gathered(penalties(start, batch, args)), args.advantage,
+                                           gathered(persona_ids(batch)))
+        advantages = advantages * kept if args.dynamic_sampling else advantages
+    counts = {"total_tokens": int(lengths[kept].sum()), "total_sequences": int(kept.sum()),
               "max_tokens": args.max_new_tokens}
+    advantages, lengths_mine, kept = (x[mine].flatten().to(device) for x in (advantages, lengths, kept))
 
     n = len(batch.completions) // len(batch.groups)                             # completions in a group of the pack
     useful = [i for i in range(len(batch.groups))
               if args.kl_coef or args.entropy_coef or advantages[i * n:(i + 1) * n].any()]
     micros = list(micro_batches([batch.groups[i] for i in useful], args.micro_tokens))
-    old, sums, extra = {}, defaultdict(float), defaultdict(float)
-    for epoch in range(args.inner_epochs):
+    old, sums, anchor_kl = {}, dict.fromkeys(SUMS, 0.0), 0.0
+    for _ in range(args.inner_epochs):
         for first, last in micros:
-            chosen = useful[first:last]
-            rows = torch.cat([torch.arange(i * n, (i + 1) * n) for i in chosen])
-            packed = pack([batch.groups[i] for i in chosen], policy.model.c, device)
-            logprobs, entropy = completion_logprobs(policy.model, packed, args.temperature)
+            rows = [r for i in useful[first:last] for r in range(i * n, (i + 1) * n)]
+            weight = grpo.token_weights(lengths_mine[rows], args.normaliser, kept=kept[rows], **counts)
             sampled = torch.tensor([x for r in rows for x in batch.completions[r].logprobs], device=device)
-            if epoch == 0:
-                old[first] = logprobs.detach()
-                extra["gap"] += (old[first] - sampled).abs().sum().item()
-                extra["entropy"] += entropy.detach().sum().item()
-                extra["tokens"] += len(sampled)
-            weight = grpo.token_weights(lengths[rows], args.normaliser, kept=kept[rows], **counts)
-            correction = None if args.correction == "none" else grpo.sampler_correction(
-                old[first], sampled, lengths[rows], args.correction, "sequence" if args.loss == "gspo" else "token")
-            loss, metrics = grpo.policy_loss(args.loss, logprobs, old[first], advantages[rows], lengths[rows], weight,
-                                             args.clip_low, args.clip_high, correction=correction)
-            if args.kl_coef:
-                with torch.no_grad():
-                    reference, _ = completion_logprobs(start, packed, args.temperature)
-                divergence = grpo.kl(logprobs, reference, args.kl)
-                loss = loss + args.kl_coef * (weight * divergence).sum()
-                extra["kl"] += divergence.detach().sum().item()
-            if args.entropy_coef:
-                loss = loss - args.entropy_coef * (weight * entropy).sum()
+            loss, old[first], more = micro_loss(
+                policy.model, start, [batch.groups[i] for i in useful[first:last]], sampled, old.get(first),
+                advantages[rows], lengths_mine[rows], weight, args)
             policy.backward(loss)
-            for name, value in metrics.items():
-                sums[name] += value
+            sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if anchor:
-            extra["anchor_kl"] += anchor(policy, step, args.anchor_coef, args.anchor_count)
+            anchor_kl += anchor(policy, step, args.anchor_coef, args.anchor_count)
         norm = policy.step(args.max_grad_norm)
-    names = ("tokens", "entropy", "kl", "gap")
-    totals = gathered(torch.tensor([[extra[name] for name in names]], dtype=torch.float64)).sum(0)
-    tokens = totals[0].item()
-    entropy, divergence, gap = (totals[1:] / tokens).tolist() if tokens else (None, None, None)
+    totals = gathered(torch.tensor([list(sums.values())], dtype=torch.float64)).sum(0)
+    sums = dict(zip(SUMS, totals.tolist(), strict=True))
+    tokens = sums["trained_tokens"]
+    entropy, divergence, gap = (sums[name] / tokens if tokens else None for name in ("entropy", "kl", "gap"))
     return {
-        "reward": rewards_all.mean().item(), "entropy": entropy,
-        "kl": divergence and divergence / args.inner_epochs, "anchor_kl": extra["anchor_kl"] / args.inner_epochs,
-        "clip_fraction": grpo.summarise(sums)["clip_fraction"] if sums else 0.0, "grad_norm": norm,
-        "completion_length": lengths_all.float().mean().item(),
-        "truncated_fraction": gathered(truncated).float().mean().item(),
-        "zero_variance_fraction": 1 - grpo.informative(rewards_all).float().mean().item(),
+        "reward": rewards.mean().item(), "entropy": entropy, "kl": divergence,
+        "anchor_kl": anchor_kl / args.inner_epochs, "grad_norm": norm, **grpo.summarise(sums),
+        "completion_length": lengths.float().mean().item(), "truncated_fraction": truncated.float().mean().item(),
+        "zero_variance_fraction": 1 - grpo.informative(rewards).float().mean().item(),
         "sampler_trainer_gap": gap if args.method in ("permix", "rlvr") else None,
-        "errors": sum(c.error is not None for c in batch.completions), "sampled_tokens": int(lengths_all.sum())}
+        "errors": sum(c.error is not None for c in batch.completions), "sampled_tokens": int(lengths.sum())}
+
+
+def micro_loss(model: Transformer, start: Transformer | None, groups, sampled: Tensor, old: Tensor | None,
+               advantages: Tensor, lengths: Tensor, weight: Tensor, args) -> tuple[Tensor, Tensor, dict]:
+    """The loss of R completions with N tokens in `groups`, the log-probs of before the first optimizer step, and SUMS.
+
+    sampled [N]: the sampler's log-probs. old [N]: the log-probs an earlier inner epoch gave, None in the first.
+    advantages [R], lengths [R], weight [N].
+    """
+    packed = pack(groups, model.c, model.device)
+    logprobs, entropy = completion_logprobs(model, packed, args.temperature)
+    old = logprobs.detach() if old is None else old
+    correction = None if args.correction == "none" else grpo.sampler_correction(
+        old, sampled, lengths, args.correction, "sequence" if args.loss == "gspo" else "token")
+    loss, sums = grpo.policy_loss(args.loss, logprobs, old, advantages, lengths, weight, args.clip_low, args.clip_high,
+                                  args.dual_clip, correction)
+    divergence = torch.zeros_like(logprobs)
+    if args.kl_coef:
+        with torch.no_grad():
+            reference, _ = completion_logprobs(start, packed, args.temperature)
+        divergence = grpo.kl(logprobs, reference, args.kl, old if args.kl == "k1" else None)
+    if args.kl_coef and args.kl_in == "loss":
+        loss = loss + args.kl_coef * (weight * divergence).sum()
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * (weight * entropy).sum()
+    return loss, old, sums | {"trained_tokens": len(sampled), "entropy": entropy.detach().sum(),
+                              "kl": divergence.detach().sum(), "gap": (old - sampled).abs().sum()}
+
+
+@torch.no_grad()
+def penalties(start: Transformer | None, batch: Batch, args) -> Tensor:
+    """What is added to the verifier's rewards before the advantages [B, G]: DAPO's overlong penalty, and minus the KL
+    to the start model where `--kl-in reward` puts it (of the sampled tokens, under the same persona)."""
+    total = torch.zeros_like(batch.rewards)
+    if args.overlong_buffer:
+        total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
+    if args.kl_coef and args.kl_in == "reward":
+        reference = [completion_logprobs(start, pack(batch.groups[a:b], start.c, start.device), args.temperature)[0]
+                     for a, b in micro_batches(batch.groups, args.micro_tokens)]
+        sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
+        divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
+        total -= args.kl_coef * divergence.view_as(total)
+    return total
 
 
 def persona_ids(batch: Batch) -> Tensor:
@@ -403,7 +465,7 @@ class Clock:
 def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: list[personas.Persona], args,
           out: Path) -> None:
     """The loop. Writes the run folder as it goes."""
-    rank, world = ranks()
+    rank = ranks()[0]
     start = copy.deepcopy(model) if args.kl_coef or args.method == "distill" else None
     teacher = weights.load(args.teacher, args.dtype)[0] if args.teacher else start
     author = {"distill": teacher, "sft": None}.get(args.method, model)
@@ -415,12 +477,8 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
         judge = make_judge(args.reward, verifier)
         for step in range(first, args.steps):
             clock, began = Clock(), time.perf_counter()
-            chosen = tasks.batch(problems, step, args.prompts, args.seed)
-            keys = [f"{step}:{i}" for i in range(args.prompts)]
-            drawn = personas.mix(pool, args.persona_prob, args.mix, keys, args.group_size, args.seed)
-            share = slice(rank * args.prompts // world, (rank + 1) * args.prompts // world)
             with clock("sample"):
-                batch = roll_out(author, tokenizer, chosen[share], drawn[share], judge, args, step, share.start)
+                batch = roll_outs(author, tokenizer, problems, pool, judge, args, step)
             with clock("train"):
                 metrics = learn(policy, start, batch, anchor, step, args)
             if not math.isfinite(metrics["grad_norm"]):
@@ -508,11 +566,16 @@ def parser() -> argparse.ArgumentParser:
     add("normaliser", "token", "what a token's weight is divided by", choices=grpo.NORMALISERS)
     add("clip-low", 0.2, "the ratio may fall to 1 - this")
     add("clip-high", 0.2, "the ratio may rise to 1 + this")
+    add("dual-clip", None, "bound on the ratio of bad tokens (dual-clip PPO)", type=float)
+    add("dynamic-sampling", 0, "DAPO: at most so many further rounds of problems, until --prompts groups have unequal "
+        "rewards")
+    add("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the limit")
     add("inner-epochs", 1, "optimizer steps on each batch")
     add("truncated", "zero", "completions cut off: no reward, no loss, or kept", choices=["zero", "mask", "keep"])
     add("correction", "none", "importance weights sampler -> trainer", choices=["none", "truncate", "mask"])
     add("kl-coef", 0.0, "weight of the KL to the start model under the same persona")
-    add("kl", "k3", "its estimator", choices=["k2", "k3"])
+    add("kl", "k3", "its estimator", choices=["k1", "k2", "k3"])
+    add("kl-in", "loss", "where it acts", choices=["loss", "reward"])
     add("entropy-coef", 0.0, "weight of the entropy bonus")
     add("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play answers")
     add("anchor-count", 4, "role-play answers a step")
@@ -561,13 +624,18 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
                  "save_every", "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     if not (args.temperature > 0 and args.learning_rate > 0):
         raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
     if args.prompts % ranks()[1]:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
     grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser, group_size=args.group_size,
                clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
-               kl_kind=args.kl, mix=args.mix, max_tokens=args.max_new_tokens,
+               kl_kind=args.kl, kl_in=args.kl_in, kl_corrected=args.kl == "k1" and args.kl_in == "loss", mix=args.mix,
+               dual_clip=args.dual_clip, dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,
+               overlong_buffer=args.overlong_buffer,
                correction=None if args.correction == "none" else args.correction,
                correction_level="sequence" if args.loss == "gspo" else "token")
     return args
