@@ -549,9 +549,9 @@ def parser() -> argparse.ArgumentParser:
     add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
     add("personas", "train", "training pool: train, or a .jsonl file")
-    add("prompts", 12, "problems a step")
+    add("prompts", None, "problems a step (default: 12 for arithmetic, else 64: fewer of them teach)", type=int)
     add("group-size", 8, "completions a problem, G")
-    add("max-new-tokens", 32, "length limit of a completion")
+    add("max-new-tokens", None, "length limit of a completion (default: 32 for arithmetic, else 48)", type=int)
     add("temperature", 0.6, "of sampling, and of the log-probs trained on")
     add("prompt", None, "how a problem is asked (default: plain for arithmetic, else short)",
         choices=sorted(tasks.PROMPTS))
@@ -613,7 +613,10 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) != before[name]:
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
     args.loss = args.loss or "grpo"
-    args.prompt = args.prompt or ("plain" if args.task == "arithmetic" else "short")
+    small = args.task == "arithmetic"                   # what the embedded model solves often, in few words
+    args.prompt = args.prompt or ("plain" if small else "short")
+    args.prompts = (12 if small else 64) if args.prompts is None else args.prompts
+    args.max_new_tokens = (32 if small else 48) if args.max_new_tokens is None else args.max_new_tokens
     if args.persona_prob is None:
         args.persona_prob = 0.7 if args.method == "permix" else 0.0
     if args.method == "rlvr" and args.persona_prob:

@@ -26,6 +26,10 @@ def word_reward(problem, text: str) -> float:
     return float(sum(int(word[1:]) < 50 for word in re.findall(r"w\d+", text)) % 2 == 0)
 
 
+def flat_reward(problem, text: str) -> float:
+    return 1.0
+
+
 def nan_reward(problem, text: str) -> float:
     return float("nan")
 
@@ -57,20 +61,23 @@ def arguments(folder, *more):
 
 
 def one_batch(folder, *more):
-    """A policy and a batch with unlike rewards, as the loop makes them."""
-    args = arguments(folder, *more)
+    """A policy and a batch with unlike rewards, as the loop makes them: 4 problems, over all ranks."""
+    args = arguments(folder, "--prompts", "4", *more)
     model, tokenizer = weights.load(str(folder), args.dtype)
-    problems = train.tasks.load("arithmetic", "train", 0, 50)[:4]
-    drawn = train.personas.mix(train.personas.load("train"), 0.5, args.mix, range(4), args.group_size, 0)
-    judge = train.make_judge(args.reward, None)
-    batch = train.roll_out(model, tokenizer, problems, drawn, judge, args, 0, 0)
-    return args, model, batch
+    problems, pool = train.tasks.load("arithmetic", "train", 0, 50), train.personas.load("train")
+    return args, model, train.roll_outs(model, tokenizer, problems, pool, train.make_judge(args.reward, None), args, 0)
 
 
 def gradient_of(args, model, batch) -> torch.Tensor:
     """The whole gradient of one step, as the optimizer would meet it."""
     policy, found = train.Policy(model, 1e-3, 0), []
-    policy.step = lambda max_norm: found.append(torch.cat([m.grad.flatten() for m in policy.masters])) or 0.0
+
+    def step(max_norm):
+        train.sum_gradients(policy.masters)
+        found.append(torch.cat([m.grad.flatten() for m in policy.masters]))
+        return 0.0
+
+    policy.step = step
     train.learn(policy, None, batch, None, 0, args)
     return found[0].double()
 
@@ -91,6 +98,77 @@ def test_p10_the_gradient_does_not_depend_on_prompt_sharing(tiny_folder):
     batch.groups = [(prompt, [c]) for prompt, cs in batch.groups for c in cs]
     plain = gradient_of(args, model, batch)
     assert (shared - plain).norm() <= 1e-6 * shared.norm()
+
+
+def write_gradient(folder: str, out: str) -> None:
+    """What one of two ranks runs in the test below."""
+    torch.distributed.init_process_group("gloo")
+    gradient = gradient_of(*one_batch(folder))
+    if train.ranks()[0] == 0:
+        torch.save(gradient, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_p10_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_folder, tmp_path):
+    call = f"from tests.test_train import write_gradient; write_gradient({str(tiny_folder)!r}, {str(tmp_path / 'g')!r})"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    one, two = gradient_of(*one_batch(tiny_folder)), torch.load(tmp_path / "g")
+    assert (two - one).norm() <= 1e-6 * one.norm() > 0
+
+
+def flat_and_mixed(batch):
+    """Rewards of the first two groups equal, of the others not."""
+    batch.rewards = torch.tensor([[1.0] * 4, [0.0] * 4, [1.0, 0, 0, 0], [1.0, 1, 0, 0]])
+    return batch
+
+
+def test_p9_dynamic_sampling_counts_only_the_groups_with_unequal_rewards(tiny_folder):
+    """DAPO: the gradient is that of a batch of the informative groups alone, normaliser included."""
+    args, model, batch = one_batch(tiny_folder)
+    args.dynamic_sampling = 1
+    whole = gradient_of(args, model, flat_and_mixed(batch))
+    model.zero_grad()
+    batch.groups, batch.rewards, batch.personas = batch.groups[2:], batch.rewards[2:], batch.personas[2:]
+    batch.completions = batch.completions[8:]
+    args.dynamic_sampling = 0
+    alone = gradient_of(args, model, batch)
+    assert (whole - alone).norm() <= 1e-6 * alone.norm() > 0
+
+
+@pytest.mark.parametrize("reward, rounds", [("word_reward", 1), ("flat_reward", 4)])
+def test_dynamic_sampling_stops_when_enough_groups_have_a_gradient(tiny_folder, reward, rounds):
+    _, _, batch = one_batch(tiny_folder, "--dynamic-sampling", "3", "--group-size", "8",
+                            "--reward", f"tests.test_train:{reward}")
+    assert len(batch.rewards) == 4 * rounds == len({p.id for p in batch.problems})
+    assert len(batch.groups) == len(batch.personas) == 4 * rounds and len(batch.completions) == 32 * rounds
+
+
+def test_the_overlong_penalty_tells_long_completions_of_equal_rewards_apart(tiny_folder):
+    args, model, batch = one_batch(tiny_folder, "--overlong-buffer", "5")
+    batch.rewards[:] = 1.0
+    batch.groups[0][1][0][3:] = []                      # its tokens are the completion's own list
+    batch.completions[0].logprobs[3:] = []
+    assert batch.lengths[0].tolist() == [3, 6, 6, 6]
+    penalty = train.penalties(None, batch, args)
+    assert penalty[0].tolist() == pytest.approx([-0.4, -1, -1, -1])
+    metrics = train.learn(train.Policy(model, 1e-3, 0), None, batch, None, 0, args)
+    assert metrics["grad_norm"] > 0 and metrics["reward"] == 1.0        # the verifier's reward is what is logged
+
+
+def test_a_kl_in_the_reward_is_the_log_ratio_of_the_sampled_tokens(tiny_folder):
+    args, model, batch = one_batch(tiny_folder, "--kl-coef", "0.5", "--kl", "k1", "--kl-in", "reward",
+                                   "--micro-tokens", "100")
+    start = train.copy.deepcopy(model)
+    assert train.penalties(start, batch, args).abs().max() <= 1e-4      # the policy still is the start model
+    with torch.no_grad():
+        start.norm.weight.mul_(0.5)
+    packed = train.pack(batch.groups, start.c)
+    reference = train.completion_logprobs(start, packed, args.temperature)[0].detach()
+    sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
+    gaps = (sampled - reference).split(batch.lengths.flatten().tolist())
+    assert train.penalties(start, batch, args).flatten() == pytest.approx(-0.5 * torch.stack([g.sum() for g in gaps]),
+                                                                          abs=1e-4)
 
 
 def test_p11_the_ratio_is_1_on_the_first_inner_step_and_moves_on_the_second(tiny_folder):
@@ -271,6 +349,8 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path)
 @pytest.mark.parametrize("more", [["--mix", "rollout", "--advantage", "persona"],
                                   ["--loss", "gspo"], ["--loss", "cispo"],
                                   ["--loss", "dapo", "--kl-coef", "0.1", "--entropy-coef", "0.01"],
+                                  ["--loss", "dapo", "--dynamic-sampling", "1", "--overlong-buffer", "2"],
+                                  ["--kl-coef", "0.1", "--kl", "k1"], ["--dual-clip", "3"],
                                   ["--method", "sft"], ["--method", "distill"], ["--correction", "truncate"],
                                   ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
@@ -306,7 +386,8 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path):
     (["--steps", "0"], "at least 1"), (["--resume", "/nowhere/run"], "not a run folder"),
     (["--reward", "nothing"], "module:function"), (["--reward", "tests.test_train:nan_reward"], "finite"),
     (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "above 0"),
-    (["--personas", "/nowhere.jsonl"], "nowhere")])
+    (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
+    (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"), (["--dual-clip", "1"], "above 1 + clip_high")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
     assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
     errors = capsys.readouterr().err.strip().splitlines()

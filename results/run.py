@@ -1,0 +1,103 @@
+"""The experiment: does PerMix-RLVR do what the paper says? Arms x seeds, trained, evaluated, compared.
+
+    python results/run.py                                   # the main table
+    python results/run.py --arms rlvr permix --seeds 0 1    # part of it; what is there already is not run again
+    python results/run.py --task problems.jsonl --out runs/other --steps 60
+
+All arms see the same problems in the same order, with as many steps and completions; only who speaks (and for `sft`
+and `distill` who writes) differs. Evaluation: greedy accuracy on 50 held-out problems under 24 test personas, and
+fidelity by persona identification over 8 open questions, neither of which any arm was trained on.
+
+Each arm is a run folder of train.py under --out; stopped anywhere, the same command goes on. Kept in results/: each
+arm's results.json, and the comparison of all.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ARMS = {
+    "sft": ["--method", "sft"],
+    "distill": ["--method", "distill"],
+    "rlvr": ["--method", "rlvr"],
+    "permix": ["--method", "permix"],
+    "permix+anchor": ["--method", "permix", "--anchor-coef", "0.5"],
+}
+ABLATIONS = {
+    **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "1.0")},
+    "per rollout": ["--method", "permix", "--mix", "rollout"],
+    "per rollout, persona baseline": ["--method", "permix", "--mix", "rollout", "--advantage", "persona"],
+    **{f"kl={beta}": ["--method", "permix", "--kl-coef", beta] for beta in ("0.03", "0.1")},
+}
+
+
+def call(script: str, *flags) -> None:
+    print("$", script, *flags, flush=True)
+    subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True)
+
+
+def evaluated(model, arm: str, folder: Path, args) -> Path:
+    """results.json of a model in `folder`, made if it is not there."""
+    if not (folder / "results.json").is_file():
+        prompt = [] if model != args.model else ["--prompt", "plain" if args.task == "arithmetic" else "short"]
+        call("evaluate.py", "--model", model, "--task", args.task, "--personas", args.personas, "--limit",
+             args.problems, "--fidelity", args.questions, "--start-model", args.model, "--method", arm, "--out", folder,
+             *prompt)
+    return folder
+
+
+def trained(arm: str, seed: int, args) -> Path:
+    """The run folder of an arm, trained to the end, its checkpoints removed."""
+    run = args.out / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
+    if not (run / "model" / "config.json").is_file():
+        goes_on = ["--resume", run] if (run / "config.json").is_file() else [
+            *(ARMS | ABLATIONS)[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
+            "--eval-problems", 0, "--keep", 1, "--out", run]
+        call("train.py", *goes_on)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return run
+
+
+def keep(folder: Path, name: str, args) -> None:
+    """results.json, small enough for the repository, into results/NAME."""
+    target = ROOT / "results" / args.name / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("results.json", "comparison.json", "tradeoff.png"):
+        if (folder / file).is_file():
+            shutil.copy(folder / file, target / file)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *ABLATIONS], help="trained arms")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds of each")
+    p.add_argument("--steps", type=int, default=36, help="of training")
+    p.add_argument("--model", default="smollm2-135m", help="start model")
+    p.add_argument("--task", default="arithmetic", help="trained and evaluated on")
+    p.add_argument("--personas", default="test", help="of the evaluation")
+    p.add_argument("--problems", type=int, default=50, help="held-out problems")
+    p.add_argument("--questions", type=int, default=8, help="open questions for fidelity")
+    p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders")
+    p.add_argument("--name", default="main", help="results are kept in results/NAME")
+    args = p.parse_args()
+    args.out = args.out.resolve()
+    folders, began = [evaluated(args.model, "base", args.out / "base", args)], time.time()
+    keep(folders[0], "base", args)
+    for seed in args.seeds:                             # all arms of a seed first: stopped early, arms are comparable
+        for arm in args.arms:
+            run = trained(arm, seed, args)
+            folders.append(evaluated(run / "model", arm, run / "evaluation", args))
+            keep(folders[-1], run.name, args)
+    call("evaluate.py", "--compare", *folders, "--out", args.out / "compared")
+    keep(args.out / "compared", "compared", args)
+    print(f"{time.time() - began:.0f} seconds; everything is in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The sanity run: does every loss learn what can be learnt?
+
+    python results/sanity.py                                # all of them, into results/sanity/
+    python results/sanity.py --losses grpo gspo --steps 60
+
+16 arithmetic problems that the start model solves 20-80 % of the time (of 8 samples, no persona), trained on by each
+loss with its paper's advantage, normaliser and clips, everything else alike: reward should reach 0.95. One that does
+not is broken, or its settings are. Runs that are there are not run again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import personas  # noqa: E402
+import report  # noqa: E402
+import rewards  # noqa: E402
+import tasks  # noqa: E402
+import weights  # noqa: E402
+from rollout import generate  # noqa: E402
+
+LOSSES = {name: ["--loss", name] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")}
+LOSSES["rloo"] = ["--loss", "reinforce", "--advantage", "rloo"]
+
+
+def halfway(model: str, count: int, samples: int = 8) -> list[tasks.Problem]:
+    """The first `count` training problems that the model solves 20-80 % of the time at temperature 0.6."""
+    transformer, tokenizer = weights.load(model)
+    problems = tasks.load("arithmetic", "train", 0, 12 * count)
+    prompts = [personas.prompt_ids(tokenizer, problem.question, None) for problem in problems]
+    solved = Counter()
+    with rewards.Verifier() as verifier:
+        for done in generate(transformer, prompts, samples, 32, 0.6):
+            text = tokenizer.decode(done.tokens, skip_special_tokens=True)
+            verdict = verifier.submit(problems[done.index].answer, text).result().verdict
+            solved[done.index] += verdict == "correct" and not done.truncated
+    chosen = [problem for i, problem in enumerate(problems) if 0.2 <= solved[i] / samples <= 0.8]
+    if len(chosen) < count:
+        raise SystemExit(f"only {len(chosen)} of {len(problems)} problems lie between 20 and 80 %")
+    return chosen[:count]
+
+
+def train(name: str, problems: Path, out: Path, args) -> list[dict]:
+    """metrics.jsonl of one loss's run, made where it is not there."""
+    run = out / name
+    if not (run / "model").is_dir():
+        shutil.rmtree(run, ignore_errors=True)
+        subprocess.run([sys.executable, "train.py", "--method", "rlvr", "--task", str(problems), *LOSSES[name],
+                        "--prompt", "plain", "--prompts", "8", "--group-size", "8", "--max-new-tokens", "32",
+                        "--learning-rate", str(args.learning_rate), "--steps", str(args.steps), "--eval-problems", "0",
+                        "--save-every", str(args.steps), "--out", str(run)], cwd=ROOT, check=True)
+        shutil.rmtree(run / "checkpoints")
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Train each loss on problems that are neither easy nor impossible.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    p.add_argument("--model", default="smollm2-135m")
+    p.add_argument("--steps", type=int, default=40)
+    p.add_argument("--learning-rate", type=float, default=2e-5)
+    p.add_argument("--out", type=Path, default=Path("runs/sanity"), help="run folders")
+    args = p.parse_args()
+    out, kept = args.out.resolve(), ROOT / "results" / "sanity"
+    out.mkdir(parents=True, exist_ok=True)
+    kept.mkdir(exist_ok=True)
+    problems = kept / "problems.jsonl"
+    if not problems.is_file():
+        rows = [{"question": p.question, "answer": p.answer, "kind": p.kind, "split": "train"}
+                for p in halfway(args.model, 16)]
+        problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = {}
+    for name in args.losses:
+        metrics[name] = train(name, problems, out, args)
+        best = max(sum(m["reward"] for m in metrics[name][i:i + 2]) / 2 for i in range(args.steps - 1))
+        first = metrics[name][0]["reward"]
+        print(f"{name:10} reward {first:.2f} at the start, best mean of two steps {best:.3f}", flush=True)
+        rewards_by_loss = {name: [round(m["reward"], 4) for m in rows] for name, rows in metrics.items()}
+        (kept / "rewards.json").write_text(json.dumps(rewards_by_loss) + "\n")
+    report.curves(metrics).savefig(kept / "curves.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
