@@ -8,9 +8,7 @@ PerMix-RLVR (arXiv 2604.08986): with probability rho a training persona opens a 
 completions are sampled under it, the verifier says which are correct, and GRPO moves the policy towards those.
 rho = 0 is plain RLVR. Mixing scheme, rho, pool and all numbers below are ours: the paper's abstract names none.
 
-The policy is one model in the compute dtype, which samples *and* trains: their log-probs agree by construction. AdamW
-steps on fp32 master weights, since bf16 has too few digits to take a step of 1e-5. Step s is a function of (seed, s)
-and the weights alone, so a resumed run is the same run.
+Step s is a function of (seed, s) and the weights alone, so a resumed run is the same run.
 
 `sft` and `distill` are the same step with other authors: completions written by the task's gold answers, or by a
 teacher and kept when verified, trained with advantage 1 (the policy gradient is then the cross-entropy's).
@@ -18,7 +16,7 @@ teacher and kept when verified, trained with advantage 1 (the policy gradient is
 Under torchrun each rank samples and trains its own share of a step's problems; rewards, token counts and gradients are
 summed over ranks in the same places whatever the ranks have drawn.
 
-Left out: a critic, a replay buffer, asynchronous rollouts, and sharding: every rank holds the whole model.
+Left out: a critic, a replay buffer and asynchronous rollouts.
 """
 
 import argparse
@@ -27,8 +25,8 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -52,85 +50,8 @@ import rewards
 import tasks
 import weights
 from model import Transformer, completion_logprobs, pack
+from policy import Policy, gathered, load_checkpoint, ranks, save_checkpoint, wait
 from rollout import Completion, generate
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks. Every collective is here, and none stands in a branch that ranks can take differently.
-
-
-def ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gathered(x: Tensor) -> Tensor:
-    """x of every rank, concatenated along the first dimension. Shapes must agree."""
-    if ranks()[1] == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(ranks()[1])]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def sum_gradients(masters: list[Tensor]) -> None:
-    """Sums over ranks; a rank that had nothing to train on takes part with zeros."""
-    if ranks()[1] > 1:
-        for master in masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-            dist.all_reduce(master.grad)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The trained weights
-
-
-class Policy:
-    """A model in the compute dtype with fp32 master weights, fp32 gradients and AdamW behind it.
-
-    In fp32 the masters are the model's own parameters and nothing is copied.
-    """
-
-    def __init__(self, model: Transformer, learning_rate: float, warmup: int):
-        self.model, self.learning_rate, self.warmup, self.steps = model, learning_rate, warmup, 0
-        self.names, self.parameters = zip(*model.named_parameters(), strict=True)
-        self.copies = model.dtype != torch.float32
-        self.masters = [p.detach().float() for p in self.parameters] if self.copies else list(self.parameters)
-        self.optimizer = torch.optim.AdamW(self.masters, learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds the loss's gradients to the masters', in fp32: micro-batches must not be summed in bf16."""
-        loss.backward()
-        if self.copies:
-            for master, p in zip(self.masters, self.parameters, strict=True):
-                if p.grad is not None:
-                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                    p.grad = None
-
-    @torch.no_grad()
-    def step(self, max_norm: float) -> float:
-        """Clips, steps, refreshes the model. Returns the gradient's norm; one that is not finite changes nothing."""
-        sum_gradients(self.masters)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        if math.isfinite(norm) and norm > 0:            # a batch without a gradient must not step on momentum alone
-            self.steps += 1
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / max(1, self.warmup))
-            self.optimizer.step()
-            if self.copies:
-                torch._foreach_copy_(list(self.parameters), self.masters)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def state(self) -> dict:
-        masters = dict(zip(self.names, self.masters, strict=True))
-        return {"masters": masters, "optimizer": self.optimizer.state_dict(), "steps": self.steps}
-
-    @torch.no_grad()
-    def restore(self, state: dict) -> None:
-        for name, p, master in zip(self.names, self.parameters, self.masters, strict=True):
-            master.copy_(state["masters"][name])
-            p.copy_(master)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rolling out
@@ -417,32 +338,13 @@ def strata(batch: Batch) -> dict[str, float]:
     return {name: sum(v) / len(v) for name, v in sorted(values.items())}
 
 
-def save_checkpoint(out: Path, policy: Policy, step: int, keep: int) -> None:
-    """checkpoints/step-N/state.pt, whole or not at all; older ones beyond `keep` are removed afterwards."""
-    with weights.whole_folder(out / "checkpoints" / f"step-{step:06d}") as folder:
-        torch.save({"step": step, "policy": policy.state()}, folder / "state.pt")
-    for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(out: Path, policy: Policy) -> int:
-    """Restores the newest checkpoint that can be read; returns its step, or 0. Lines of later steps are cut off."""
-    step = 0
-    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            print(f"{folder} cannot be read ({weights.one_line(error)}); trying the one before", file=sys.stderr)
-            continue
-        policy.restore(state["policy"])
-        step = state["step"]
-        break
+def cut(out: Path, step: int) -> None:
+    """Drops the lines of `step` and later: a resumed run writes them again."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         if ranks()[0] == 0 and (out / name).is_file():
             lines = (out / name).read_text().split("\n")[:-1]                   # a line without its newline is torn
             kept = [line for line in lines if json.loads(line)["step"] < step]
             evaluate.write_atomically(out / name, "".join(line + "\n" for line in kept))
-    return step
 
 
 class Clock:
@@ -470,34 +372,72 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
     teacher = weights.load(args.teacher, args.dtype)[0] if args.teacher else start
     author = {"distill": teacher, "sft": None}.get(args.method, model)
     anchor = Anchor(model, tokenizer, pool, args) if args.anchor_coef else None
-    policy = Policy(model, args.learning_rate, args.warmup)
-    first = load_checkpoint(out, policy)
-    with rewards.Verifier() as verifier, tqdm(total=args.steps, initial=first, unit="step",
-                                              disable=rank > 0 or not (args.progress or sys.stderr.isatty())) as bar:
+    policy = Policy(model, args.learning_rate, args.warmup, args.shard)
+    first = load_checkpoint(policy, out / "checkpoints")
+    cut(out, first)
+    check_disk(out, policy, args.keep)
+    broken = 0                                          # gradients in a row that were not finite
+    with (rewards.Verifier() as verifier, terminated() as stop,
+          tqdm(total=args.steps, initial=first, unit="step",
+               disable=rank > 0 or not (args.progress or sys.stderr.isatty())) as bar):
         judge = make_judge(args.reward, verifier)
         for step in range(first, args.steps):
-            clock, began = Clock(), time.perf_counter()
-            with clock("sample"):
-                batch = roll_outs(author, tokenizer, problems, pool, judge, args, step)
-            with clock("train"):
-                metrics = learn(policy, start, batch, anchor, step, args)
-            if not math.isfinite(metrics["grad_norm"]):
-                print(f"step {step}: the gradient is not finite; the step was skipped", file=sys.stderr)
-            clock.seconds["step"] = round(time.perf_counter() - began, 4)
+            clock = Clock()
+            with clock("step"):
+                with clock("sample"):
+                    batch = roll_outs(author, tokenizer, problems, pool, judge, args, step)
+                with clock("train"):
+                    metrics = learn(policy, start, batch, anchor, step, args)
             speed = metrics.pop("sampled_tokens") / clock.seconds["sample"]
             metrics = {"step": step, **metrics, "accuracy_by_stratum": strata(batch),
                        "unverifiable_fraction": batch.verdicts.count("unverifiable") / len(batch.verdicts),
                        "tokens_per_second": speed, "seconds": clock.seconds}
+            broken = 0 if math.isfinite(metrics["grad_norm"]) else broken + 1
             if rank == 0:
+                if broken:
+                    print(f"step {step}: the gradient is not finite; the step was skipped", file=sys.stderr)
                 record(out, step, batch, metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
                 bar.update()
-                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                    save_checkpoint(out, policy, step + 1, args.keep)
+            if broken == MAX_BROKEN:
+                raise ValueError(f"{broken} gradients in a row were not finite: lower --learning-rate, and go on from "
+                                 f"the last checkpoint with --resume {out}")
+            ended = gathered(torch.tensor([len(stop)])).any()                   # SIGTERM, on whichever rank
+            if ended or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                save_checkpoint(policy, out / "checkpoints", step + 1, args.keep)
+            if ended and step + 1 < args.steps:
+                raise Terminated
     if rank == 0:
-        weights.save(model, tokenizer, out / "model", dict(zip(policy.names, policy.masters, strict=True)))
+        weights.save(model, tokenizer, out / "model")
         figure = report.curves({args.method: evaluate.read_lines(out / "metrics.jsonl")}, None)
         figure.savefig(out / "curves.png", dpi=120)
+
+
+MAX_BROKEN = 5
+
+
+class Terminated(Exception):
+    """SIGTERM came, and the step that it came in has been saved."""
+
+
+@contextmanager
+def terminated():
+    """Yields a list that is no longer empty once SIGTERM has come."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_disk(out: Path, policy: Policy, keep: int) -> None:
+    """Raises ValueError where the run's checkpoints and model would not fit."""
+    parameters = sum(p.numel() for p in policy.parameters)
+    needed, free = (12 * (keep + 1) + 4) * parameters, shutil.disk_usage(out).free      # one more while it is written
+    if free < needed:
+        raise ValueError(f"{out}: {keep} checkpoints need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make "
+                         f"room, or lower --keep")
 
 
 def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
@@ -584,6 +524,7 @@ def parser() -> argparse.ArgumentParser:
     add("dtype", "auto", "of compute", choices=["auto", "float32", "bfloat16"])
     add("micro-tokens", 1024, "packed tokens in one forward and backward")
     add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
+    add("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them")
     add("slots", 96, "completions decoded together")
     add("eval-task", None, "task to evaluate on (default: --task's test split)")
     add("eval-problems", 50, "held-out problems before and after; 0: no evaluation")
@@ -632,6 +573,8 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     if not (args.temperature > 0 and args.learning_rate > 0):
         raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
+    if args.shard < 0 or args.shard and ranks()[1] % args.shard:
+        raise ValueError(f"--shard {args.shard} must divide the {ranks()[1]} processes")
     if args.prompts % ranks()[1]:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
     grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser, group_size=args.group_size,
@@ -675,11 +618,6 @@ def few(pool: list[personas.Persona], count: int) -> list[personas.Persona]:
     return turns[:count]
 
 
-def wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def run(args) -> None:
     """Everything that can be refused is read first; then the run folder is made."""
     rank, began = ranks()[0], time.time()
@@ -687,6 +625,8 @@ def run(args) -> None:
         wait()                                          # until rank 0 has fetched what was not there
     model, tokenizer = weights.load(args.model, args.dtype)
     model.checkpointing = args.recompute
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
     held = held_out(args)
     make_judge(args.reward, None)
@@ -704,7 +644,7 @@ def run(args) -> None:
         if rank == 0 and args.eval_problems:
             after = evaluated(model, tokenizer, held, args, out / "evaluation" / "after", args.steps)
             print(before_after(before, after))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         print(f"\ntrain.py: stopped; go on with --resume {out}", file=sys.stderr)
         raise
     if rank == 0:
@@ -725,6 +665,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        return 143
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -1,0 +1,180 @@
+"""What is trained: fp32 master weights and AdamW behind the model that samples and trains, over ranks, and on disk.
+
+The policy is one model in the compute dtype; its log-probs as sampler and as trainer agree by construction. AdamW
+steps on fp32 masters, since bf16 has too few digits to take a step of 1e-5.
+
+Over ranks: every rank samples, so every rank needs the whole model in the compute dtype, and it trains on that copy.
+What is sharded (ZeRO, arXiv 1910.02054) is the rest: masters and AdamW's moments are DTensors, split along their first
+dimension over `shard` ranks and replicated over the others (a hybrid mesh: shard within a node, replicate across).
+With P parameters in bf16 a rank holds 2P + 4P (gradients, summed in fp32) + 12P / shard bytes. Gradients meet once a
+step, as a reduce-scatter; no collective stands in a branch that ranks can take differently.
+
+FSDP2 would gather each layer in each forward and backward, only to have what the sampler holds anyway. So it is left
+out, and with it models that do not fit a rank in the compute dtype.
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+
+from model import Transformer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x of every rank, concatenated along the first dimension. Shapes must agree."""
+    if ranks()[1] == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(ranks()[1])]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+class Policy:
+    """A model in the compute dtype with fp32 masters, fp32 gradients and AdamW behind it.
+
+    In fp32 on one rank the masters are the model's own parameters and nothing is copied. shard: ranks that share one
+    copy of the masters (default: all).
+    """
+
+    def __init__(self, model: Transformer, learning_rate: float, warmup: int, shard: int = 0):
+        self.model, self.learning_rate, self.warmup, self.steps = model, learning_rate, warmup, 0
+        self.names, self.parameters = zip(*model.named_parameters(), strict=True)
+        world = ranks()[1]
+        self.copies = model.dtype != torch.float32 or world > 1
+        self.masters = [p.detach().float() for p in self.parameters] if self.copies else list(self.parameters)
+        if world > 1:
+            shard = shard or world
+            self.mesh = init_device_mesh(model.device.type, (world // shard, shard),
+                                         mesh_dim_names=("replicate", "shard"))
+            self.masters = [distribute_tensor(m.clone(), self.mesh, [Replicate(), Shard(0)], src_data_rank=None)
+                            for m in self.masters]
+        self.gradients: list[Tensor | None] = [None] * len(self.masters)        # this rank's, whole, fp32
+        self.optimizer = torch.optim.AdamW(self.masters, learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
+        for m in self.masters:                          # now rather than at the first step: a checkpoint loads in place
+            self.optimizer.state[m] = {"step": torch.zeros((), device=m.device), "exp_avg": torch.zeros_like(m),
+                                       "exp_avg_sq": torch.zeros_like(m)}
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradients up in fp32: micro-batches must not be summed in bf16."""
+        loss.backward()
+        for i, p in enumerate(self.parameters):
+            if p.grad is not None:
+                self.gradients[i] = p.grad.float() if self.gradients[i] is None else self.gradients[i].add_(p.grad)
+                p.grad = None
+
+    def reduce(self) -> None:
+        """Gives the masters the gradient summed over ranks; one that had nothing to train on takes part with zeros."""
+        for i, (master, p) in enumerate(zip(self.masters, self.parameters, strict=True)):
+            master.grad, self.gradients[i] = self.gradients[i], None
+            if isinstance(master, DTensor):
+                own = torch.zeros_like(p, dtype=torch.float32) if master.grad is None else master.grad
+                summed = DTensor.from_local(own, self.mesh, [Partial(), Partial()], run_check=False)
+                master.grad = summed.redistribute(placements=master.placements)
+
+    @torch.no_grad()
+    def step(self, max_norm: float) -> float:
+        """Clips, steps, refreshes the model. Returns the gradient's norm; one that is not finite changes nothing."""
+        self.reduce()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
+        if math.isfinite(norm) and norm > 0:            # a batch without a gradient must not step on momentum alone
+            self.steps += 1
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / max(1, self.warmup))
+            self.optimizer.step()
+            self.refresh()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the masters into the model, gathered in its dtype."""
+        if self.copies:
+            for p, master in zip(self.parameters, self.masters, strict=True):
+                p.copy_(whole(master.to(p.dtype)))
+
+    def state(self) -> dict:
+        """Everything a step changes, by name: the tensors themselves, not copies."""
+        moments = {key: [self.optimizer.state[m][key] for m in self.masters] for key in ("exp_avg", "exp_avg_sq")}
+        return {"steps": self.steps} | {key: dict(zip(self.names, tensors, strict=True))
+                                        for key, tensors in {"masters": self.masters, **moments}.items()}
+
+    def restored(self, state: dict) -> None:
+        """After `state()` has been filled from a checkpoint."""
+        self.steps = state["steps"]
+        for m in self.masters:
+            self.optimizer.state[m]["step"].fill_(self.steps)
+        self.refresh()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: step-N/, with a manifest of its files' sizes, whole or not at all
+
+
+def save_checkpoint(policy: Policy, folder: Path, step: int, keep: int) -> None:
+    """Writes folder/step-N, every rank its shards; then older ones beyond `keep` are removed."""
+    target = folder / f"step-{step:06d}"
+    part = folder / f".{target.name}.part"
+    if ranks()[0] == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    wait()
+    dcp.save(policy.state(), checkpoint_id=part, no_dist=ranks()[1] == 1)       # files are flushed to the disk
+    if ranks()[0] == 0:
+        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+        (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+        shutil.rmtree(target, ignore_errors=True)       # a torn one of the same step
+        part.rename(target)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(policy: Policy, folder: Path) -> int:
+    """Restores the newest whole checkpoint and returns its step, 0 if there is none. Also one that another number of
+    ranks has written: the run then goes on equal up to the order of summation."""
+    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        step = finished(checkpoint)
+        if step is None:
+            print(f"{checkpoint} cannot be read: it is torn; trying the one before", file=sys.stderr)
+            continue
+        state = policy.state()
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks()[1] == 1)
+        policy.restored(state)
+        return step
+    return 0
+
+
+def finished(checkpoint: Path) -> int | None:
+    """The step of a checkpoint whose files are all there at their sizes, else None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        whole = all((checkpoint / name).stat().st_size == size for name, size in manifest["sizes"].items())
+        return manifest["step"] if whole else None
+    except (OSError, ValueError, KeyError):
+        return None
