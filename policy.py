@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from model import Transformer
+from model import Transformer, pack
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks
@@ -134,6 +134,52 @@ class Policy:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def activation_bytes(model: Transformer, tokens: int = 64) -> float:
+    """Bytes a packed token keeps for the backward, counted on a forward of one sequence: storages, each once."""
+    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        kept.append(x)                                  # alive, or the next one would get its address
+        return x
+
+    kept: list[Tensor] = []
+    packed = pack([([0], [[0] * tokens])], model.c, model.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(packed.input_ids, packed.tree.position_ids, packed.tree)
+    return sum(size for at, size in saved.items() if at not in own) / tokens
+
+
+def memory(policy: Policy, slots: int, row_tokens: int, micro_tokens: int) -> dict[str, int]:
+    """Estimated bytes by part, on this rank, and their `peak`: the larger of sampling (`slots` rows of `row_tokens`
+    tokens) and training (`micro_tokens` packed tokens), beside what is always there."""
+    model, c = policy.model, policy.model.c
+    count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
+    local = sum((m.to_local() if isinstance(m, DTensor) else m).numel() for m in policy.masters)
+    parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
+             "gradients": count * (4 + size * policy.copies),
+             "activations": round(micro_tokens * activation_bytes(model)),
+             "cache": 2 * slots * row_tokens * c.num_layers * c.num_kv_heads * c.head_dim * size}
+    always = parts["weights"] + parts["masters"] + parts["AdamW"]
+    return parts | {"peak": always + max(parts["cache"] + parts["weights"],     # + the sampler's rearranged weights
+                                         parts["gradients"] + parts["activations"])}
+
+
+def fitted(policy: Policy, limit: float, longest: int, slots: int, row_tokens: int) -> int:
+    """The most packed tokens a micro-batch may have within `limit` bytes; ValueError where even the longest group, of
+    `longest` tokens, or the sampler's cache does not fit."""
+    least = memory(policy, slots, row_tokens, longest)
+    if least["peak"] > limit:
+        raise ValueError(f"--memory {limit / 1e9:.1f} is too little: about {least['peak'] / 1e9:.1f} GB are needed; "
+                         "try --recompute, a smaller --group-size, --max-new-tokens or --slots, or more ranks")
+    return longest + int((limit - least["peak"]) / activation_bytes(policy.model))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: step-N/, with a manifest of its files' sizes, whole or not at all
 
 
@@ -178,3 +224,12 @@ def finished(checkpoint: Path) -> int | None:
         return manifest["step"] if whole else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def check_disk(out: Path, policy: Policy, keep: int) -> None:
+    """Raises ValueError where the run's checkpoints and model would not fit."""
+    parameters = sum(p.numel() for p in policy.parameters)
+    needed, free = (12 * (keep + 1) + 4) * parameters, shutil.disk_usage(out).free      # one more while it is written
+    if free < needed:
+        raise ValueError(f"{out}: {keep} checkpoints need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make "
+                         f"room, or lower --keep")

@@ -19,13 +19,11 @@ summed over ranks in the same places whatever the ranks have drawn.
 Left out: a critic, a replay buffer and asynchronous rollouts.
 """
 
-import argparse
 import copy
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -34,7 +32,6 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -44,14 +41,17 @@ from tqdm import tqdm
 
 import evaluate
 import grpo
+import monitor
 import personas
 import report
 import rewards
 import tasks
 import weights
+from anchor import Anchor
 from model import Transformer, completion_logprobs, pack
-from policy import Policy, gathered, load_checkpoint, ranks, save_checkpoint, wait
+from policy import Policy, check_disk, fitted, gathered, load_checkpoint, memory, ranks, save_checkpoint, wait
 from rollout import Completion, generate
+from settings import run_folder, settings
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rolling out
@@ -278,89 +278,6 @@ def micro_batches(groups: list, limit: int):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The expressivity anchor (ours): open role-play is held to the start model, problems are left to the verifier
-
-
-class Anchor:
-    """Answers of the start model to role-play questions under training personas, and the token-level
-    KL(start || policy) on a few of them a step, over the full vocabulary. Prepared once; a function of the seed."""
-
-    def __init__(self, model: Transformer, tokenizer, pool: list[personas.Persona], args):
-        questions = personas.load_roleplay("train")
-        pairs = [(pool[i * 7 % len(pool)], questions[i % len(questions)]) for i in range(args.anchor_answers)]
-        prompts = [personas.prompt_ids(tokenizer, question, persona) for persona, question in pairs]
-        outs = generate(model, prompts, 1, args.anchor_tokens, seed=args.seed, slots=args.slots)
-        self.groups = [(prompts[out.index], [out.tokens]) for out in sorted(outs, key=lambda out: out.index)]
-        self.head = model.head_weight.detach().clone()
-        with torch.no_grad():
-            self.hidden = [self.hidden_states(model, [group]) for group in self.groups]     # [tokens, H] each
-
-    @staticmethod
-    def hidden_states(model: Transformer, groups) -> Tensor:
-        packed = pack(groups, model.c, model.device)
-        return model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
-
-    def __call__(self, policy: Policy, step: int, coefficient: float, count: int) -> float:
-        """Adds the gradient of coefficient * mean KL over the step's `count` answers; returns the mean KL per token."""
-        chosen = [(step * count + i) % len(self.groups) for i in range(count)]
-        hidden = self.hidden_states(policy.model, [self.groups[i] for i in chosen])
-        start = (torch.cat([self.hidden[i] for i in chosen]) @ self.head.T).float().log_softmax(-1)
-        now = (hidden @ policy.model.head_weight.T).float().log_softmax(-1)
-        divergence = (start.exp() * (start - now)).sum(-1).mean()
-        policy.backward(coefficient * divergence / ranks()[1])          # every rank computes it; ranks are summed
-        return divergence.item()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run folder
-
-
-def record(out: Path, step: int, batch: Batch, metrics: dict) -> None:
-    """One line of metrics, and the first completions of the step to read."""
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    with open(out / "samples.jsonl", "a") as file:
-        for i in range(min(len(batch.texts), 2 * len(batch.personas[0])))[::len(batch.personas[0]) // 2 or 1]:
-            b, g = divmod(i, len(batch.personas[0]))
-            persona = batch.personas[b][g]
-            file.write(json.dumps({
-                "step": step, "persona": persona.name if persona else "none", "question": batch.problems[b].question,
-                "gold": batch.problems[b].answer, "completion": batch.texts[i], "verdict": batch.verdicts[i],
-                "reward": batch.rewards[b, g].item(), "truncated": batch.completions[i].truncated}) + "\n")
-
-
-def strata(batch: Batch) -> dict[str, float]:
-    """Mean reward by persona stratum, of rank 0's completions."""
-    values = defaultdict(list)
-    for row, reward in zip(batch.personas, batch.rewards.tolist(), strict=True):
-        for persona, value in zip(row, reward, strict=True):
-            values[persona.stratum if persona else "none"].append(value)
-    return {name: sum(v) / len(v) for name, v in sorted(values.items())}
-
-
-def cut(out: Path, step: int) -> None:
-    """Drops the lines of `step` and later: a resumed run writes them again."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if ranks()[0] == 0 and (out / name).is_file():
-            lines = (out / name).read_text().split("\n")[:-1]                   # a line without its newline is torn
-            kept = [line for line in lines if json.loads(line)["step"] < step]
-            evaluate.write_atomically(out / name, "".join(line + "\n" for line in kept))
-
-
-class Clock:
-    """Seconds by phase of one step: with clock("sample"): ..."""
-
-    def __init__(self):
-        self.seconds = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = round(time.perf_counter() - start, 4)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -374,29 +291,33 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
     anchor = Anchor(model, tokenizer, pool, args) if args.anchor_coef else None
     policy = Policy(model, args.learning_rate, args.warmup, args.shard)
     first = load_checkpoint(policy, out / "checkpoints")
-    cut(out, first)
+    watch = monitor.Watch(monitor.resumed(out, first)) if rank == 0 else None
+    track = monitor.tracker(args.tracker, out, vars(args)) if rank == 0 else None
     check_disk(out, policy, args.keep)
+    plan_memory(policy, tokenizer, problems, pool, args)
     broken = 0                                          # gradients in a row that were not finite
     with (rewards.Verifier() as verifier, terminated() as stop,
           tqdm(total=args.steps, initial=first, unit="step",
                disable=rank > 0 or not (args.progress or sys.stderr.isatty())) as bar):
         judge = make_judge(args.reward, verifier)
         for step in range(first, args.steps):
-            clock = Clock()
+            clock = monitor.Clock()
             with clock("step"):
                 with clock("sample"):
                     batch = roll_outs(author, tokenizer, problems, pool, judge, args, step)
                 with clock("train"):
                     metrics = learn(policy, start, batch, anchor, step, args)
             speed = metrics.pop("sampled_tokens") / clock.seconds["sample"]
-            metrics = {"step": step, **metrics, "accuracy_by_stratum": strata(batch),
+            metrics = {"step": step, **metrics, "accuracy_by_stratum": monitor.strata(batch),
                        "unverifiable_fraction": batch.verdicts.count("unverifiable") / len(batch.verdicts),
                        "tokens_per_second": speed, "seconds": clock.seconds}
             broken = 0 if math.isfinite(metrics["grad_norm"]) else broken + 1
             if rank == 0:
                 if broken:
                     print(f"step {step}: the gradient is not finite; the step was skipped", file=sys.stderr)
-                record(out, step, batch, metrics)
+                monitor.record(out, step, batch, metrics)
+                watch(metrics)
+                track(metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
                 bar.update()
             if broken == MAX_BROKEN:
@@ -411,6 +332,20 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
         weights.save(model, tokenizer, out / "model")
         figure = report.curves({args.method: evaluate.read_lines(out / "metrics.jsonl")}, None)
         figure.savefig(out / "curves.png", dpi=120)
+
+
+def plan_memory(policy: Policy, tokenizer, problems, pool, args) -> None:
+    """Prints the estimated peak by part; with `--memory` sizes the micro-batches to fit, or raises ValueError."""
+    persona = max(pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
+    prompt = len(prompt_of(tokenizer, max(problems, key=lambda p: len(p.question)), persona, args))
+    row = prompt + args.max_new_tokens
+    if args.memory:
+        group = prompt + args.max_new_tokens * (args.group_size if args.mix == "prompt" else 1)
+        args.micro_tokens = fitted(policy, args.memory * 1e9, group, args.slots, row)
+    if ranks()[0] == 0:
+        parts = memory(policy, args.slots, row, args.micro_tokens)
+        print("memory, estimated GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
+              file=sys.stderr)
 
 
 MAX_BROKEN = 5
@@ -429,15 +364,6 @@ def terminated():
         yield came
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def check_disk(out: Path, policy: Policy, keep: int) -> None:
-    """Raises ValueError where the run's checkpoints and model would not fit."""
-    parameters = sum(p.numel() for p in policy.parameters)
-    needed, free = (12 * (keep + 1) + 4) * parameters, shutil.disk_usage(out).free      # one more while it is written
-    if free < needed:
-        raise ValueError(f"{out}: {keep} checkpoints need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make "
-                         f"room, or lower --keep")
 
 
 def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
@@ -468,145 +394,7 @@ def before_after(before: dict, after: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def add(flag, default, text, **more):
-        kind = {} if "choices" in more or default is None or "action" in more else {"type": type(default)}
-        p.add_argument(f"--{flag}", default=default, help=text, **kind | more)
-
-    add("method", "permix", "which arm", choices=["permix", "rlvr", "sft", "distill"])
-    add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file")
-    add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
-    add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
-    add("resume", None, "run folder to continue with its own settings")
-    add("steps", 36, "optimizer steps (times --inner-epochs)")
-    add("seed", 0, "of problems, personas and samples")
-    add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
-    add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
-    add("personas", "train", "training pool: train, or a .jsonl file")
-    add("prompts", None, "problems a step (default: 12 for arithmetic, else 64: fewer of them teach)", type=int)
-    add("group-size", 8, "completions a problem, G")
-    add("max-new-tokens", None, "length limit of a completion (default: 32 for arithmetic, else 48)", type=int)
-    add("temperature", 0.6, "of sampling, and of the log-probs trained on")
-    add("prompt", None, "how a problem is asked (default: plain for arithmetic, else short)",
-        choices=sorted(tasks.PROMPTS))
-    add("reward", "rewards:correctness", "module:function, called with (problem, completion text)")
-    add("teacher", None, "model that writes the completions of distill (default: the start model)")
-    add("learning-rate", 3e-5, "AdamW's, after warm-up")
-    add("warmup", 2, "steps of linear warm-up")
-    add("max-grad-norm", 1.0, "gradient clipping")
-    add("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its paper's, unless given "
-        "(default: grpo's with those below)", choices=sorted(grpo.RECIPES))
-    add("advantage", "mean", "baseline and scale", choices=grpo.ADVANTAGES)
-    add("normaliser", "token", "what a token's weight is divided by", choices=grpo.NORMALISERS)
-    add("clip-low", 0.2, "the ratio may fall to 1 - this")
-    add("clip-high", 0.2, "the ratio may rise to 1 + this")
-    add("dual-clip", None, "bound on the ratio of bad tokens (dual-clip PPO)", type=float)
-    add("dynamic-sampling", 0, "DAPO: at most so many further rounds of problems, until --prompts groups have unequal "
-        "rewards")
-    add("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the limit")
-    add("inner-epochs", 1, "optimizer steps on each batch")
-    add("truncated", "zero", "completions cut off: no reward, no loss, or kept", choices=["zero", "mask", "keep"])
-    add("correction", "none", "importance weights sampler -> trainer", choices=["none", "truncate", "mask"])
-    add("kl-coef", 0.0, "weight of the KL to the start model under the same persona")
-    add("kl", "k3", "its estimator", choices=["k1", "k2", "k3"])
-    add("kl-in", "loss", "where it acts", choices=["loss", "reward"])
-    add("entropy-coef", 0.0, "weight of the entropy bonus")
-    add("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play answers")
-    add("anchor-count", 4, "role-play answers a step")
-    add("anchor-answers", 80, "role-play answers prepared before training")
-    add("anchor-tokens", 40, "their length limit")
-    add("dtype", "auto", "of compute", choices=["auto", "float32", "bfloat16"])
-    add("micro-tokens", 1024, "packed tokens in one forward and backward")
-    add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
-    add("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them")
-    add("slots", 96, "completions decoded together")
-    add("eval-task", None, "task to evaluate on (default: --task's test split)")
-    add("eval-problems", 50, "held-out problems before and after; 0: no evaluation")
-    add("eval-personas", 9, "how many test personas, evenly from the strata")
-    add("save-every", 10, "steps between checkpoints")
-    add("keep", 2, "checkpoints kept")
-    add("progress", False, "progress bar even without a terminal", action="store_true")
-    return p
-
-
-def settings(argv: list[str] | None) -> argparse.Namespace:
-    """Flags over the loss's recipe over a resumed run's settings over the defaults; ValueError where they clash."""
-    p = parser()
-    first, _ = p.parse_known_args(argv)
-    if first.resume:
-        path = Path(first.resume) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
-        before = json.loads(path.read_text()).get("settings")
-        if not before:
-            raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
-        p.set_defaults(**before)
-    if first.loss:
-        p.set_defaults(**grpo.RECIPES[first.loss])
-    args = p.parse_args(argv)
-    for name in ("model", "task", "method", "seed", "dtype") if first.resume else ():
-        if getattr(args, name) != before[name]:
-            raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
-    args.loss = args.loss or "grpo"
-    small = args.task == "arithmetic"                   # what the embedded model solves often, in few words
-    args.prompt = args.prompt or ("plain" if small else "short")
-    args.prompts = (12 if small else 64) if args.prompts is None else args.prompts
-    args.max_new_tokens = (32 if small else 48) if args.max_new_tokens is None else args.max_new_tokens
-    if args.persona_prob is None:
-        args.persona_prob = 0.7 if args.method == "permix" else 0.0
-    if args.method == "rlvr" and args.persona_prob:
-        raise ValueError("--method rlvr has no personas: use permix with --persona-prob, or leave it out")
-    if not 0 <= args.persona_prob <= 1:
-        raise ValueError(f"--persona-prob must be between 0 and 1, not {args.persona_prob}")
-    for name in ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "micro_tokens", "slots",
-                 "save_every", "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
-    if not (args.temperature > 0 and args.learning_rate > 0):
-        raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
-    if args.shard < 0 or args.shard and ranks()[1] % args.shard:
-        raise ValueError(f"--shard {args.shard} must divide the {ranks()[1]} processes")
-    if args.prompts % ranks()[1]:
-        raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
-    grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser, group_size=args.group_size,
-               clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
-               kl_kind=args.kl, kl_in=args.kl_in, kl_corrected=args.kl == "k1" and args.kl_in == "loss", mix=args.mix,
-               dual_clip=args.dual_clip, dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,
-               overlong_buffer=args.overlong_buffer,
-               correction=None if args.correction == "none" else args.correction,
-               correction_level="sequence" if args.loss == "gspo" else "token")
-    return args
-
-
-def run_folder(args) -> Path:
-    """The run's folder, made and described by config.json. Raises ValueError if it holds another run.
-
-    Restarted by torchrun (--max-restarts), a run with --out goes on where it was.
-    """
-    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
-    out = Path(args.resume or args.out or Path("runs") / name)
-    if not (args.resume or args.out):
-        taken = [out, *(out.with_name(f"{name}-{i}") for i in range(2, 1000))]
-        out = next(folder for folder in taken if not (folder / "config.json").exists())
-    goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if (out / "config.json").exists() and not goes_on:
-        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    config = {"settings": vars(args) | {"resume": None, "out": str(out)}, "method": args.method,
-              "command": " ".join(sys.argv), "commit": evaluate.commit(),
-              "versions": packages | {"python": sys.version.split()[0]}}
-    evaluate.write_atomically(out / "config.json", json.dumps(config, indent=1))
-    return out
+# The command
 
 
 def few(pool: list[personas.Persona], count: int) -> list[personas.Persona]:

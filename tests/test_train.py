@@ -1,6 +1,7 @@
 """The loop on a tiny model: what is learned from, resumed, refused and written."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import torch
 
 import train
 import weights
-from policy import whole
+from policy import activation_bytes, whole
+from settings import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--steps", "4", "--prompts", "2", "--group-size", "4", "--max-new-tokens", "6", "--eval-problems", "0",
@@ -309,6 +311,17 @@ def test_p20_a_killed_run_resumes_to_the_uninterrupted_one(tiny_folder, tmp_path
     assert metrics(out) == metrics(tmp_path / "whole") and same(tensors(out), tensors(tmp_path / "whole"))
 
 
+def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(tiny_folder, tmp_path):
+    assert run(tiny_folder, tmp_path / "whole", "--steps", "30") == 0
+    out = tmp_path / "terminated"
+    code, errors = interrupt(tiny_folder, out, signal.SIGTERM, "--steps", "30")
+    assert code == 143 and f"--resume {out}" in errors and "Traceback" not in errors
+    done = len(metrics(out))
+    assert 2 <= done < 30 and (out / "checkpoints" / f"step-{done:06d}").is_dir()
+    assert train.main(["--resume", str(out)]) == 0
+    assert metrics(out) == metrics(tmp_path / "whole") and same(tensors(out), tensors(tmp_path / "whole"))
+
+
 def torchrun(folder, out, *more, reward="tests.test_train:word_reward"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
                "--model", folder, "--out", out, *FAST, "--reward", reward, *more]
@@ -322,6 +335,44 @@ def test_two_ranks_take_the_same_step_as_one(tiny_folder, tmp_path):
     assert one["reward"] == two["reward"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
     for name, tensor in tensors(tmp_path / "one").items():
         assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("shard", ["1", "2"])
+def test_p20_a_run_goes_on_with_another_number_of_ranks(tiny_folder, tmp_path, shard):
+    """Masters and moments sharded over two ranks, or replicated: read back by one. Equal up to summation order."""
+    assert run(tiny_folder, tmp_path / "one", "--steps", "4") == 0
+    assert torchrun(tiny_folder, tmp_path / "two", "--steps", "2", "--shard", shard).returncode == 0
+    assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4", "--shard", "0"]) == 0
+    assert [m["reward"] for m in metrics(tmp_path / "two")] == [m["reward"] for m in metrics(tmp_path / "one")]
+    for name, tensor in tensors(tmp_path / "one").items():
+        assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-4, name
+
+
+def dies_once(problem, text: str) -> float:
+    """Rank 1 is killed at its first reward after a checkpoint, the first time round."""
+    import os
+
+    import torch.distributed as dist
+
+    first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first_life and dist.is_initialized() and dist.get_rank() == 1 and list(ROOT_OF_RUN.glob("checkpoints/step-*")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return word_reward(problem, text)
+
+
+ROOT_OF_RUN = Path(os.environ.get("RUN_THAT_DIES", "/nowhere"))
+
+
+def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, monkeypatch):
+    out = tmp_path / "restarted"
+    monkeypatch.setenv("RUN_THAT_DIES", str(out))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", "1", "train.py", "--model", tiny_folder, "--out", out, *FAST, "--reward",
+               "tests.test_train:dies_once"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3] and (out / "model" / "config.json").is_file()
 
 
 def rank_1_only(problem, text: str) -> float:
@@ -361,19 +412,40 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path):
     """Live tensors after 12 steps are those after 4."""
     import gc
 
-    counts, original = [], train.record
+    counts, original = [], train.monitor.record
 
     def watch(*args):
         gc.collect()
         counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
         original(*args)
 
-    train.record = watch
+    train.monitor.record = watch
     try:
         run(tiny_folder, tmp_path / "run", "--steps", "12")
     finally:
-        train.record = original
+        train.monitor.record = original
     assert max(counts[8:]) <= max(counts[2:5])
+
+
+def test_p28_memory_is_estimated_and_micro_batches_are_sized_to_fit(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1", "--memory", "0.01") == 0
+    said = capsys.readouterr().err
+    parts = dict(re.findall(r"(\w+) (\d+\.\d+)", said.split("estimated GB: ")[1].splitlines()[0]))
+    assert {"weights", "AdamW", "gradients", "activations", "cache", "peak"} <= parts.keys()
+    assert 0 < float(parts["peak"]) <= 0.01
+    assert run(tiny_folder, tmp_path / "none", "--memory", "0.0001") == 2
+    assert "--recompute" in capsys.readouterr().err
+
+
+def test_p28_activations_are_counted_as_they_are(tiny_folder):
+    """What a forward keeps: 4 layers of (norms, q, k, v, attention, gate, up and their product), some 8 to 20 vectors
+    of the hidden size each, and the same however many tokens are counted; recomputing keeps little of it."""
+    model = weights.load(str(tiny_folder), "float32")[0]
+    full = activation_bytes(model)
+    assert 4 * 8 * 32 * 4 < full < 4 * 40 * 32 * 4
+    assert activation_bytes(model, 256) == pytest.approx(full, rel=0.3)
+    model.checkpointing = True
+    assert activation_bytes(model) < 0.5 * full
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -393,6 +465,33 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, caps
     assert message in errors[-1] and errors[-1].startswith("train.py: ")
 
 
+def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
+    model, tokenizer = weights.load(str(tiny_folder), "float32")
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    weights.save(model, tokenizer, tmp_path / "broken")
+    assert run(tmp_path / "broken", tmp_path / "run") == 2
+    assert "not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_disk_too_full_for_the_checkpoints_is_refused(tiny_folder, tmp_path, capsys, monkeypatch):
+    usage = train.check_disk.__globals__["shutil"].disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    assert run(tiny_folder, tmp_path / "run") == 2
+    assert "make room" in capsys.readouterr().err
+
+
+def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tiny_folder, tmp_path, capsys,
+                                                                             monkeypatch):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "2") == 0
+    monkeypatch.setattr(train.Policy, "step", lambda self, max_norm: float("nan"))
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "20", "--save-every", "100"]) == 2
+    errors = capsys.readouterr().err
+    assert "5 gradients in a row" in errors and errors.count("was skipped") == 5
+    assert len(metrics(tmp_path / "run")) == 7
+    assert (tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json").is_file()
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
     assert run(tiny_folder, tmp_path / "run") == 2
@@ -406,7 +505,7 @@ def test_p29_an_unknown_flag_is_an_error():
 
 
 def test_p29_every_flag_is_read():
-    source = (ROOT / "train.py").read_text().split("# Command line")
-    body = source[0] + source[1][source[1].index("def settings"):]
-    unread = [a.dest for a in train.parser()._actions if a.dest != "help" and not re.search(rf"\.{a.dest}\b", body)]
+    told = (ROOT / "settings.py").read_text()
+    body = "".join((ROOT / name).read_text() for name in ("train.py", "anchor.py")) + told[told.index("def settings"):]
+    unread = [a.dest for a in parser()._actions if a.dest != "help" and not re.search(rf"\.{a.dest}\b", body)]
     assert unread == []

@@ -1,0 +1,65 @@
+"""Warnings in words, and trackers."""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+
+import monitor
+
+HEALTHY = {"reward": 0.5, "zero_variance_fraction": 0.3, "entropy": 1.0, "truncated_fraction": 0.1,
+           "sampler_trainer_gap": 0.01}
+
+
+def history(steps: int, **last) -> list[dict]:
+    """A healthy run whose reward rises, and whose last ten steps are as told."""
+    rows = [{"step": i} | HEALTHY | {"reward": 0.3 + i / 100} for i in range(steps)]
+    return rows[:-10] + [row | last for row in rows[-10:]]
+
+
+def test_a_healthy_run_and_a_young_one_have_no_symptoms():
+    assert monitor.symptoms(history(40)) == {} and monitor.symptoms(history(9, reward=0.0)) == {}
+
+
+@pytest.mark.parametrize("name, sick, word", [
+    ("no reward", {"reward": 0.0}, "--max-new-tokens"),
+    ("no variance", {"zero_variance_fraction": 0.97}, "--group-size"),
+    ("flat reward", {"reward": 0.3}, "--learning-rate"), ("entropy collapse", {"entropy": 0.05}, "--entropy-coef"),
+    ("truncation", {"truncated_fraction": 0.6}, "--max-new-tokens"),
+    ("sampler gap", {"sampler_trainer_gap": 0.2}, "--correction")])
+def test_each_sickness_has_its_words_and_no_other(name, sick, word):
+    found = monitor.symptoms(history(40, **sick))
+    assert list(found) == [name] and word in found[name]
+
+
+def test_metrics_without_a_value_are_passed_over():
+    assert monitor.symptoms(history(40, entropy=None, sampler_trainer_gap=None)) == {}
+
+
+def test_a_symptom_is_said_once_a_run_also_after_a_resume(capsys):
+    rows = history(40, entropy=0.05)
+    watch = monitor.Watch(rows[:31])
+    for row in rows[31:]:
+        watch(row)
+    assert capsys.readouterr().err.count("entropy") == 1
+    monitor.Watch(rows)(rows[-1])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tracker_gets_flat_numbers_by_step(tmp_path, monkeypatch):
+    calls = []
+    stand_in = types.SimpleNamespace(init=lambda **k: calls.append(k), log=lambda m, step: calls.append((m, step)))
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    monitor.tracker("trackio", tmp_path / "run", {"seed": 0})(
+        {"step": 3, "reward": 0.5, "kl": None, "seconds": {"train": 2.0}})
+    assert calls == [{"project": "permix-rlvr", "name": "run", "config": {"seed": 0}},
+                     ({"step": 3, "reward": 0.5, "seconds/train": 2.0}, 3)]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    missing = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
+    if not missing:
+        pytest.skip("all trackers are installed")
+    with pytest.raises(ValueError, match=f"pip install {missing[0]}"):
+        monitor.tracker(missing[0], tmp_path, {})
