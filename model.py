@@ -12,7 +12,8 @@ numbers and switches of `Config`, read from the Hugging Face config; there are n
 function `attend(layer, q, k, v)`, so the model knows nothing of batches or caches. `Tree` is the attention of training
 and prefill: a group is a *trunk* (the shared prompt) and its *branches* (the completions), and a branch token sees the
 trunk and what precedes it in its own branch. The trunk is computed once for its n branches, in the gradient as well.
-The sampler's cached attention is in rollout.py.
+On CUDA in bf16 or fp16 that is one call of flash-attn where it is installed. The sampler's cached attention is in
+rollout.py.
 
 Left out: mixture of experts, multimodal towers, tensor parallelism.
 """
@@ -20,6 +21,8 @@ Left out: mixture of experts, multimodal towers, tensor parallelism.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:                                     # no GPU, or not installed: the padded attention below
+    flash_attn_varlen_func = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -333,7 +341,7 @@ class Tree:
         self.c, self.kept, self.masks, self.cached = c, [] if keep else None, {}, cached
         B, n = len(trunk_lengths), max(map(len, branch_lengths), default=0)
         P, C = max(trunk_lengths), max((length for row in branch_lengths for length in row), default=0)
-        self.shape = B, n, P, C
+        self.shape, self.lengths = (B, n, P, C), (trunk_lengths, branch_lengths)
         self.trunk_lengths = torch.tensor(trunk_lengths, device=device)
         self.trunk_tokens = 0 if cached else sum(trunk_lengths)
         self.trunk_index = flat_index(trunk_lengths, P, device)
@@ -346,6 +354,8 @@ class Tree:
         """q [N, heads, D], k and v [N, kv_heads, D] -> [N, heads, D]."""
         if self.kept is not None:
             self.kept.append((k, v))
+        if uses_flash(q):
+            return self.flash(layer, q, k, v)
         B, n, P, C = self.shape
         K, D, T, window = k.shape[1], k.shape[2], self.trunk_tokens, self.c.windows[layer]
         q = q * (self.c.attn_scale or D ** -0.5)
@@ -388,6 +398,45 @@ class Tree:
             hidden = (back < 0) | (back >= window) if window else back < 0
             self.masks[window, branch] = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         return self.masks[window, branch]
+
+
+    def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One varlen call (flash-attn 2, arXiv 2307.08691) in which each trunk and each branch is a sequence.
+
+        A branch has more keys than queries, and flash-attn >= 2.1 aligns the causal mask and the window to the last of
+        both: precisely "the trunk, then what precedes it in its own branch". The gradient of the gather sums over n.
+        """
+        if self.cached:
+            k, v = (torch.cat([trunk.transpose(1, 2).flatten(0, 1), own])
+                    for trunk, own in zip(self.cached(layer), (k, v), strict=True))
+        keys, *lengths = self.sequences
+        window = self.c.windows[layer]
+        return flash_attn_varlen_func(q, k[keys], v[keys], *lengths, causal=True, window_size=(window - 1, 0) if window
+                                      else (-1, -1), softmax_scale=self.c.attn_scale or q.shape[-1] ** -0.5)
+
+    @cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """(which keys each sequence sees, one after the other; cu_seqlens_q; cu_seqlens_k; max_seqlen_q; max_seqlen_k).
+
+        Trunks taken from a cache are right-padded rows before the packed keys, and no sequences of their own.
+        """
+        (trunks, branches), (B, _, P, _) = self.lengths, self.shape
+        starts = [i * P for i in range(B)] if self.cached else [0, *accumulate(trunks)][:-1]
+        own = B * P if self.cached else sum(trunks)
+        found = [] if self.cached else [(t, [(s, s + t)]) for s, t in zip(starts, trunks, strict=True)]
+        for start, trunk, row in zip(starts, trunks, branches, strict=True):
+            for length in filter(None, row):
+                found.append((length, [(start, start + trunk), (own, own + length)]))
+                own += length
+        q_lengths = [length for length, _ in found]
+        k_lengths = [sum(stop - start for start, stop in spans) for _, spans in found]
+        keys = torch.cat([torch.arange(*span) for _, spans in found for span in spans]).to(self.position_ids.device)
+        ends = [torch.tensor([0, *accumulate(x)], dtype=torch.int32).to(keys.device) for x in (q_lengths, k_lengths)]
+        return keys, *ends, max(q_lengths), max(k_lengths)
+
+
+def uses_flash(q: Tensor) -> bool:
+    return flash_attn_varlen_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, trunk_k=None, trunk_v=None) -> Tensor:

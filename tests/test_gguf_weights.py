@@ -154,11 +154,12 @@ def byte_level(size: int) -> tuple[Tokenizer, dict]:
 def pieces() -> dict:
     """A small sentencepiece vocabulary as GGUF keeps one: special, byte and scored pieces."""
     words = list("▁abcdefghijklmnopqrstuvwxyz") + ["he", "ll", "hell", "hello", "▁hello", "wo", "▁wo"]
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *(f"<0x{i:02X}>" for i in range(256)),
-              *words]
-    return {"ggml.model": "llama", "ggml.pre": "default", "tokens": tokens, "scores": [-float(i) for i in range(len(tokens))],
-            "token_type": [3, 3, 3, 2, 3, 3] + [6] * 256 + [1] * len(words), "ggml.bos_token_id": 2,
-            "ggml.eos_token_id": 1, "ggml.unknown_token_id": 3, "ggml.padding_token_id": 0,
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    tokens += [f"<0x{i:02X}>" for i in range(256)] + words
+    return {"ggml.model": "llama", "ggml.pre": "default", "tokens": tokens,
+            "scores": [-float(i) for i in range(len(tokens))],
+            "token_type": [3, 3, 3, 2, 3, 3] + [6] * 256 + [1] * len(words),
+            "ggml.bos_token_id": 2, "ggml.eos_token_id": 1, "ggml.unknown_token_id": 3, "ggml.padding_token_id": 0,
             "chat_template": "{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + m['content'] + "
                              "'<end_of_turn>' }}{% endfor %}"}
 
@@ -168,7 +169,7 @@ def pieces() -> dict:
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def loaded(request, tmp_path_factory):
-    """(our model, tokenizer, transformers' model of the same dequantised weights), all eleven kinds of tensor in use."""
+    """(our model, tokenizer, transformers' model of the same dequantised weights); all eleven kinds are in use."""
     model_type, settings, architecture, keys = FAMILIES[request.param]
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     vocabulary = pieces() if architecture == "gemma3" else byte_level(320)[1]
@@ -204,7 +205,8 @@ def test_a_gguf_model_is_saved_as_a_folder_that_transformers_reads(loaded, tmp_p
 # -- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def file_of(tmp_path, vocabulary: dict, architecture: str = "qwen2", keys: dict | None = None, extra: dict | None = None):
+def file_of(tmp_path, vocabulary: dict, architecture: str = "qwen2", keys: dict | None = None,
+            extra: dict | None = None):
     """A GGUF file with a vocabulary, the required keys and the `extra` tensors; nothing that could run."""
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, architecture)
