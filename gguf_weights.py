@@ -40,7 +40,8 @@ def read(path: Path):
     import gguf
 
     reader = gguf.GGUFReader(path)
-    values = {name: field.contents() for name, field in reader.fields.items() if name != "tokenizer.ggml.merges"}
+    values = {name: field.contents() for name, field in reader.fields.items()
+              if not name.endswith((".merges", ".scores", ".token_type"))}
     if values.get("split.count", 1) > 1:
         raise ValueError("it is one part of several: join them with llama.cpp's llama-gguf-split --merge")
     weights = {raw.name: raw for raw in reader.tensors}

@@ -1,7 +1,7 @@
 """The transformer: one readable decoder for training, prefill and decode. Its weights come and go through weights.py.
 
 A Llama-type decoder (RMSNorm, rotary positions, grouped-query attention, gated MLP). The families differ only in the
-numbers and switches of `Config`, read from the Hugging Face config; there are no subclasses:
+numbers and switches of `Config`, which weights.py reads from the Hugging Face config; there are no subclasses:
 
     Llama 2/3, SmolLM2/3, Mistral     the plain type; `llama3` rope scaling, NoPE layers, sliding windows
     Qwen2/2.5, Qwen3                  bias on q, k, v; RMSNorm on the heads of q and k
@@ -66,49 +66,6 @@ class Config:
     attn_scale: float = 0.0                             # default 1/sqrt(head_dim)
     softcap: float | None = None                        # softcap * tanh(logits / softcap)
     stop_ids: list[int] = field(default_factory=list)   # tokens that end a completion
-
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "smollm3")
-MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
-
-
-def config_from_hf(hf) -> Config:
-    """Reads a transformers config object. Raises ValueError naming the architecture or field that is not supported."""
-    kind = hf.model_type
-    if kind not in FAMILIES:
-        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    for name, value in MUST_BE.items():
-        if getattr(hf, name, value) not in (value, None):
-            raise ValueError(f"{kind}: config field {name}={getattr(hf, name)!r} is not supported (only {value!r})")
-    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
-    if activation not in ("silu", "gelu_pytorch_tanh"):
-        raise ValueError(f"{kind}: activation {activation!r} is not supported (silu, gelu_pytorch_tanh)")
-    layers = hf.num_hidden_layers
-    default = "sliding_attention" if kind == "mistral" and hf.sliding_window else "full_attention"
-    types = getattr(hf, "layer_types", None) or [default] * layers
-    if unknown := set(types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
-    rope = hf.rope_parameters
-    ropes = [rope[t] if t in rope else rope for t in types]
-    for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
-        ropes[i] = ropes[i] if used else None
-    for parameters in ropes:
-        inverse_frequencies(2, parameters or rope)      # refuses unknown scalings now, not at the first forward
-    gemma = kind == "gemma3_text"
-    bias = bool(getattr(hf, "attention_bias", False))
-    return Config(
-        vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
-        num_layers=layers, num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, rms_eps=hf.rms_norm_eps,
-        max_positions=hf.max_position_embeddings, tied=bool(hf.tie_word_embeddings),
-        activation="silu" if activation == "silu" else "gelu_tanh",
-        windows=[hf.sliding_window if t == "sliding_attention" else 0 for t in types], rope=ropes,
-        qkv_bias=bias or kind == "qwen2", o_bias=bias, mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}.get(kind, ""),
-        pre_norm=kind != "olmo2", post_norm=kind in ("gemma3_text", "olmo2"), norm_offset=1.0 if gemma else 0.0,
-        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
-        attn_scale=hf.query_pre_attn_scalar ** -0.5 if gemma else 0.0,
-        softcap=getattr(hf, "final_logit_softcapping", None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

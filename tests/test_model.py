@@ -10,7 +10,7 @@ import model as model_module
 import personas
 import tasks
 import weights
-from model import Transformer, completion_logprobs, config_from_hf, pack
+from model import Transformer, completion_logprobs, pack
 from rollout import generate
 
 
@@ -136,8 +136,8 @@ def test_p3_packed_padded_shared_and_single_forwards_agree(family):
         start += len(completion)
 
 
-def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(tiny):
-    model, groups = tiny[0], groups_of()
+def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
+    model, groups = family[0], groups_of()
     weight = torch.randn(sum(len(c) for _, cs in groups for c in cs), generator=torch.Generator().manual_seed(0))
 
     def gradients(batches):
@@ -286,7 +286,9 @@ def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):
 
 @pytest.mark.parametrize("change, names", [
     ({"model_type": "mixtral"}, "mixtral"), ({"hidden_act": "relu"}, "relu"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn")])
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"layer_types": ["chunked_attention"] * 32}, "chunked_attention")])
 def test_what_is_not_supported_is_named(change, names):
     from transformers import LlamaConfig
 
@@ -294,7 +296,7 @@ def test_what_is_not_supported_is_named(change, names):
     for key, value in change.items():
         setattr(config, key, value)
     with pytest.raises(ValueError, match=names):
-        config_from_hf(config)
+        weights.config_from_hf(config)
 
 
 def test_an_empty_prompt_is_refused(tiny):
