@@ -69,47 +69,47 @@ def llama31_factors(dim: int) -> np.ndarray:
     return np.where(wavelength < 2048, 1, np.where(wavelength > 8192, 8, between)).astype(np.float32)
 
 
-def write(path, reference, architecture: str, keys: dict, vocabulary: dict, kind_of, name: str = "tiny") -> None:
+def writer_of(path, architecture: str, keys: dict, vocabulary: dict) -> gguf.GGUFWriter:
+    """A writer with the architecture's keys (those of `split` and `general` in full) and the vocabulary's."""
+    writer = gguf.GGUFWriter(path, architecture)
+    keys = {key if key.startswith(("split", "general")) else f"{architecture}.{key}": v for key, v in keys.items()}
+    for key, value in (keys | {f"tokenizer.{key}": value for key, value in vocabulary.items()}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+               list: writer.add_array}[type(value)]
+        add(key, value)
+    return writer
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+def write(path, reference, architecture: str, keys: dict, vocabulary: dict, kind_of) -> None:
     """Writes the reference model, and rounds the reference itself to what the file holds."""
     config, draw = reference.config, np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(name)
-    keys = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
-            "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
-            "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
-            "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "attention.key_length": 64,
-            "attention.value_length": 64, "rope.freq_base": 10000.0} | keys
-    for key, value in keys.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{architecture}.{key}", value)
-    vocabulary = dict(vocabulary)
-    for key in ("tokens", "merges", "scores", "token_type"):
-        if key in vocabulary:
-            writer.add_array(f"tokenizer.ggml.{key}", vocabulary.pop(key))
-    for key, value in vocabulary.items():
-        add = {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)]
-        add(f"tokenizer.{key}", value)
+    writer = writer_of(path, architecture, {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "attention.key_length": 64,
+        "attention.value_length": 64, "rope.freq_base": 10000.0} | keys, vocabulary)
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture], 2)
     for index, (ours, p) in enumerate(reference.named_parameters()):
         stem, suffix = ours.rsplit(".", 1)
-        weight = p.detach().numpy().copy()
-        kind = kind_of(index, ours) if weight.ndim == 2 else Kind.F32
-        if architecture == "gemma3" and stem.endswith("norm"):
-            weight += 1
-        stored = quantised(weight, kind, draw)
-        back = gguf.dequantize(stored, kind) - (architecture == "gemma3" and stem.endswith("norm"))
+        offset = float(architecture == "gemma3" and stem.endswith("norm"))
+        kind = kind_of(index, ours) if p.ndim == 2 else Kind.F32
+        stored = quantised(p.detach().numpy() + np.float32(offset), kind, draw)
         with torch.no_grad():
-            p.copy_(torch.from_numpy(back.copy()))
-        if architecture == "llama" and ".q_proj" in ours:
-            stored = interleaved(stored, config.num_attention_heads)
-        if architecture == "llama" and ".k_proj" in ours:
-            stored = interleaved(stored, config.num_key_value_heads)
+            p.copy_(torch.from_numpy(gguf.dequantize(stored, kind) - np.float32(offset)))
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem.split(".")[-1])
+        if architecture == "llama" and heads:
+            stored = interleaved(stored, heads)
         shape = stored.shape if stored.dtype == np.uint8 else None
         writer.add_tensor(f"{names.get_name(stem)}.{suffix}", stored, raw_shape=shape, raw_dtype=kind)
     if config.model_type == "llama" and config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama31_factors(64))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
 
 
 def reference_of(model_type: str, settings: dict, vocab_size: int):
@@ -146,8 +146,8 @@ def byte_level(size: int) -> tuple[Tokenizer, dict]:
     padding = [f"[PAD{i}]" for i in range(len(tokens), size)]
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     return tokenizer, {
-        "ggml.model": "gpt2", "ggml.pre": "qwen2", "tokens": tokens + padding, "merges": merges,
-        "token_type": [3] * 3 + [1] * (len(tokens) - 3) + [5] * len(padding), "ggml.add_bos_token": False,
+        "ggml.model": "gpt2", "ggml.pre": "qwen2", "ggml.tokens": tokens + padding, "ggml.merges": merges,
+        "ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3) + [5] * len(padding), "ggml.add_bos_token": False,
         "ggml.bos_token_id": 0, "ggml.eos_token_id": 0, "ggml.padding_token_id": 0, "chat_template": TEMPLATE}
 
 
@@ -156,9 +156,9 @@ def pieces() -> dict:
     words = list("▁abcdefghijklmnopqrstuvwxyz") + ["he", "ll", "hell", "hello", "▁hello", "wo", "▁wo"]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     tokens += [f"<0x{i:02X}>" for i in range(256)] + words
-    return {"ggml.model": "llama", "ggml.pre": "default", "tokens": tokens,
-            "scores": [-float(i) for i in range(len(tokens))],
-            "token_type": [3, 3, 3, 2, 3, 3] + [6] * 256 + [1] * len(words),
+    return {"ggml.model": "llama", "ggml.pre": "default", "ggml.tokens": tokens,
+            "ggml.scores": [-float(i) for i in range(len(tokens))],
+            "ggml.token_type": [3, 3, 3, 2, 3, 3] + [6] * 256 + [1] * len(words),
             "ggml.bos_token_id": 2, "ggml.eos_token_id": 1, "ggml.unknown_token_id": 3, "ggml.padding_token_id": 0,
             "chat_template": "{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + m['content'] + "
                              "'<end_of_turn>' }}{% endfor %}"}
@@ -173,9 +173,9 @@ def loaded(request, tmp_path_factory):
     model_type, settings, architecture, keys = FAMILIES[request.param]
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     vocabulary = pieces() if architecture == "gemma3" else byte_level(320)[1]
-    reference = reference_of(model_type, settings, len(vocabulary["tokens"]))
-    write(path, reference, architecture, keys, vocabulary, lambda i, _: ALL_KINDS[i % len(ALL_KINDS)],
-          "mistral" if model_type == "mistral" else "tiny")
+    reference = reference_of(model_type, settings, len(vocabulary["ggml.tokens"]))
+    keys = keys | {"general.name": "mistral" if model_type == "mistral" else "tiny"}
+    write(path, reference, architecture, keys, vocabulary, lambda i, _: ALL_KINDS[i % len(ALL_KINDS)])
     model, tokenizer = weights.load(str(path), "float32")
     return model, tokenizer, reference
 
@@ -209,22 +209,13 @@ def file_of(tmp_path, vocabulary: dict, architecture: str = "qwen2", keys: dict 
             extra: dict | None = None):
     """A GGUF file with a vocabulary, the required keys and the `extra` tensors; nothing that could run."""
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in ({"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 64,
-                        "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6} | (keys or {})).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(key if key.startswith("split") else f"{architecture}.{key}", value)
-    for key, value in vocabulary.items():
-        if isinstance(value, list):
-            writer.add_array(f"tokenizer.ggml.{key}", value)
-        else:
-            add = {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)]
-            add(f"tokenizer.{key}", value)
-    tensors = {"token_embd.weight": np.ones((len(vocabulary["tokens"]), 64), np.float32)} | (extra or {})
-    for name, tensor in tensors.items():
+    writer = writer_of(path, architecture, {
+        "block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 64,
+        "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6} | (keys or {}), vocabulary)
+    embeddings = np.ones((len(vocabulary["ggml.tokens"]), 64), np.float32)
+    for name, tensor in ({"token_embd.weight": embeddings} | (extra or {})).items():
         writer.add_tensor(name, tensor)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     return path
 
 
