@@ -30,7 +30,8 @@ OPTIONAL = {"attention.head_count_kv": "num_key_value_heads", "attention.key_len
             "final_logit_softcapping": "final_logit_softcapping", "attn_logit_softcapping": "attn_logit_softcapping"}
 READ_APART = {"attention.value_length", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
               "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "vocab_size"}
-WINDOWS = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
+WINDOWS = {"llama": {"attention.sliding_window"},
+           "gemma3": {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}}
 TURN_ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"}      # often missing from the file's eos id
 
 
@@ -72,7 +73,7 @@ def read_config(values: dict, weights: dict):
                          f"supported: {', '.join(ARCHITECTURES)}. Use the Hugging Face folder")
     prefix = f"{architecture}."
     own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    known = REQUIRED.keys() | OPTIONAL.keys() | READ_APART | (WINDOWS if architecture in ("llama", "gemma3") else set())
+    known = REQUIRED.keys() | OPTIONAL.keys() | READ_APART | WINDOWS.get(architecture, set())
     if unknown := sorted(own.keys() - known):
         raise ValueError(f"GGUF key {architecture}.{unknown[0]}={own[unknown[0]]!r} is not supported")
     fields = {field: own[key] for key, field in REQUIRED.items()}

@@ -361,15 +361,16 @@ class Tree:
         """One varlen call (flash-attn 2, arXiv 2307.08691) in which each trunk and each branch is a sequence.
 
         A branch has more keys than queries, and flash-attn >= 2.1 aligns the causal mask and the window to the last of
-        both: precisely "the trunk, then what precedes it in its own branch". The gradient of the gather sums over n.
+        both: precisely "the trunk, then what precedes it in its own branch".
         """
         if self.cached:
             k, v = (torch.cat([trunk.transpose(1, 2).flatten(0, 1), own])
                     for trunk, own in zip(self.cached(layer), (k, v), strict=True))
         keys, *lengths = self.sequences
+        k, v = (x.float()[keys].to(x.dtype) for x in (k, v))    # so a trunk's gradient is summed over branches in fp32
         window = self.c.windows[layer]
-        return flash_attn_varlen_func(q, k[keys], v[keys], *lengths, causal=True, window_size=(window - 1, 0) if window
-                                      else (-1, -1), softmax_scale=self.c.attn_scale or q.shape[-1] ** -0.5)
+        return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=self.c.attn_scale or q.shape[-1] ** -0.5,
+                                      causal=True, window_size=(window - 1, 0) if window else (-1, -1))
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
