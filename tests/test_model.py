@@ -1,13 +1,16 @@
 """The decoder against transformers and against itself: packed, padded, prompt-shared, cached."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model as model_module
+import personas
+import tasks
 import weights
-from model import Transformer, completion_logprobs, config_from_hf, pack
+from model import Transformer, completion_logprobs, pack
 from rollout import generate
 
 
@@ -75,19 +78,25 @@ def test_a_saved_folder_is_the_same_model_to_transformers(family, tmp_path):
 
 
 @torch.no_grad()
-def test_the_embedded_model_equals_transformers(embedded, tmp_path):
+def test_the_embedded_models_greedy_tokens_equal_transformers_on_20_prompts(embedded, tmp_path):
+    """64 tokens each, in fp32 on the same dequantised weights. The slowest test here (about 20 s on one core):
+    transformers decodes all 20 in one left-padded batch."""
     from transformers import AutoModelForCausalLM
 
-    ours, tokenizer = embedded
-    weights.save(ours, tokenizer, tmp_path / "smol")
+    model, tokenizer = embedded
+    weights.save(model, tokenizer, tmp_path / "smol")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "smol", dtype=torch.float32)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 + 30?"}], return_dict=False,
-                                        add_generation_prompt=True)
-    theirs = reference(torch.tensor([ids])).logits[0]
-    assert (logits_of(ours, ids) - theirs).abs().max() <= 1e-3
-    done = next(generate(ours, [ids], max_new_tokens=24, temperature=0))
-    theirs = reference.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):]
-    assert done.tokens == theirs.tolist()
+    problems, speakers = tasks.load("arithmetic", limit=20), [None, *personas.load("test")]
+    prompts = [personas.prompt_ids(tokenizer, problem.question, speakers[i % len(speakers)])
+               for i, problem in enumerate(problems)]
+    assert (logits_of(model, prompts[0]) - reference(torch.tensor(prompts[:1])).logits[0]).abs().max() <= 1e-3
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
+    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    theirs = reference.generate(ids, attention_mask=seen, max_new_tokens=64, min_new_tokens=64, do_sample=False,
+                                eos_token_id=None, pad_token_id=2)[:, longest:].tolist()
+    done = sorted(generate(model, prompts, max_new_tokens=64, temperature=0, stop_ids=[]), key=lambda c: c.index)
+    assert len(prompts) == 20 and [c.tokens for c in done] == theirs
 
 
 # -- against itself --------------------------------------------------------------------------------------------------
@@ -127,8 +136,8 @@ def test_p3_packed_padded_shared_and_single_forwards_agree(family):
         start += len(completion)
 
 
-def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(tiny):
-    model, groups = tiny[0], groups_of()
+def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
+    model, groups = family[0], groups_of()
     weight = torch.randn(sum(len(c) for _, cs in groups for c in cs), generator=torch.Generator().manual_seed(0))
 
     def gradients(batches):
@@ -193,12 +202,93 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
 
 
+# -- flash-attn --------------------------------------------------------------------------------------------------------
+
+
+def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+                    return_attn_probs=False, block_table=None):
+    """flash_attn_varlen_func as flash-attn >= 2.1 documents it, in plain torch: a query i of a sequence sees the keys
+    from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right."""
+    assert q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+    assert q.dtype == k.dtype == v.dtype and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    for cu, longest, tokens in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
+        assert cu.dtype == torch.int32 and cu[0] == 0 and cu[-1] == len(tokens) and cu.is_contiguous()
+        assert type(longest) is int and longest == cu.diff().max() and cu.diff().min() > 0
+    assert dropout_p == softcap == 0 and causal and type(window_size) is tuple
+    left, out = window_size[0] if window_size[0] >= 0 else 10 ** 6, []
+    for i in range(len(cu_seqlens_q) - 1):
+        a = q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]
+        b, c = (x[cu_seqlens_k[i]:cu_seqlens_k[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        at = torch.arange(len(a))[:, None] + len(b) - len(a)
+        seen = (torch.arange(len(b)) <= at) & (torch.arange(len(b)) >= at - left)
+        scores = torch.einsum("qhd,khd->hqk", a, b) * softmax_scale
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), c))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Sends the model through its flash-attn call site; the list counts the calls."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return varlen_stand_in(*args, **kwargs)
+
+    def switch(on):
+        monkeypatch.setattr(model_module, "flash_attn_varlen_func", counted)
+        monkeypatch.setattr(model_module, "uses_flash", lambda q: on)
+        return calls
+
+    return switch
+
+
+def test_one_flash_attn_call_a_layer_gives_the_same_logprobs_and_gradients(family, flash):
+    model, groups, found = family[0], [*groups_of(), (random_ids(4), [])], []
+    for on in (False, True):
+        calls = flash(on)
+        model.zero_grad()
+        logprobs = completion_logprobs(model, pack(groups, model.c))[0]
+        (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+        found.append((logprobs, {name: p.grad.double().clone() for name, p in model.named_parameters()}))
+    assert len(calls) == model.c.num_layers
+    (logprobs, grads), (flash_logprobs, flash_grads) = found
+    assert (logprobs - flash_logprobs).abs().max() <= 1e-5
+    for name, grad in grads.items():
+        assert (grad - flash_grads[name]).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_prefill_through_flash_attn_samples_the_same_tokens(family, flash):
+    """Two prompts with a common opening, which the sampler computes first and caches; and one without it."""
+    opening, found = random_ids(20), []
+    prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3)]
+    for on in (False, True):
+        calls = flash(on)
+        done = generate(family[0], prompts, n=2, max_new_tokens=8, temperature=1.0, stop_ids=[])
+        found.append({(c.index, c.sample): c.tokens for c in done})
+    assert calls and found[0] == found[1]
+
+
+def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):
+    def tensor(is_cuda, dtype):
+        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+
+    assert not model_module.uses_flash(tensor(True, torch.bfloat16)) or model_module.flash_attn_varlen_func
+    monkeypatch.setattr(model_module, "flash_attn_varlen_func", varlen_stand_in)
+    assert model_module.uses_flash(tensor(True, torch.bfloat16)) and model_module.uses_flash(tensor(True, torch.half))
+    assert not model_module.uses_flash(tensor(True, torch.float32))
+    assert not model_module.uses_flash(tensor(False, torch.bfloat16))
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change, names", [
     ({"model_type": "mixtral"}, "mixtral"), ({"hidden_act": "relu"}, "relu"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn")])
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"layer_types": ["chunked_attention"] * 32}, "chunked_attention")])
 def test_what_is_not_supported_is_named(change, names):
     from transformers import LlamaConfig
 
@@ -206,7 +296,7 @@ def test_what_is_not_supported_is_named(change, names):
     for key, value in change.items():
         setattr(config, key, value)
     with pytest.raises(ValueError, match=names):
-        config_from_hf(config)
+        weights.config_from_hf(config)
 
 
 def test_an_empty_prompt_is_refused(tiny):

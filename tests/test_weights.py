@@ -1,4 +1,4 @@
-"""Weights in and out: GGUF files of our own making, broken files, and the embedded model's download."""
+"""Weights in and out: folders, broken files, and the embedded model's download. GGUF: test_gguf_weights.py."""
 
 import shutil
 import subprocess
@@ -6,8 +6,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -16,44 +14,6 @@ from model import pack
 from tests.conftest import make_reference, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-TYPES = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")]
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Llama's q and k as GGUF keeps them: the two halves of a head's rotary pairs side by side."""
-    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def test_uninterleave_undoes_ggufs_order():
-    weight = np.arange(64 * 3, dtype=np.float32).reshape(64, 3)
-    assert np.array_equal(weights.uninterleave(torch.from_numpy(interleaved(weight, 4)), 4).numpy(), weight)
-
-
-@pytest.mark.parametrize("kind", TYPES, ids=lambda t: t.name)
-def test_gguf_tensors_come_back_as_gguf_dequantises_them(tmp_path, kind):
-    """A file with one matrix in each kind, and a norm in fp32, under llama's names."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    draw = np.random.default_rng(0)
-    raw = {"blk.0.attn_q.weight": interleaved(draw.normal(size=(64, 64)).astype(np.float32), 4),
-           "blk.0.ffn_up.weight": draw.normal(size=(96, 64)).astype(np.float32)}
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    stored = {}
-    for name, array in raw.items():
-        packed = gguf.quantize(array, kind)
-        stored[name] = gguf.dequantize(packed, kind)
-        shape = packed.shape if packed.dtype == np.uint8 else None
-        writer.add_tensor(name, packed, raw_shape=shape, raw_dtype=kind)
-    writer.add_tensor("blk.0.attn_norm.weight", draw.normal(size=64).astype(np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    found = dict(weights.gguf_tensors(tmp_path / "m.gguf", config))
-    assert set(found) == {"layers.0.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight",
-                          "layers.0.input_layernorm.weight"}
-    assert np.array_equal(found["layers.0.mlp.up_proj.weight"].numpy(), stored["blk.0.ffn_up.weight"])
-    query = torch.from_numpy(stored["blk.0.attn_q.weight"].copy())
-    assert torch.equal(found["layers.0.self_attn.q_proj.weight"], weights.uninterleave(query, 4))
 
 
 def test_sharded_safetensors_are_read(tmp_path):
