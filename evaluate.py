@@ -361,7 +361,7 @@ def parse(argv):
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int, help="longest answer (default: that of the model's run, else 32)")
-    add("--prompt", choices=[*tasks.PROMPTS, "few-shot"], help="how a problem is put (default: as in the model's run)")
+    add("--prompt", choices=sorted(tasks.PROMPTS), help="how a problem is put (default: as in the model's run)")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--method", help="the arm's role, for --compare (default: of the run that the model lies in, else base)")
@@ -380,12 +380,9 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def put(problems, prompt, shots=()):
-    """The problems with their question in one of tasks.PROMPTS, or after the solved examples `shots`."""
-    if prompt != "few-shot":
-        return [replace(p, question=tasks.format_question(p, prompt)) for p in problems]
-    solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [replace(p, question=f"{solved}Question: {p.question}\nAnswer:") for p in problems]
+def put(problems, prompt):
+    """The problems with their question in one of tasks.PROMPTS."""
+    return [replace(problem, question=tasks.format_question(problem, prompt)) for problem in problems]
 
 
 def one_arm(args):
@@ -393,8 +390,7 @@ def one_arm(args):
     run, fidelity_args, gym_args = run_of(args.model)[0], None, None
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, max_new_tokens = args.prompt or trained.get("prompt", "plain"), trained.get("max_new_tokens", 32)
-    shots = tasks.load(args.task, "train", args.seed, 4) if prompt == "few-shot" else ()
-    problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt, shots)
+    problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
     personas = pool.load(args.personas)
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     if args.fidelity:

@@ -6,7 +6,7 @@ gives no formula, so min_p a_p / max_p a_p is our reading, and other scores with
 lottery curve is the expected best of k personas drawn without replacement: the estimator of pass@k (Chen et al. 2021,
 arXiv 2107.03374), turned from samples to personas. Intervals resample items, all personas together: easy and hard
 items then cancel in a comparison. Minimum and maximum of noisy columns are biased; `accuracy_draws` says what is done
-about it.
+about it. Where an arm was trained with several seeds, `seed_spread` adds what they say.
 
 Left out: significance tests (an interval says more) and anything that needs a model.
 """
@@ -195,22 +195,43 @@ def run_draws(run, salt, n_draws=2000, seed=0):
     return out
 
 
+def seed_spread(n, n_draws=2000, seed=0):
+    """W [n, n_draws], columns summing to 0: values [n] @ W are draws of how far the mean of n training seeds is off.
+
+    Student's t by simulation: centred normal weights give the mean's normal error, a chi-square of n - 1 degrees its
+    uncertain size. Resampling 3 values instead stays within their range, which misses the true mean one time in four.
+    """
+    if n == 1:
+        return np.zeros((1, n_draws))
+    rng = np.random.default_rng([seed, n])  # the same for arms of as many seeds: they are paired
+    normal = rng.normal(size=(n, n_draws))
+    return (normal - normal.mean(axis=0)) / np.sqrt(n * rng.chisquare(n - 1, n_draws))
+
+
+def over_seeds(values, draws, seed=0):
+    """(mean, its draws [2, B]) of one score's values [S] and draws [S, 2, B]: S training seeds of an arm."""
+    values = np.asarray(values, dtype=float)
+    return values.mean(), np.mean(draws, axis=0) + values @ seed_spread(len(values), np.shape(draws)[-1], seed)
+
+
 def arm_draws(runs, salt=0, n_draws=2000, seed=0):
-    """{score: (value, draws [2, B])} of an arm, averaged over its runs: training seeds, resampled where there are
-    several."""
-    weights = resamples(len(runs), n_draws, seed).T / len(runs)  # [S, B], the same for arms of as many runs: paired
+    """{score: (value, draws [2, B])} of an arm: the mean over its runs, one a training seed."""
     each = [run_draws(run, 1000 * salt + i, n_draws, seed) for i, run in enumerate(runs)]
     shared = [name for name in each[0] if all(name in draws for draws in each)]
-    return {name: (np.mean([draws[name][0] for draws in each]),
-                   sum(draws[name][1] * w for draws, w in zip(each, weights, strict=True))) for name in shared}
+    return {name: over_seeds(*zip(*(draws[name] for draws in each), strict=True), seed) for name in shared}
 
 
 def check_comparable(runs):
-    """ValueError unless all runs answered the same items under the same personas with the same settings."""
-    for key in ("task", "seed", "max_new_tokens", "items", "personas"):
-        seen = [[row["name"] for row in run[key]] if key == "personas" else run[key] for run in runs]
-        if seen.count(seen[0]) < len(seen):
-            raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
+    """ValueError unless all runs answered the same items under the same personas with the same settings. The seed may
+    differ: train.py gives its own, and greedy answers do not depend on it."""
+    asked = [run | {"personas": [row["name"] for row in run["personas"]]} for run in runs]
+    spoken = [run["fidelity"] for run in runs if "fidelity" in run]
+    for group, keys in ((asked, ("task", "prompt", "max_new_tokens", "items", "personas")),
+                        (spoken, ("questions", "candidates"))):
+        for key in keys:
+            seen = [run[key] for run in group if key in run]
+            if seen.count(seen[0] if seen else None) < len(seen):
+                raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
 
 
 def difference(first, second):
@@ -227,20 +248,21 @@ def difference(first, second):
 def matched_pss(first, second, n_draws=2000, seed=0):
     """The difference in PSS after the first arm was moved to the second's mean accuracy (see match_mean)."""
     values, draws = [], []
-    for a, b in zip(first, second, strict=False):  # runs in pairs, one training seed each
-        tables = [answer_table(run)[:, 1:] for run in (a, b)]
+    for i in range(max(len(first), len(second))):  # training seeds in pairs; an arm with fewer starts over
+        tables = [answer_table(runs[i % len(runs)])[:, 1:] for runs in (first, second)]
         counts = resamples(len(tables[0]), n_draws, seed)
-        drawn = [accuracy_draws(table, counts, [seed, i]) for i, table in enumerate(tables)]
+        drawn = [accuracy_draws(table, counts, [seed, j]) for j, table in enumerate(tables)]
         for (x, y), out in (([t.mean(axis=0) for t in tables], values), (drawn, draws)):
             out.append(pss(y) - pss(match_mean(x, y.mean(axis=-1))))
-    low, high = interval(np.mean(draws, axis=0))
-    return {"difference": float(np.mean(values)), "low": low, "high": high}
+    value, drawn = over_seeds(values, draws, seed)
+    low, high = interval(drawn)
+    return {"difference": float(value), "low": low, "high": high}
 
 
 STABILITY = ("pss", "pss_mean_minus_std", "worst_persona_accuracy")
 CLAIMS = (  # hypothesis, first arm, second arm, the score that leads, the sign claimed, in words
-    ("H1", "base", "rlvr", "pss", 1, "RLVR raises stability over the start model"),
-    ("H2", "base", "rlvr", "persona_identification", -1, "RLVR lowers fidelity against the start model"),
+    ("H1", "start", "rlvr", "pss", 1, "RLVR raises stability over the start model"),
+    ("H2", "start", "rlvr", "persona_identification", -1, "RLVR lowers fidelity against the start model"),
     ("H3", "rlvr", "permix", "pss", 1, "PerMix raises stability over RLVR"),
     ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
     ("H5", "rlvr", "permix", "no_persona_accuracy", 0, "PerMix loses no accuracy without a persona"),
@@ -262,6 +284,9 @@ def hypotheses(arms, margin=0.03):
             d, found = got[score], verdict(got[score], sign, margin)
             words = (f"{score} {d['first']:.3f} -> {d['second']:.3f}, difference {d['difference']:+.3f} "
                      f"[{d['low']:+.3f}, {d['high']:+.3f}]")
+            if score == "pss" and "pss_at_matched_mean" in got:
+                words += "; at equal mean accuracy {difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(
+                    **got["pss_at_matched_mean"])
             if score == "pss" and len({np.sign(got[other]["difference"]) for other in STABILITY}) > 1:
                 found, words = "not shown", words + "; the three stability scores disagree in sign"
         out.append({"name": name, "claim": claim, "verdict": found, "words": words})
@@ -295,13 +320,14 @@ def collapse(arms, threshold=0.1, n_draws=2000, seed=0):
         side = "above" if values[True] else "below"
         return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {threshold}"}
     low, high = interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
-    words = (f"PSS {np.mean(values[True]):.3f} over {len(values[True])} problem kinds with accuracy below {threshold}, "
-             f"{np.mean(values[False]):.3f} over {len(values[False])} others, difference [{low:+.3f}, {high:+.3f}]")
+    words = (f"PSS {np.mean(values[True]):.3f} where a run's accuracy on a kind of problem is below {threshold} "
+             f"({len(values[True])} times), else {np.mean(values[False]):.3f} ({len(values[False])} times), "
+             f"difference {np.mean(values[False]) - np.mean(values[True]):+.3f} [{low:+.3f}, {high:+.3f}]")
     return out | {"verdict": verdict({"low": low, "high": high}, 1, 0), "words": words}
 
 
 def compare(arms, seed=0):
-    """Arms side by side, {role: [results dict, one a training seed]} -> scores with intervals, differences,
+    """Arms side by side, {role: [results dict, one a training seed]} -> runs, scores with intervals, differences,
     hypotheses.
 
     Differences are second minus first, for every pair of arms in the order given. ValueError where runs cannot be
@@ -310,14 +336,27 @@ def compare(arms, seed=0):
     check_comparable([run for runs in arms.values() for run in runs])
     scored = {role: arm_draws(runs, seed=seed) for role, runs in arms.items()}
     return {
-        "runs": {role: len(runs) for role, runs in arms.items()},
-        "arms": {role: with_intervals(*({name: pair[i] for name, pair in got.items()} for i in (0, 1)))
-                 for role, got in scored.items()},
+        "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
+        "arms": {role: with_intervals({name: value for name, (value, _) in got.items()},
+                                      {name: np.clip(drawn, *BOUNDS.get(name, (0, 1)))
+                                       for name, (_, drawn) in got.items()}) for role, got in scored.items()},
         "differences": {f"{b} - {a}": difference(arms[a], arms[b]) for a, b in combinations(arms, 2)},
         "hypotheses": hypotheses(arms),
     }
 
 
-def averaged(run, scores):
-    """A run's results with its arm's scores, averaged over training seeds, in place of its own."""
-    return run | scores | ({"fidelity": run["fidelity"] | scores} if "fidelity" in run else {})
+BOUNDS = {"log_posterior": (None, 0), "style_shift": (None, None), "pss_mean_minus_std": (-1, 1)}  # others: 0 to 1
+
+
+def run_scores(run):
+    """One training seed of an arm: its seed and the scores that the arm's are the mean of."""
+    found = table_scores(answer_table(run)[:, 1:]) | {"no_persona_accuracy": run["no_persona_accuracy"]}
+    tables = run.get("fidelity", {}).get("tables", {})
+    return {"training_seed": run.get("training_seed")} | found | {n: float(np.mean(t)) for n, t in tables.items()}
+
+
+def averaged(runs, scores):
+    """The first of an arm's results with all that is a mean over its training seeds in place of its own."""
+    first, curves = runs[0], ("lottery", "lottery_held_out")
+    out = first | scores | {name: np.mean([run[name] for run in runs], axis=0).tolist() for name in curves}
+    return out | ({"fidelity": first["fidelity"] | scores} if "fidelity" in first else {})

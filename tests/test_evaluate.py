@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,6 +20,7 @@ import personas
 import rollout
 import tasks
 import weights
+from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
 #            a  b  c   personas; rows are items
@@ -425,13 +427,23 @@ def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two():
         evaluate.parse(["--help"])
 
 
-@pytest.mark.parametrize("prompt, question", [
-    ("plain", "1 + 1?"), ("cot", tasks.PROMPTS["cot"].format(question="1 + 1?")),
-    ("few-shot", "Question: What is 1 + 1?\nAnswer: 2\n\nQuestion: 1 + 1?\nAnswer:")])
-def test_a_problem_is_put_as_the_prompt_style_says(prompt, question):
-    problem = tasks.Problem(question="1 + 1?", answer="2", id="1", kind="sum")
-    (got,) = evaluate.put([problem], prompt, PROBLEMS[:1])
-    assert got.question == question and got.answer == "2"
+@pytest.mark.parametrize("prompt", tasks.PROMPTS)
+def test_a_problem_is_put_as_the_prompt_style_says(prompt):
+    problem = tasks.Problem(question="1 + {1}?", answer="2", id="1", kind="sum")
+    (got,) = evaluate.put([problem], prompt)
+    assert got.question == tasks.PROMPTS[prompt].replace("{question}", "1 + {1}?").replace("{{}}", "{}")
+    assert (got.answer, got.id, got.kind) == ("2", "1", "sum")
+
+
+def test_the_few_shot_examples_are_right_and_of_no_task_that_is_evaluated():
+    for question, answer in tasks.EXAMPLES:
+        gold = answer.split("The answer is ")[1].rstrip(".")
+        assert evaluate.rewards.verify(gold, answer).verdict == "correct" and question in tasks.PROMPTS["few-shot"]
+        assert all(eval(left) == int(right) for left, right in re.findall(r"([\d+*/ -]+) = (\d+)", answer))
+    asked = {problem.question for problem in tasks.load("arithmetic", "all", 0, 300)}
+    for file in SHARED.glob("*.jsonl") if SHARED.exists() else ():
+        asked |= {row.get("question") or row.get("problem") for row in evaluate.read_lines(file)}
+    assert not asked & {question for question, _ in tasks.EXAMPLES}
 
 
 def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny, tmp_path):
