@@ -128,24 +128,32 @@ def local(model, tokenizer):
     return ask
 
 
+def append(file, row):
+    """One more line at the end of an open .jsonl file, on disk before anything else happens."""
+    file.write("\n" + json.dumps(row))  # the newline comes first, so that it also ends a line torn by a kill
+    file.flush()
+
+
+def known(path):
+    """The whole rows of a file that `append` wrote; none where there is no file."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # torn by a kill, or empty
+
+
 def remember(ask, name, path, prompts):
     """The replies to prompts: from the file at `path` where known, else from `ask`, and then added to it at once."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
-        known[row["key"]] = row
+    replies = {row["key"]: row for row in known(path)}
     keys = [hashlib.sha256(f"{name}\n{text}".encode()).hexdigest() for text in prompts]
-    todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in known}
+    todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in replies}
     with path.open("a", encoding="utf-8") as file:
         for index, text, tokens_in, tokens_out in ask(list(todo.values())):
             row = {"key": list(todo)[index], "text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
-            file.write("\n" + json.dumps(row))  # the newline comes first, so that it also ends a torn line
-            file.flush()
-            known[row["key"]] = row
-    return [known[key] for key in keys]
+            append(file, row)
+            replies[row["key"]] = row
+    return [replies[key] for key in keys]
 
 
 def grade(rows, ask, name, folder, seed=0, price=(0.0, 0.0)):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import compare
 import evaluate
 import measures
 import model as model_module
@@ -177,11 +178,11 @@ BASE, RLVR, PERMIX = np.r_[0.3, np.linspace(0.05, 0.5, 8)], np.r_[0.7, np.linspa
 
 
 def verdicts(arms):
-    return {h["name"]: h["verdict"] for h in measures.compare(arms)["hypotheses"]}
+    return {h["name"]: h["verdict"] for h in compare.side_by_side(arms)["hypotheses"]}
 
 
 def test_each_hypothesis_gets_the_verdict_that_the_arms_were_made_for():
-    arms = {"base": [results_of(BASE, 0, 0.95)], "rlvr": [results_of(RLVR, 1, 0.5)],
+    arms = {"start": [results_of(BASE, 0, 0.95)], "rlvr": [results_of(RLVR, 1, 0.5)],
             "permix": [results_of(PERMIX, 2, 0.9)]}
     assert verdicts(arms) == dict.fromkeys(("H1", "H2", "H3", "H4", "H5", "H6"), "shown")
     arms["rlvr"], arms["permix"] = arms["permix"], arms["rlvr"]
@@ -193,7 +194,7 @@ def test_nothing_is_claimed_of_two_equal_arms_or_of_an_arm_that_is_missing():
     arms = {"rlvr": [results_of(RLVR, 1)], "permix": [results_of(RLVR, 1)]}
     got = verdicts(arms)
     assert (got["H1"], got["H3"], got["H4"]) == ("not tested", "not shown", "not shown")
-    same = measures.compare(arms)["differences"]["permix - rlvr"]
+    same = compare.side_by_side(arms)["differences"]["permix - rlvr"]
     assert all(abs(d["difference"]) < 1e-9 and d["low"] <= 1e-9 and d["high"] >= -1e-9 for d in same.values())
 
 
@@ -202,8 +203,8 @@ def test_a_stability_claim_needs_all_three_scores_to_agree(monkeypatch):
         row = {"first": 0.2, "second": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
         return {"pss": row, "pss_mean_minus_std": row, "worst_persona_accuracy": row | {"difference": -0.1}}
 
-    monkeypatch.setattr(measures, "difference", disagreeing)
-    h1 = measures.hypotheses({"base": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})[0]
+    monkeypatch.setattr(compare, "difference", disagreeing)
+    h1 = compare.hypotheses({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})[0]
     assert h1["verdict"] == "not shown" and "disagree" in h1["words"]
 
 
@@ -211,13 +212,13 @@ def test_at_matched_mean_accuracy_mere_saturation_gains_no_stability():
     logits = np.linspace(-2.5, -0.5, 9)
     first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False)
                      for shift in (0, 2))
-    got = measures.difference([first], [second])
+    got = compare.difference([first], [second])
     assert got["pss"]["low"] > 0.1 and abs(got["pss_at_matched_mean"]["difference"]) < 0.06
 
 
 def test_several_training_seeds_of_an_arm_are_averaged_and_widen_its_interval():
     runs = [results_of(np.full(9, level), seed) for seed, level in enumerate((0.3, 0.5, 0.7))]
-    one, all_three = measures.arm_draws(runs[1:2])["mean_accuracy"], measures.arm_draws(runs)["mean_accuracy"]
+    one, all_three = compare.arm_draws(runs[1:2])["mean_accuracy"], compare.arm_draws(runs)["mean_accuracy"]
     assert all_three[0] == pytest.approx(np.mean([run["mean_accuracy"] for run in runs]))
     width = [np.subtract(*measures.interval(draws)[::-1]) for _, draws in (one, all_three)]
     assert width[1] > 1.5 * width[0]
@@ -236,12 +237,12 @@ def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
     assert 0.9 <= covered / 200 <= 1, covered / 200
 
 
-@pytest.mark.parametrize("change, said", [({"seed": 1}, "seed"), ({"task": "u"}, "task"), ({"items": []}, "items"),
+@pytest.mark.parametrize("change, said", [({"task": "u"}, "task"), ({"items": []}, "items"),
                                           ({"personas": []}, "personas")])
 def test_runs_that_cannot_be_paired_are_refused(change, said):
     run = results_of(BASE, 0)
     with pytest.raises(ValueError, match=said):
-        measures.compare({"base": [run], "rlvr": [run | change]})
+        compare.side_by_side({"start": [run], "rlvr": [run | change]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ SPEAKERS = voices("a pirate", "a nurse", "a cook")
 def evaluated(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated")
     results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, seed=3, max_new_tokens=6, out=out,
-                                info={"model": "tiny", "task": "sums", "method": "base"}, samples=2, noise_floor=True)
+                                info={"model": "tiny", "task": "sums", "method": "start"}, samples=2, noise_floor=True)
     return results, out
 
 
@@ -347,7 +348,7 @@ def vote(*answers):
 @pytest.mark.parametrize("answers, right", [(("5", "5", "4"), 1), (("4", "5", "4"), 0), (("", "", "5"), 1),
                                             (("", ""), 0), (("5", "4"), 1), (("4", "5"), 0)])
 def test_the_majority_wins_abstentions_do_not_count_and_the_first_wins_a_tie(answers, right):
-    assert evaluate.majority(vote(*answers)) == right
+    assert measures.majority(vote(*answers)) == right
 
 
 def test_rivals_are_charged_for_every_token_they_spend():

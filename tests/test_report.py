@@ -9,6 +9,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
+import compare
 import evaluate
 import report
 
@@ -52,9 +53,9 @@ def single(tmp_path_factory):
 def several(tmp_path_factory):
     """The folder of a comparison of three arms."""
     top = tmp_path_factory.mktemp("arms")
-    for seed, method in enumerate(("base", "rlvr", "permix")):
+    for seed, method in enumerate(("start", "rlvr", "permix")):
         evaluate.write(*arm(seed, method), top / method)
-    evaluate.compare([top / method for method in ("base", "rlvr", "permix")], top / "all")
+    compare.folders([top / method for method in ("start", "rlvr", "permix")], top / "all")
     return top / "all"
 
 
@@ -77,6 +78,7 @@ def test_text_from_models_and_files_is_shown_as_text(single, several):
 
 def test_every_persona_and_score_is_in_the_page_with_its_interval(single):
     page, results = (single / "report.html").read_text(), json.loads((single / "results.json").read_text())
+    page = page.replace("\u00a0", " ")
     assert all(row["name"].split("<")[0] in page for row in results["personas"] if row["name"] != "a nurse & poet")
     for name in ("pss", "mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy"):
         assert f"{results[name]:.3f} [{results[name + '_low']:.3f}, {results[name + '_high']:.3f}]" in page
@@ -87,7 +89,7 @@ def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):
     page, comparison = (several / "report.html").read_text(), json.loads((several / "comparison.json").read_text())
     assert [h["name"] for h in comparison["hypotheses"]] == ["H1", "H2", "H3", "H4", "H5", "H6"]
     assert all(h["claim"] in page and f">{h['verdict']}</span>" in page for h in comparison["hypotheses"])
-    assert all(f"{label} as " in page for label in ("base", "rlvr", "permix"))  # transcripts side by side
+    assert all(f"{label} as " in page for label in ("start", "rlvr", "permix"))  # transcripts side by side
 
 
 def test_plots_follow_the_readers_colour_scheme(single):
