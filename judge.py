@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
     The key is JUDGE_API_KEY of the environment. Statuses that may pass, dropped connections, timeouts and malformed
     replies are retried with doubling waits; what persists is an OSError that says so.
     """
+    stopped = threading.Event()
     client = InferenceClient(base_url=url, api_key=os.environ.get("JUDGE_API_KEY", "none"), timeout=timeout)
 
     def call(index, message):
@@ -102,17 +103,19 @@ def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
                 return index, got.choices[0].message.content or "", got.usage.prompt_tokens, got.usage.completion_tokens
             except (TRANSPORT, *MALFORMED) as error:
                 status = getattr(getattr(error, "response", None), "status_code", RETRIED[0])
-                if status not in RETRIED or attempt == retries:
+                if status not in RETRIED or attempt == retries or stopped.is_set():
                     raise OSError(f"the judge at {url} failed {attempt + 1} times in a row: {error}") from error
-            time.sleep(backoff * 2**attempt)
+            stopped.wait(backoff * 2**attempt)
 
     def ask(prompts):
+        stopped.clear()
         pool = ThreadPoolExecutor(concurrency)
         try:
             for future in as_completed([pool.submit(call, i, p) for i, p in enumerate(prompts)]):
                 yield future.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # after a failure ask for nothing more
+            stopped.set()  # after a failure, or Ctrl-C, ask for nothing more
+            pool.shutdown(cancel_futures=True)
 
     return ask
 
