@@ -77,7 +77,7 @@ def fingerprint(model, *asked):
     """A number for these weights and what they are asked: every 997th weight, since a training step moves them all."""
     number = zlib.crc32(repr(asked).encode())
     for weight in model.parameters():
-        number = zlib.crc32(weight.detach().flatten()[::997].float().cpu().numpy(), number)
+        number = zlib.crc32(weight.detach().flatten()[::997].float().contiguous().cpu().numpy(), number)
     return number
 
 

@@ -214,14 +214,23 @@ def numbers(arms):
     graded = [r.get("fidelity", {}).get("personagym", {}) for r in results]
     found = [gym | r.get("fidelity", {}) | r for gym, r in zip(graded, results, strict=True)]
     rows = [row(name, note, found, name) for name, note in SCORES.items()]
-    rows += [[f"judge {gym['judge']}", "NOT USABLE: failed its planted controls", *[""] * len(arms)]
-             for gym in graded if gym and not gym["usable"]]
+    for task in {task: None for gym in graded for task in gym.get("tasks", ())}:
+        rows.append([task, *(f"{g['tasks'][task]:.2f}" if task in g.get("tasks", ()) else "–" for g in graded),
+                     "PersonaGym's task, 1 to 5"])
+    rows.append(["judge", *(judged(gym) if gym else "–" for gym in graded), ""] if any(graded) else None)
     floors = [r.get("noise_floor", {}) for r in results]
     rows.append(row("pss of the noise floor", "as many reruns without persona", floors, "pss"))
     sampled = [r.get("pass_at_k", {}).get("k", {}) for r in results]
     for k in sampled[0]:
         rows.append(row(f"pass@{k}", "sampled, mean over personas", [s.get(k, {}) for s in sampled], "personas"))
     return html_table(["score [95 % interval]", *arms, ""], [r for r in rows if r])
+
+
+def judged(gym):
+    """A judge's work in words: whether its planted controls allow to believe it, and what it cost."""
+    usable = "usable: true answers score above planted ones" if gym["usable"] else "NOT USABLE: failed planted controls"
+    return (f"{gym['judge']}, {usable}; {gym['calls']} calls, {gym['tokens_in']} tokens in, {gym['tokens_out']} out, "
+            f"cost {gym['cost']:.2f}; {gym['unparsed']} without a score")
 
 
 def interval(value, low, high, sign=""):
@@ -346,7 +355,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     """report.html, and each figure as PNG, into `folder`.
 
     arms {label: results}; transcripts: a list of rows for each arm; metrics {label: rows of metrics.jsonl};
-    comparison: what measures.compare returned, where there are several arms.
+    comparison: what compare.side_by_side returned, where there are several arms.
     """
     folder = Path(folder)
     with matplotlib.rc_context(RC):

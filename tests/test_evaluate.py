@@ -286,7 +286,7 @@ def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_p
     monkeypatch.setattr(rollout, "generate", lambda model, prompts, n, **s: calls.append((n, len(prompts))) or
                         real(model, prompts, n, **s))
     resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path, **settings)
-    assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 <= calls[1][1] <= 20 - 13 // 2
+    assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 // 2 <= calls[1][1] < 20
     whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path / "whole", **settings)
     assert resumed | {"seconds": 0} == whole | {"seconds": 0} and not list(tmp_path.glob("*.part"))
     lines = [(folder / "transcripts.jsonl").read_text() for folder in (tmp_path, tmp_path / "whole")]

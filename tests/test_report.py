@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 
 import compare
 import evaluate
@@ -47,6 +48,16 @@ def single(tmp_path_factory):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate.write(*arm(0, "rlvr"), run / "evaluation/after")
     return run / "evaluation/after"
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    """A comparison in numbers: one start model, and two arms of three training seeds each."""
+    arms = {"start": [arm(0, "start")[0]]}
+    for place, method in enumerate(("rlvr", "permix")):
+        arms[method] = [arm(10 * place + seed, method)[0] | {"training_seed": seed} for seed in (1, 2, 3)]
+    comparison = compare.side_by_side(arms)
+    return {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}, comparison
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +124,41 @@ def test_bars_and_points_stand_at_the_numbers_given():
     assert widths == sorted(row["accuracy"] for row in results["personas"])
     points = report.tradeoff({"rlvr": results}).axes[0].containers[0].lines[0].get_xydata()
     assert points.tolist() == [[results["pss"], results["fidelity"]["persona_identification"]]]
+
+
+def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend_names_each_arm_once(seeds):
+    arms, comparison = seeds
+    fig = report.tradeoff(arms, comparison["runs"])
+    clouds = [cloud for cloud in fig.axes[0].collections if isinstance(cloud, PathCollection)]
+    for cloud, (role, runs) in zip(clouds, comparison["runs"].items(), strict=True):
+        points = [[run["pss"], run["persona_identification"]] for run in runs] if len(runs) > 1 else []
+        assert cloud.get_offsets().tolist() == points
+        mean = np.mean(points, axis=0) if points else None
+        assert mean is None or mean == pytest.approx([arms[role][k] for k in ("pss", "persona_identification")])
+    assert [entry.get_text() for entry in fig.legends[0].get_texts()] == list(arms)
+    markers = {box.lines[0].get_marker() for box in fig.axes[0].containers}
+    assert len(markers) == 3  # told apart without colour too
+
+
+def test_paired_differences_carry_an_arrow_only_where_the_interval_leaves_out_zero():
+    d = {"difference": 0.1, "low": -0.1, "high": 0.3}
+    got = report.difference_rows({"differences": {"b - a": {"pss": d, "mean_accuracy": d | {"low": 0.05}},
+                                                  "c - a": {"pss": d | {"low": -0.3, "high": -0.1}}}})
+    assert got == [["difference", "stability (pss)", "mean accuracy"],
+                   ["b - a", "+0.100 [-0.100,\u00a0+0.300]", "▲ +0.100 [+0.050,\u00a0+0.300]"],
+                   ["c - a", "▼ +0.100 [-0.300,\u00a0-0.100]", "–"]]
+
+
+def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_and_costs():
+    results, _ = arm(0, "rlvr")
+    gym = {"judge": "j", "usable": False, "calls": 18, "tokens_in": 900, "tokens_out": 72, "cost": 0.5, "unparsed": 2,
+           "persona_score": 3.5, "persona_score_low": 3, "persona_score_high": 4, "tasks": {"Linguistic Habits": 2.25}}
+    results["fidelity"]["personagym"] = gym
+    table = report.numbers({"rlvr": results})
+    assert "j, NOT USABLE" in table and "18 calls, 900 tokens in, 72 out, cost 0.50; 2 without" in table
+    assert "<td>Linguistic Habits</td><td>2.25</td>" in table
+    gym["usable"] = True
+    assert "NOT USABLE" not in report.numbers({"rlvr": results})
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
