@@ -11,6 +11,8 @@ Fidelity needs no judge: a frozen start model names the persona that wrote an an
 the policy says how far the persona moved it (`style_shift`). Measures, intervals and hypotheses are in measures.py,
 PersonaGym with a judge model in judge.py, pictures in report.py.
 
+Answers are kept in `--out` as they come, so the command that was interrupted, given again, goes on where it was.
+
 Out comes `results.json` (numbers, and the whole table of right and wrong: any other score can be computed later),
 `transcripts.jsonl` (every answer), `report.html` and its plots as PNG. Left out: multiple choice by log-likelihood,
 and tasks without one verifiable answer.
@@ -21,13 +23,15 @@ import json
 import subprocess
 import sys
 import time
-from collections import Counter
+import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import compare
 import judge
 import measures
 import personas as pool
@@ -36,6 +40,7 @@ import rewards
 import rollout
 import tasks
 import weights
+from compare import read_lines, run_of  # noqa: F401 (train.py reads its metrics with the first)
 from model import completion_logprobs, pack
 from report import write_atomically
 
@@ -46,19 +51,41 @@ NONE = "none"  # the name of the prompt without a persona in every result
 # Accuracy: one pass over personas x problems
 
 
-def sample(model, tokenizer, prompts, n=1, **sampling):
-    """n completions a prompt in one call of the sampler -> list over prompts of lists of (text, Completion)."""
-    table = [[None] * n for _ in prompts]
-    for done in rollout.generate(model, prompts, n, **sampling):
-        table[done.index][done.sample] = (tokenizer.decode(done.tokens, skip_special_tokens=True), done)
-    return table
+def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
+    """n completions a prompt in one call of the sampler -> list over prompts of lists of (text, Completion).
+
+    log: a file that takes each completion as it is done; those that it holds of this very call are not sampled again.
+    That changes nothing: a sample depends on the model, its prompt, the settings and its place, not on the batch.
+    """
+    table, call = [[None] * n for _ in prompts], fingerprint(model, prompts, n, sampling) if log else None
+    for row in judge.known(log) if log else ():
+        if row["call"] == call:
+            table[row["index"]][row["sample"]] = rollout.Completion(row["index"], row["sample"], row["tokens"], [],
+                                                                    row["truncated"])
+    todo = [i for i, row in enumerate(table) if None in row]
+    with log.open("a", encoding="utf-8") if log else nullcontext() as file:
+        for done in rollout.generate(model, [prompts[i] for i in todo], n, keys=todo, **sampling):
+            done = replace(done, index=todo[done.index])
+            table[done.index][done.sample] = done
+            if file:
+                judge.append(file, {"call": call, "index": done.index, "sample": done.sample, "tokens": done.tokens,
+                                    "truncated": done.truncated})
+    return [[(tokenizer.decode(done.tokens, skip_special_tokens=True), done) for done in row] for row in table]
 
 
-def ask(model, tokenizer, problems, personas, n=1, **sampling):
+def fingerprint(model, *asked):
+    """A number for these weights and what they are asked: every 997th weight, since a training step moves them all."""
+    number = zlib.crc32(repr(asked).encode())
+    for weight in model.parameters():
+        number = zlib.crc32(weight.detach().flatten()[::997].float().contiguous().cpu().numpy(), number)
+    return number
+
+
+def ask(model, tokenizer, problems, personas, n=1, log=None, **sampling):
     """Every problem under every persona (None: none), n answers each, verified -> transcripts, persona by persona."""
     pairs = [(persona, problem) for persona in personas for problem in problems]
     prompts = [pool.prompt_ids(tokenizer, problem.question, persona) for persona, problem in pairs]
-    rows, answers = [], sample(model, tokenizer, prompts, n, **sampling)
+    rows, answers = [], sample(model, tokenizer, prompts, n, log, **sampling)
     with rewards.Verifier() as verifier:
         verdicts = [[verifier.submit(problem.answer, text) for text, _ in outs]
                     for (_, problem), outs in zip(pairs, answers, strict=True)]
@@ -87,29 +114,39 @@ def evaluate(model, tokenizer, problems, personas, seed=0, max_new_tokens=32, ou
     names = [NONE] + [persona.name for persona in personas]
     if not problems or not personas or len(set(names)) < len(names):
         raise ValueError(f"evaluation needs problems, and personas with different names (none of them '{NONE}')")
-    n_items, sampling = len(problems), {"max_new_tokens": max_new_tokens, "seed": seed}
-    rows = ask(model, tokenizer, problems, [None, *personas], temperature=0.0, **sampling)
-    results = {"model": "", "task": "", "method": "", "seed": seed, "command": " ".join(sys.argv), "commit": commit()}
+    n_items, sampling, log = len(problems), {"max_new_tokens": max_new_tokens, "seed": seed}, log_in(out)
+    rows = ask(model, tokenizer, problems, [None, *personas], log=log, temperature=0.0, **sampling)
+    results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv), "commit": commit()}
     results |= (info or {}) | sampling | summary(as_table(rows, n_items), problems, personas, seed)
     results |= {key: sum(row[k] for row in rows) / len(rows)
                 for key, k in (("tokens_per_answer", "tokens"), ("truncated_fraction", "truncated"))}
     reruns, drawn, fidelity_rows = [], [], []
+    sampling |= {"temperature": temperature, "log": log}
     if noise_floor:
-        reruns = ask(model, tokenizer, problems, [None], len(personas), temperature=temperature, **sampling)
+        reruns = ask(model, tokenizer, problems, [None], len(personas), **sampling)
         results["noise_floor"] = floor(reruns, n_items, temperature, seed)
-    results["inference_time_rivals"] = rivals(rows, reruns, len(personas), seed)
     if samples:
-        drawn = ask(model, tokenizer, problems, [None, *personas], samples, temperature=temperature, **sampling)
+        drawn = ask(model, tokenizer, problems, [None, *personas], samples, **sampling)
         results["pass_at_k"] = pass_at_k(drawn, n_items, samples, temperature, seed)
+    results["inference_time_rivals"] = rivals(rows, reruns or drawn[:n_items * samples], len(personas), seed)
     if fidelity_args is not None:
-        results["fidelity"], fidelity_rows = fidelity(model, tokenizer, personas, seed=seed, **fidelity_args)
+        results["fidelity"], fidelity_rows = fidelity(model, tokenizer, personas, seed=seed, log=log, **fidelity_args)
     if gym_args is not None:
-        gym = personagym(model, tokenizer, seed=seed, **gym_args)
+        gym = personagym(model, tokenizer, seed=seed, log=log, **gym_args)
         results["fidelity"] = results.get("fidelity", {}) | {"personagym": gym}
     results["seconds"] = round(time.time() - start, 2)
     if out is not None:
         write(results, rows + drawn + fidelity_rows, out)
+        log.unlink()
     return results
+
+
+def log_in(out):
+    """The file in the folder `out` that keeps answers until the results are written; without a folder none."""
+    if out is None:
+        return None
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Path(out) / "answers.jsonl.part"
 
 
 def as_table(rows, n_items):
@@ -175,30 +212,18 @@ def rivals(rows, reruns, n_personas, seed):
         picking = (n_items // 2) / (n_items - n_items // 2) * cost[1:].sum()
         out.append((f"best of {n_personas} personas, picked on a held-out half",
                     measures.held_out_lottery(table[:, 1:], seed)[-1], picking + cost[1:].mean()))
-    out.append((f"majority of {n_personas} personas", majority(rows[n_items:]), cost[1:].sum()))
+    out.append((f"majority of {n_personas} personas", measures.majority(rows[n_items:]), cost[1:].sum()))
     if reruns:
         spent = sum(row["tokens"] for row in reruns) / n_items
-        out.append((f"majority of {n_personas} samples without persona", majority(reruns), spent))
+        out.append((f"majority of {len(reruns) // n_items} samples without persona", measures.majority(reruns), spent))
     return [{"name": name, "accuracy": float(accuracy), "tokens_per_item": float(cost)} for name, accuracy, cost in out]
-
-
-def majority(rows):
-    """Accuracy of the commonest final answer to each item; unreadable answers abstain, and the first wins a tie."""
-    ballots = {}
-    for row in rows:
-        ballots.setdefault(row["id"], []).append(row)
-    right = 0
-    for ballot in ballots.values():
-        winner = Counter(row["extracted"] for row in ballot if row["extracted"]).most_common(1)
-        right += any(row["correct"] for row in ballot if winner and row["extracted"] == winner[0][0])
-    return right / len(ballots)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Fidelity
 
 
-def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, max_new_tokens=48):
+def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, max_new_tokens=48, log=None):
     """Does an answer to an open question still tell its persona? -> (dict for results.json, role-play transcripts).
 
     The answer y ~ pi(. | q, s) is scored by the frozen start model, log p(y | q, s') for k candidates s': right when
@@ -209,8 +234,8 @@ def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, ma
     if k < 2 or not questions:
         raise ValueError("fidelity needs at least 2 personas and 1 question")
     prompts = [[pool.prompt_ids(tokenizer, q, persona) for persona in [*personas, None]] for q in questions]
-    outs = sample(model, tokenizer, [p for row in prompts for p in row[:n]], temperature=0.9, top_p=0.9, seed=seed,
-                  max_new_tokens=max_new_tokens)
+    outs = sample(model, tokenizer, [p for row in prompts for p in row[:n]], log=log, temperature=0.9, top_p=0.9,
+                  seed=seed, max_new_tokens=max_new_tokens)
     names = ("persona_identification", "log_posterior", "style_shift")
     tables = {name: np.zeros((len(questions), n)) for name in names}
     rows, rng = [], np.random.default_rng(seed)
@@ -249,11 +274,13 @@ def total_logprobs(model, groups):
     return np.array([part.sum().item() for part in logprobs.double().split(lengths)])
 
 
-def personagym(model, tokenizer, questions, grader, name, folder, price=(0.0, 0.0), seed=0, max_new_tokens=128):
+def personagym(model, tokenizer, questions, grader, name, folder, price=(0.0, 0.0), seed=0, max_new_tokens=128,
+               log=None):
     """PersonaGym: answers in character at temperature 0.9, top-p 0.9, graded by a judge (see judge.py) -> dict."""
     speakers = [pool.from_row("", {"persona": row["persona"]}) for row in questions]
     prompts = [pool.prompt_ids(tokenizer, row["question"], p) for row, p in zip(questions, speakers, strict=True)]
-    outs = sample(model, tokenizer, prompts, temperature=0.9, top_p=0.9, seed=seed, max_new_tokens=max_new_tokens)
+    outs = sample(model, tokenizer, prompts, log=log, temperature=0.9, top_p=0.9, seed=seed,
+                  max_new_tokens=max_new_tokens)
     rows = [row | {"answer": out[0][0]} for row, out in zip(questions, outs, strict=True)]
     Path(folder).mkdir(parents=True, exist_ok=True)
     scores = judge.grade(rows, grader, name, folder, seed, price)
@@ -271,20 +298,6 @@ def commit():
     return got.stdout.strip() if got.returncode == 0 else ""
 
 
-def read_lines(path):
-    """The rows of a .jsonl file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def run_of(folder):
-    """(config, metrics) of the run that a folder (its model, one of its evaluations) lies in; ({}, []) outside a
-    run."""
-    for parent in list(Path(folder).resolve().parents)[:2]:
-        if (parent / "config.json").exists() and (parent / "metrics.jsonl").exists():
-            return json.loads((parent / "config.json").read_text()), read_lines(parent / "metrics.jsonl")
-    return {}, []
-
-
 def write(results, transcripts, folder):
     """transcripts.jsonl, report.html, PNG plots, and last results.json: where that exists, the rest is complete."""
     folder = Path(folder)
@@ -295,58 +308,18 @@ def write(results, transcripts, folder):
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
 
-def compare(folders, out, roles=None, seed=0):
-    """Evaluations side by side: comparison.json, report.html and plots into `out` -> the comparison dict.
-
-    An arm's role (base, rlvr, permix, ...) is what `roles` says, else base for a folder named `before`, else the
-    `method` in its results; several folders of one role are training seeds of one arm.
-    """
-    roles = roles or [None] * len(folders)
-    if len(folders) < 2 or len(roles) != len(folders):
-        raise ValueError("--compare needs at least two folders, and --roles one name for each of them")
-    arms, transcripts, metrics, out = {}, {}, {}, Path(out)
-    for folder, role in zip(map(Path, folders), roles, strict=True):
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        role = role or ("base" if folder.name == "before" else results["method"] or folder.name)
-        arms.setdefault(role, []).append(results)
-        transcripts.setdefault(role, read_lines(folder / "transcripts.jsonl"))  # an arm's first seed speaks for it
-        if role != "base" and run_of(folder)[1]:
-            metrics.setdefault(role, run_of(folder)[1])
-    comparison = measures.compare(arms, seed)
-    shown = {role: measures.averaged(runs[0], comparison["arms"][role]) for role, runs in arms.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    report.write(shown, list(transcripts.values()), out, metrics, comparison)
-    write_atomically(out / "comparison.json", json.dumps(comparison, indent=1))
-    return comparison
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def columns(head, rows):
-    """Rows of (name, value, low, high) as aligned text."""
-    width = max(len(row[0]) for row in rows)
-    return "\n".join([f"{head:{width}}   value  95 % interval"] + [
-        f"{name:{width}}  {value:6.3f}  [{low:.3f}, {high:.3f}]" for name, value, low, high in rows])
-
-
 def table_text(results):
     """The table that the command prints: personas from best to worst, then the scores with their intervals."""
-    rows = [(row["name"], row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in report.ranked(results)]
-    rows = rows[::-1] + [(name, *(results[name + end] for end in ("", "_low", "_high"))) for name in measures.SCORES]
+    rows = [[row["name"], *(f"{row['accuracy' + end]:.3f}" for end in ("", "_low", "_high"))]
+            for row in report.ranked(results)[::-1]]
+    rows += [[name, *(f"{results[name + end]:.3f}" for end in ("", "_low", "_high"))] for name in measures.SCORES]
     cut = f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} tokens"
-    return f"{columns('persona, then score', rows)}\n{cut} (--max-new-tokens)"
-
-
-def comparison_text(comparison):
-    """The differences between arms, then a verdict in words for each hypothesis."""
-    blocks = [columns(pair, [(name, d["difference"], d["low"], d["high"]) for name, d in scores.items()])
-              for pair, scores in comparison["differences"].items()]
-    verdicts = [f"{h['name']} {h['claim']}: {h['verdict'].upper()}. {h['words']}" for h in comparison["hypotheses"]]
-    single = ", ".join(role for role, runs in comparison["runs"].items() if runs == 1)
-    return "\n\n".join([*blocks, "\n".join(verdicts)]) + (
-        f"\n\nOne training seed for {single}: intervals cover the choice of items alone." if single else "")
+    head = ["persona, then score", "value", "95 % from", "to"]
+    return f"{compare.aligned([head, *rows])}\n{cut} (--max-new-tokens)"
 
 
 def parse(argv):
@@ -361,10 +334,10 @@ def parse(argv):
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int, help="longest answer (default: that of the model's run, else 32)")
-    add("--prompt", choices=[*tasks.PROMPTS, "few-shot"], help="how a problem is put (default: as in the model's run)")
+    add("--prompt", choices=sorted(tasks.PROMPTS), help="how a problem is put (default: as in the model's run)")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--method", help="the arm's role, for --compare (default: of the run that the model lies in, else base)")
+    add("--method", help="the arm's role, for --compare (default: of the run that the model lies in, else start)")
     add("--samples", type=int, default=0, help="answers a prompt, for pass@k")
     add("--noise-floor", action="store_true", help="rerun the prompt without persona, sampled, once per persona")
     add("--temperature", type=float, default=0.7, help="of --samples and --noise-floor")
@@ -376,16 +349,13 @@ def parse(argv):
     add("--judge-model", default="smollm2-135m", help="name at --judge, or a model as for --model")
     add("--judge-price", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="per million tokens")
     add("--compare", nargs="+", metavar="DIR", help="evaluation folders to put side by side, into --out")
-    add("--roles", nargs="+", help="names for the folders of --compare: base, rlvr, permix, ...")
+    add("--roles", nargs="+", help="names for the folders of --compare: start, rlvr, permix, ...")
     return parser.parse_args(argv)
 
 
-def put(problems, prompt, shots=()):
-    """The problems with their question in one of tasks.PROMPTS, or after the solved examples `shots`."""
-    if prompt != "few-shot":
-        return [replace(p, question=tasks.format_question(p, prompt)) for p in problems]
-    solved = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return [replace(p, question=f"{solved}Question: {p.question}\nAnswer:") for p in problems]
+def put(problems, prompt):
+    """The problems with their question in one of tasks.PROMPTS."""
+    return [replace(problem, question=tasks.format_question(problem, prompt)) for problem in problems]
 
 
 def one_arm(args):
@@ -393,8 +363,7 @@ def one_arm(args):
     run, fidelity_args, gym_args = run_of(args.model)[0], None, None
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, max_new_tokens = args.prompt or trained.get("prompt", "plain"), trained.get("max_new_tokens", 32)
-    shots = tasks.load(args.task, "train", args.seed, 4) if prompt == "few-shot" else ()
-    problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt, shots)
+    problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
     personas = pool.load(args.personas)
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     if args.fidelity:
@@ -406,21 +375,25 @@ def one_arm(args):
                   else judge.local(*weights.load(args.judge_model, args.dtype, args.device)))
         gym_args = {"questions": judge.questions(args.personagym), "grader": grader, "name": args.judge_model,
                     "folder": args.out, "price": args.judge_price}
-    info = {"model": args.model, "task": args.task, "method": args.method or run.get("method", "base"),
-            "prompt": prompt}
+    info = {"model": args.model, "task": args.task, "prompt": prompt, "method": "start", "training_seed": None}
+    info |= compare.arm_of(run) | ({"method": args.method} if args.method else {})
     return evaluate(model, tokenizer, problems, personas, args.seed, args.max_new_tokens or max_new_tokens, args.out,
                     info, args.samples, args.noise_floor, args.temperature, fidelity_args, gym_args)
 
 
 def main(argv=None):
-    """The command line; a user's mistake is one line on stderr and exit 2."""
+    """The command line; a user's mistake is one line on stderr and exit 2, Ctrl-C one line and exit 130."""
     args = parse(argv)
     try:
-        print(comparison_text(compare(args.compare, args.out, args.roles, args.seed)) if args.compare
+        print(compare.text(compare.folders(args.compare, args.out, args.roles, args.seed)) if args.compare
               else table_text(one_arm(args)))
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        goes_on = "" if args.compare else "; the same command goes on where this one was"
+        print(f"\nevaluate.py: stopped{goes_on}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
     The key is JUDGE_API_KEY of the environment. Statuses that may pass, dropped connections, timeouts and malformed
     replies are retried with doubling waits; what persists is an OSError that says so.
     """
+    stopped = threading.Event()
     client = InferenceClient(base_url=url, api_key=os.environ.get("JUDGE_API_KEY", "none"), timeout=timeout)
 
     def call(index, message):
@@ -102,17 +103,19 @@ def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
                 return index, got.choices[0].message.content or "", got.usage.prompt_tokens, got.usage.completion_tokens
             except (TRANSPORT, *MALFORMED) as error:
                 status = getattr(getattr(error, "response", None), "status_code", RETRIED[0])
-                if status not in RETRIED or attempt == retries:
+                if status not in RETRIED or attempt == retries or stopped.is_set():
                     raise OSError(f"the judge at {url} failed {attempt + 1} times in a row: {error}") from error
-            time.sleep(backoff * 2**attempt)
+            stopped.wait(backoff * 2**attempt)
 
     def ask(prompts):
+        stopped.clear()
         pool = ThreadPoolExecutor(concurrency)
         try:
             for future in as_completed([pool.submit(call, i, p) for i, p in enumerate(prompts)]):
                 yield future.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # after a failure ask for nothing more
+            stopped.set()  # after a failure, or Ctrl-C, ask for nothing more
+            pool.shutdown(cancel_futures=True)
 
     return ask
 
@@ -128,24 +131,32 @@ def local(model, tokenizer):
     return ask
 
 
+def append(file, row):
+    """One more line at the end of an open .jsonl file, on disk before anything else happens."""
+    file.write("\n" + json.dumps(row))  # the newline comes first, so that it also ends a line torn by a kill
+    file.flush()
+
+
+def known(path):
+    """The whole rows of a file that `append` wrote; none where there is no file."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # torn by a kill, or empty
+
+
 def remember(ask, name, path, prompts):
     """The replies to prompts: from the file at `path` where known, else from `ask`, and then added to it at once."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
-        known[row["key"]] = row
+    replies = {row["key"]: row for row in known(path)}
     keys = [hashlib.sha256(f"{name}\n{text}".encode()).hexdigest() for text in prompts]
-    todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in known}
+    todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in replies}
     with path.open("a", encoding="utf-8") as file:
         for index, text, tokens_in, tokens_out in ask(list(todo.values())):
             row = {"key": list(todo)[index], "text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
-            file.write("\n" + json.dumps(row))  # the newline comes first, so that it also ends a torn line
-            file.flush()
-            known[row["key"]] = row
-    return [known[key] for key in keys]
+            append(file, row)
+            replies[row["key"]] = row
+    return [replies[key] for key in keys]
 
 
 def grade(rows, ask, name, folder, seed=0, price=(0.0, 0.0)):

@@ -6,12 +6,12 @@ gives no formula, so min_p a_p / max_p a_p is our reading, and other scores with
 lottery curve is the expected best of k personas drawn without replacement: the estimator of pass@k (Chen et al. 2021,
 arXiv 2107.03374), turned from samples to personas. Intervals resample items, all personas together: easy and hard
 items then cancel in a comparison. Minimum and maximum of noisy columns are biased; `accuracy_draws` says what is done
-about it.
+about it. Where an arm was trained with several seeds, `seed_spread` adds what they say.
 
 Left out: significance tests (an interval says more) and anything that needs a model.
 """
 
-from itertools import combinations
+from collections import Counter
 from math import comb
 
 import numpy as np
@@ -132,6 +132,25 @@ def with_intervals(values, draws):
     return out
 
 
+def seed_spread(n, n_draws=2000, seed=0):
+    """W [n, n_draws], columns summing to 0: values [n] @ W are draws of how far the mean of n training seeds is off.
+
+    Student's t by simulation: centred normal weights give the mean's normal error, a chi-square of n - 1 degrees its
+    uncertain size. Resampling 3 values instead stays within their range, which misses the true mean one time in four.
+    """
+    if n == 1:
+        return np.zeros((1, n_draws))
+    rng = np.random.default_rng([seed, n])  # the same for arms of as many seeds: they are paired
+    normal = rng.normal(size=(n, n_draws))
+    return (normal - normal.mean(axis=0)) / np.sqrt(n * rng.chisquare(n - 1, n_draws))
+
+
+def over_seeds(values, draws, seed=0):
+    """(mean, its draws [2, B]) of one score's values [S] and draws [S, 2, B]: S training seeds of an arm."""
+    values = np.asarray(values, dtype=float)
+    return values.mean(), np.mean(draws, axis=0) + values @ seed_spread(len(values), np.shape(draws)[-1], seed)
+
+
 def wilson(hits, n, z=1.96):
     """Wilson's 95 % interval for a proportion: unlike the bootstrap's it does not collapse at 0 of n or n of n."""
     rate, spread = hits / n, z * np.sqrt(hits * (n - hits) / n + z * z / 4) / n
@@ -142,6 +161,18 @@ def wilson(hits, n, z=1.96):
 def pass_at_k(hits, n, k):
     """1 - C(n - hits, k) / C(n, k): the chance that one of k of the n samples is right (arXiv 2107.03374)."""
     return 1 - comb(n - hits, k) / comb(n, k)
+
+
+def majority(rows):
+    """Accuracy of the commonest final answer to each item; unreadable answers abstain, and the first wins a tie."""
+    ballots = {}
+    for row in rows:
+        ballots.setdefault(row["id"], []).append(row)
+    right = 0
+    for ballot in ballots.values():
+        winner = Counter(row["extracted"] for row in ballot if row["extracted"]).most_common(1)
+        right += any(row["correct"] for row in ballot if winner and row["extracted"] == winner[0][0])
+    return right / len(ballots)
 
 
 def match_mean(accuracy, target):
@@ -170,154 +201,3 @@ def identification(logprobs):
     best, own = logprobs.max(axis=1), np.diagonal(logprobs)
     hit = np.where(own == best, 1 / (logprobs == best[:, None]).sum(axis=1), 0.0)
     return hit, own - best - np.log(np.exp(logprobs - best[:, None]).sum(axis=1))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arms side by side
-
-
-def answer_table(run):
-    """The table of right and wrong [N, 1 + P] of a results dict, column 0 without a persona."""
-    return np.array([[int(c) for c in run["correct"][row["name"]]] for row in run["personas"]], dtype=float).T
-
-
-def run_draws(run, salt, n_draws=2000, seed=0):
-    """{score: (value, draws [2, B])} of one results dict. Counts are the same for every run, so items are paired; the
-    shrinkage is drawn for each run by itself, by its `salt`."""
-    table = answer_table(run)
-    counts = resamples(len(table), n_draws, seed)
-    drawn = bootstrap(table[:, 1:], counts, [seed, salt])
-    out = {name: (value, drawn[name]) for name, value in table_scores(table[:, 1:]).items()}
-    out["no_persona_accuracy"] = table[:, 0].mean(), np.stack([counts @ table[:, 0] / len(table)] * 2)
-    for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
-        mean = np.array(rows).mean(axis=1)
-        out[name] = mean.mean(), np.stack([resamples(len(mean), n_draws, seed) @ mean / len(mean)] * 2)
-    return out
-
-
-def arm_draws(runs, salt=0, n_draws=2000, seed=0):
-    """{score: (value, draws [2, B])} of an arm, averaged over its runs: training seeds, resampled where there are
-    several."""
-    weights = resamples(len(runs), n_draws, seed).T / len(runs)  # [S, B], the same for arms of as many runs: paired
-    each = [run_draws(run, 1000 * salt + i, n_draws, seed) for i, run in enumerate(runs)]
-    shared = [name for name in each[0] if all(name in draws for draws in each)]
-    return {name: (np.mean([draws[name][0] for draws in each]),
-                   sum(draws[name][1] * w for draws, w in zip(each, weights, strict=True))) for name in shared}
-
-
-def check_comparable(runs):
-    """ValueError unless all runs answered the same items under the same personas with the same settings."""
-    for key in ("task", "seed", "max_new_tokens", "items", "personas"):
-        seen = [[row["name"] for row in run[key]] if key == "personas" else run[key] for run in runs]
-        if seen.count(seen[0]) < len(seen):
-            raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
-
-
-def difference(first, second):
-    """Arm second minus arm first: {score: {"difference", "low", "high", ...}} for the scores that both have,
-    paired."""
-    a, b, out = arm_draws(first), arm_draws(second, 1), {}
-    for name in [name for name in a if name in b]:
-        low, high = interval(b[name][1] - a[name][1])
-        out[name] = {"first": float(a[name][0]), "second": float(b[name][0]), "low": low, "high": high,
-                     "difference": float(b[name][0] - a[name][0])}
-    return out | {"pss_at_matched_mean": matched_pss(first, second)}
-
-
-def matched_pss(first, second, n_draws=2000, seed=0):
-    """The difference in PSS after the first arm was moved to the second's mean accuracy (see match_mean)."""
-    values, draws = [], []
-    for a, b in zip(first, second, strict=False):  # runs in pairs, one training seed each
-        tables = [answer_table(run)[:, 1:] for run in (a, b)]
-        counts = resamples(len(tables[0]), n_draws, seed)
-        drawn = [accuracy_draws(table, counts, [seed, i]) for i, table in enumerate(tables)]
-        for (x, y), out in (([t.mean(axis=0) for t in tables], values), (drawn, draws)):
-            out.append(pss(y) - pss(match_mean(x, y.mean(axis=-1))))
-    low, high = interval(np.mean(draws, axis=0))
-    return {"difference": float(np.mean(values)), "low": low, "high": high}
-
-
-STABILITY = ("pss", "pss_mean_minus_std", "worst_persona_accuracy")
-CLAIMS = (  # hypothesis, first arm, second arm, the score that leads, the sign claimed, in words
-    ("H1", "base", "rlvr", "pss", 1, "RLVR raises stability over the start model"),
-    ("H2", "base", "rlvr", "persona_identification", -1, "RLVR lowers fidelity against the start model"),
-    ("H3", "rlvr", "permix", "pss", 1, "PerMix raises stability over RLVR"),
-    ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
-    ("H5", "rlvr", "permix", "no_persona_accuracy", 0, "PerMix loses no accuracy without a persona"),
-)
-
-
-def hypotheses(arms, margin=0.03):
-    """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not tested) and words.
-
-    A stability claim needs `pss`, `pss_mean_minus_std` and `worst_persona_accuracy` to agree in sign and the interval
-    of `pss` to leave out 0. H5 claims no loss: the interval stays above -margin.
-    """
-    out = []
-    for name, first, second, score, sign, claim in CLAIMS:
-        missing = [arm for arm in (first, second) if arm not in arms]
-        got = {} if missing else difference(arms[first], arms[second])
-        found, words = "not tested", f"no arm {' or '.join(missing)} given" if missing else "fidelity was not measured"
-        if score in got:
-            d, found = got[score], verdict(got[score], sign, margin)
-            words = (f"{score} {d['first']:.3f} -> {d['second']:.3f}, difference {d['difference']:+.3f} "
-                     f"[{d['low']:+.3f}, {d['high']:+.3f}]")
-            if score == "pss" and len({np.sign(got[other]["difference"]) for other in STABILITY}) > 1:
-                found, words = "not shown", words + "; the three stability scores disagree in sign"
-        out.append({"name": name, "claim": claim, "verdict": found, "words": words})
-    return [*out, collapse(arms)]
-
-
-def verdict(d, sign, margin):
-    """One word or two for a difference with its interval against the claimed sign; sign 0 claims no loss beyond
-    margin."""
-    if sign == 0:
-        return "shown" if d["low"] > -margin else "opposite" if d["high"] < 0 else "not shown"
-    low, high = sorted((sign * d["low"], sign * d["high"]))
-    return "shown" if low > 0 else "opposite" if high < 0 else "not shown"
-
-
-def collapse(arms, threshold=0.1, n_draws=2000, seed=0):
-    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below `threshold` against
-    others.
-
-    Kinds, not items: items chosen for being answered wrong would have a low PSS by construction.
-    """
-    values, draws = {True: [], False: []}, {True: [], False: []}  # key: is the kind's accuracy near zero?
-    for run in [run for runs in arms.values() for run in runs]:
-        table, kinds = answer_table(run)[:, 1:], np.array([item["kind"] for item in run["items"]])
-        for part in [table[kinds == kind] for kind in np.unique(kinds)]:
-            weak = bool(part.mean() < threshold)
-            values[weak].append(pss(part.mean(axis=0)))
-            draws[weak].append(bootstrap(part, resamples(len(part), n_draws, seed), seed)["pss"])
-    out = {"name": "H6", "claim": "PSS collapses where accuracy is near zero"}
-    if not values[True] or not values[False]:
-        side = "above" if values[True] else "below"
-        return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {threshold}"}
-    low, high = interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
-    words = (f"PSS {np.mean(values[True]):.3f} over {len(values[True])} problem kinds with accuracy below {threshold}, "
-             f"{np.mean(values[False]):.3f} over {len(values[False])} others, difference [{low:+.3f}, {high:+.3f}]")
-    return out | {"verdict": verdict({"low": low, "high": high}, 1, 0), "words": words}
-
-
-def compare(arms, seed=0):
-    """Arms side by side, {role: [results dict, one a training seed]} -> scores with intervals, differences,
-    hypotheses.
-
-    Differences are second minus first, for every pair of arms in the order given. ValueError where runs cannot be
-    paired.
-    """
-    check_comparable([run for runs in arms.values() for run in runs])
-    scored = {role: arm_draws(runs, seed=seed) for role, runs in arms.items()}
-    return {
-        "runs": {role: len(runs) for role, runs in arms.items()},
-        "arms": {role: with_intervals(*({name: pair[i] for name, pair in got.items()} for i in (0, 1)))
-                 for role, got in scored.items()},
-        "differences": {f"{b} - {a}": difference(arms[a], arms[b]) for a, b in combinations(arms, 2)},
-        "hypotheses": hypotheses(arms),
-    }
-
-
-def averaged(run, scores):
-    """A run's results with its arm's scores, averaged over training seeds, in place of its own."""
-    return run | scores | ({"fidelity": run["fidelity"] | scores} if "fidelity" in run else {})

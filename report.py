@@ -17,15 +17,21 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 PALETTE = {  # name: (light, dark)
     "ink": ("#1f2428", "#e4e7ea"), "soft": ("#66707a", "#9aa4ae"), "line": ("#d9dee3", "#363d45"),
     "page": ("#fbfbf9", "#14171b"), "card": ("#ffffff", "#1c2127"), "c0": ("#2f6db3", "#7db3f0"),
     "c1": ("#c8553d", "#f0917c"), "c2": ("#3d8b5f", "#78c79a"), "c3": ("#8a5fb0", "#c29be6"),
-    "c4": ("#b8860b", "#e5bd57"),
+    "c4": ("#b8860b", "#e5bd57"), "c5": ("#1f8f96", "#66cdd3"), "c6": ("#b0487f", "#ee93c0"),
 }
 LIGHT = {name: pair[0] for name, pair in PALETTE.items()}
-SERIES = [LIGHT[f"c{i}"] for i in range(5)] * 9  # more arms than colours: they come round again
+SERIES = [LIGHT[f"c{i}"] for i in range(7)] * 9  # more arms than colours: they come round again
+MARKERS = "osD^vPX" * 9  # colour is not all that tells two arms apart
+CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
+MAIN = {"pss": "stability (pss)", "pss_at_matched_mean": "pss at equal mean accuracy",
+        "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
+        "persona_identification": "persona identification"}  # of the tables of a comparison
 RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "font.size": 9, "text.color": LIGHT["ink"],
       "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["line"], "axes.spines.top": False,
       "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 9, "xtick.color": LIGHT["soft"],
@@ -94,39 +100,48 @@ def heat(results):
 
 def lottery(arms):
     """Expected accuracy of the best of k personas: as seen, and (dashed) as kept on items that did not pick it."""
-    fig, ax = figure(5.2, 3.3)
-    for colour, (label, results) in zip(SERIES, arms.items(), strict=False):
-        k = np.arange(1, len(results["lottery"]) + 1)
-        ax.plot(k, results["lottery"], color=colour, label=f"{label}: best of k")
-        if results["lottery_held_out"]:
-            ax.plot(k, results["lottery_held_out"], color=colour, linestyle="--", label=f"{label}: held-out")
-        if "noise_floor" in results:
-            ax.plot(k, results["noise_floor"]["lottery"], color=colour, linestyle=":", label=f"{label}: noise floor")
+    fig, ax = figure(5.2, 3.6)
+    styles = {"lottery": ("-", "best of k, as seen"), "lottery_held_out": ("--", "picked on other problems"),
+              "noise_floor": (":", "noise floor: reruns without persona")}
+    drawn = set()
+    for colour, results in zip(SERIES, arms.values(), strict=False):
+        found = results | {"noise_floor": results.get("noise_floor", {}).get("lottery")}
+        for key in [key for key in styles if found[key]]:
+            ax.plot(np.arange(1, len(found[key]) + 1), found[key], color=colour, linestyle=styles[key][0])
+            drawn.add(key)
     ax.set(xlabel="k personas tried", ylabel="expected accuracy", ylim=(0, None))
     ax.grid()
-    fig.legend(loc="outside lower center", ncols=3)
+    handles = [Line2D([], [], color=colour, label=label) for colour, label in zip(SERIES, arms, strict=False)]
+    handles = (handles if len(arms) > 1 else []) + [
+        Line2D([], [], color=LIGHT["soft"], linestyle=style, label=label)
+        for key, (style, label) in styles.items() if key in drawn]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3 if len(arms) > 1 else 2)
     return fig
 
 
-def tradeoff(arms):
-    """Stability against fidelity, one point an arm; against mean accuracy where fidelity was not measured."""
+def tradeoff(arms, runs=None):
+    """Stability against fidelity, one point an arm; against mean accuracy where fidelity was not measured.
+
+    runs: {arm: [scores of a training seed]}; where an arm has several, they stand around it as small points.
+    """
     measured = all("fidelity" in results for results in arms.values())
     key = "persona_identification" if measured else "mean_accuracy"
-    label = key.replace("_", " ")
-    fig, ax = figure(5.2, 3.6)
-    for colour, (name, results) in zip(SERIES, arms.items(), strict=False):
+    fig, ax = figure(5.2, 4.2)
+    for colour, marker, (name, results) in zip(SERIES, MARKERS, arms.items(), strict=False):
         other = results["fidelity"] if measured else results
         error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1)
                  for row, k in ((results, "pss"), (other, key))]
-        ax.errorbar(results["pss"], other[key], xerr=error[0], yerr=error[1], color=colour, marker="o", markersize=7,
-                    elinewidth=1, capsize=3)
-        ax.annotate(name, (results["pss"], other[key]), xytext=(7, 6), textcoords="offset points", color=colour,
-                    fontweight="bold")
-    if measured:
-        ax.axhline(next(iter(arms.values()))["fidelity"]["chance"], color=LIGHT["soft"], linestyle=":", linewidth=1.2)
-        label += " (dotted: chance)"
-    ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=label, xlim=(0, 1.02), ylim=(0, 1.02))
+        ax.errorbar(results["pss"], other[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
+                    elinewidth=1, capsize=2, linestyle="none", label=name, markeredgecolor=LIGHT["card"], zorder=3)
+        seeds = runs[name] if runs and len(runs[name]) > 1 else []
+        ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=11,
+                   alpha=0.7, linewidth=0)
+    chance = f" (chance: {next(iter(arms.values()))['fidelity']['chance']:.2g})" if measured else ""
+    ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=key.replace("_", " ") + chance)
+    for axis, (low, high) in (("x", ax.get_xlim()), ("y", ax.get_ylim())):
+        ax.set(**{f"{axis}lim": (max(low, -0.02), min(high, 1.03))})
     ax.grid()
+    fig.legend(loc="outside lower center", ncols=3)
     return fig
 
 
@@ -134,14 +149,15 @@ def curves(metrics, labels=None):
     """Learning curves, {arm: rows of metrics.jsonl}; labels: all arms, for the colours that they have elsewhere."""
     labels = list(labels or metrics)
     fig, axes = figure(5.2, 5, rows=3)
-    for ax, key in zip(axes, ("reward", "entropy", "completion_length"), strict=True):
+    for ax, key in zip(axes, CURVES, strict=True):
         for label, rows in metrics.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             ax.plot([x for x, _ in points], [y for _, y in points], color=SERIES[labels.index(label)], label=label)
         ax.set_title(key.replace("_", " "), loc="left")
         ax.grid()
     axes[-1].set_xlabel("step")
-    axes[0].legend()
+    if len(metrics) > 1:
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
@@ -191,21 +207,57 @@ def html_table(head, rows):
 def numbers(arms):
     """The table of scores with their intervals, one column an arm."""
     def row(name, note, places, key):
-        cells = [f"{p[key]:.3f} [{p[key + '_low']:.3f}, {p[key + '_high']:.3f}]" if key in p else "–" for p in places]
+        cells = [interval(p[key], p[f"{key}_low"], p[f"{key}_high"]) if key in p else "–" for p in places]
         return [name, *cells, note] if set(cells) != {"–"} else None
 
     results = list(arms.values())
     graded = [r.get("fidelity", {}).get("personagym", {}) for r in results]
     found = [gym | r.get("fidelity", {}) | r for gym, r in zip(graded, results, strict=True)]
     rows = [row(name, note, found, name) for name, note in SCORES.items()]
-    rows += [[f"judge {gym['judge']}", "NOT USABLE: failed its planted controls", *[""] * len(arms)]
-             for gym in graded if gym and not gym["usable"]]
+    for task in {task: None for gym in graded for task in gym.get("tasks", ())}:
+        rows.append([task, *(f"{g['tasks'][task]:.2f}" if task in g.get("tasks", ()) else "–" for g in graded),
+                     "PersonaGym's task, 1 to 5"])
+    rows.append(["judge", *(judged(gym) if gym else "–" for gym in graded), ""] if any(graded) else None)
     floors = [r.get("noise_floor", {}) for r in results]
     rows.append(row("pss of the noise floor", "as many reruns without persona", floors, "pss"))
     sampled = [r.get("pass_at_k", {}).get("k", {}) for r in results]
     for k in sampled[0]:
         rows.append(row(f"pass@{k}", "sampled, mean over personas", [s.get(k, {}) for s in sampled], "personas"))
     return html_table(["score [95 % interval]", *arms, ""], [r for r in rows if r])
+
+
+def judged(gym):
+    """A judge's work in words: whether its planted controls allow to believe it, and what it cost."""
+    usable = "usable: true answers score above planted ones" if gym["usable"] else "NOT USABLE: failed planted controls"
+    return (f"{gym['judge']}, {usable}; {gym['calls']} calls, {gym['tokens_in']} tokens in, {gym['tokens_out']} out, "
+            f"cost {gym['cost']:.2f}; {gym['unparsed']} without a score")
+
+
+def interval(value, low, high, sign=""):
+    """A number with its 95 % interval; the space inside the brackets does not break."""
+    return f"{value:{sign}.3f} [{low:{sign}.3f},\u00a0{high:{sign}.3f}]"
+
+
+def arm_rows(comparison):
+    """A head and a row for each arm: its training seeds and main scores."""
+    keys = [key for key in MAIN if any(key in scores for scores in comparison["arms"].values())]
+    return [["arm", "seeds", *(MAIN[key] for key in keys)]] + [
+        [role, str(len(comparison["runs"][role])),
+         *(interval(*(scores[key + end] for end in ("", "_low", "_high"))) if key in scores else "–" for key in keys)]
+        for role, scores in comparison["arms"].items()]
+
+
+def difference_rows(comparison):
+    """A head and a row for each pair of arms: paired differences, with an arrow where the interval leaves out 0."""
+    pairs = comparison["differences"]
+    keys = [key for key in MAIN if any(key in scores for scores in pairs.values())]
+
+    def cell(d):
+        arrow = "▲ " if d["low"] > 0 else "▼ " if d["high"] < 0 else ""
+        return arrow + interval(d["difference"], d["low"], d["high"], "+")
+
+    return [["difference", *(MAIN[key] for key in keys)]] + [
+        [pair, *(cell(scores[key]) if key in scores else "–" for key in keys)] for pair, scores in pairs.items()]
 
 
 def cards(arms, transcripts, limit=6):
@@ -253,7 +305,7 @@ body{{font:16px/1.55 system-ui,sans-serif}} pre{{font:13px/1.5 ui-monospace,mono
 section,article{{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem;margin:0 0 1rem}}
 svg{{width:100%;height:auto;display:block}} svg text{{font-family:system-ui,sans-serif!important}}
 .scroll{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.88rem;width:100%}}
-td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);white-space:nowrap}}
+td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);min-width:4.6rem}}
 th,td:last-child:not(:nth-child(2)){{color:var(--soft)}} h4{{margin:0 0 .3rem;font-size:.86rem}}
 td:first-child{{white-space:normal}} @media(max-width:480px){{table{{font-size:.74rem}} td,th{{padding-right:.5rem}}}}
 pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overflow-y:auto}} dt{{font-weight:600}}
@@ -272,7 +324,9 @@ def page(arms, transcripts, figures, comparison=None):
     results = next(iter(arms.values()))
     blocks = f"<section><h2>Scores</h2>{numbers(arms)}</section>"
     if comparison:
-        blocks = f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>{blocks}"
+        head, *rows = difference_rows(comparison)
+        blocks = (f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>{blocks}<section>"
+                  f"<h2>Paired differences</h2>{html_table(head, rows)}</section>")
     else:
         rows = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
                 for row in results["inference_time_rivals"]]
@@ -301,13 +355,13 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     """report.html, and each figure as PNG, into `folder`.
 
     arms {label: results}; transcripts: a list of rows for each arm; metrics {label: rows of metrics.jsonl};
-    comparison: what measures.compare returned, where there are several arms.
+    comparison: what compare.side_by_side returned, where there are several arms.
     """
     folder = Path(folder)
     with matplotlib.rc_context(RC):
         figures = {"The persona lottery": lottery(arms)}
         if comparison:
-            figures["Stability against fidelity"] = tradeoff(arms)
+            figures["Stability against fidelity"] = tradeoff(arms, comparison["runs"])
         else:
             (results,) = arms.values()
             figures = {"Accuracy per persona": bars(results), "Persona and problem kind": heat(results)} | figures

@@ -29,15 +29,27 @@ class Problem:
     kind: str                                           # what it asks for, for tables: add, two-step, Algebra ...
 
 
+# Solved examples for `few-shot`: written for this file, of no dataset, and with none of the numbers of TEMPLATES.
+EXAMPLES = (
+    ("A kiosk opens with 120 newspapers and has 45 left at noon. How many newspapers did it sell?",
+     "It sold 120 - 45 = 75 newspapers. The answer is 75."),
+    ("What is 14 times 11?", "14 * 11 = 154. The answer is 154."),
+    ("Three friends split a bill of 84 euros equally, and each adds a tip of 2 euros. How much does each pay?",
+     "Each share is 84 / 3 = 28 euros, with the tip 28 + 2 = 30. The answer is 30."),
+    ("What is the perimeter of a square with sides of 13 cm, in cm?", "4 * 13 = 52. The answer is 52."),
+)
+
 # How a problem is put to the model. `plain` is the default: the verifier takes the last number or box of an answer.
 PROMPTS = {
     "plain": "{question}",
     "short": "{question}\nAnswer in one short sentence.",
     "cot": "{question}\nThink step by step, then give the final answer in \\boxed{{}}.",
+    "few-shot": "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in EXAMPLES) + "Question: {question}\nAnswer:",
 }
 
 
 def format_question(problem: Problem, prompt: str = "plain") -> str:
+    """The problem's question in one of PROMPTS."""
     return PROMPTS[prompt].format(question=problem.question)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,6 +20,7 @@ import personas
 import rollout
 import tasks
 import weights
+from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
 #            a  b  c   personas; rows are items
@@ -120,6 +122,26 @@ def test_the_paired_interval_of_a_difference_covers_and_is_narrower_than_the_unp
     assert 0.9 <= covered / 300 <= 0.99 and narrower == 300
 
 
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+def test_the_interval_over_training_seeds_covers_the_mean_of_all_seeds_in_simulation(n_seeds):
+    rng, covered, spread = np.random.default_rng(n_seeds), 0, 0.1
+    for run in range(400):
+        levels = 0.5 + spread * rng.normal(size=n_seeds)  # what each seed's training came to
+        tables = [(rng.random((60, 8)) < np.clip(level, 0, 1)).astype(float) for level in levels]
+        draws = [measures.bootstrap(t, measures.resamples(60, 400, run), run)["mean_accuracy"] for t in tables]
+        low, high = measures.interval(measures.over_seeds([t.mean() for t in tables], draws, seed=run)[1])
+        covered += low <= 0.5 <= high
+    assert 0.9 <= covered / 400 <= 0.99, covered / 400
+
+
+def test_the_spread_of_training_seeds_is_students_t_and_one_seed_has_none():
+    values = np.array([0.2, 0.5, 0.6])
+    low, high = np.quantile(values @ measures.seed_spread(3, 200_000), [0.025, 0.975])
+    half = 4.3027 * values.std(ddof=1) / np.sqrt(3)  # the 97.5 % point of t with 2 degrees of freedom
+    assert [-low, high] == pytest.approx([half, half], rel=0.03)
+    assert not measures.seed_spread(1).any()
+
+
 def test_wilson_equals_the_textbook_values_and_does_not_collapse_at_zero():
     assert measures.wilson(8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-3)
     low, high = measures.wilson(0, 10)
@@ -154,95 +176,6 @@ def test_identification_equals_the_hand_computed_posterior_and_ties_score_chance
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Comparison of arms
-
-
-def results_of(accuracies, seed, identified=0.9, n_items=150, hard=True):
-    """The results dict of a made-up arm: every fourth item is of the kind "hard", never solved."""
-    rng = np.random.default_rng(seed)
-    table = (rng.random((n_items, len(accuracies))) < accuracies) * ((np.arange(n_items)[:, None] % 4 > 0) | (not hard))
-    problems = [Problem("", "", str(i), "easy" if i % 4 else "hard") for i in range(n_items)]
-    speakers = [Persona(f"p{j}", "x") for j in range(len(accuracies) - 1)]
-    out = evaluate.summary(table.astype(float), problems, speakers, 0)
-    hits = (rng.random((40, len(accuracies) - 1)) < identified).astype(float)
-    return out | {"task": "t", "seed": 0, "max_new_tokens": 8,
-                  "fidelity": {"tables": {"persona_identification": hits.tolist()}}}
-
-
-Problem = namedtuple("Problem", "question answer id kind")
-Persona = namedtuple("Persona", "name stratum")
-BASE, RLVR, PERMIX = np.r_[0.3, np.linspace(0.05, 0.5, 8)], np.r_[0.7, np.linspace(0.3, 0.8, 8)], np.full(9, 0.8)
-
-
-def verdicts(arms):
-    return {h["name"]: h["verdict"] for h in measures.compare(arms)["hypotheses"]}
-
-
-def test_each_hypothesis_gets_the_verdict_that_the_arms_were_made_for():
-    arms = {"base": [results_of(BASE, 0, 0.95)], "rlvr": [results_of(RLVR, 1, 0.5)],
-            "permix": [results_of(PERMIX, 2, 0.9)]}
-    assert verdicts(arms) == dict.fromkeys(("H1", "H2", "H3", "H4", "H5", "H6"), "shown")
-    arms["rlvr"], arms["permix"] = arms["permix"], arms["rlvr"]
-    got = verdicts(arms)
-    assert (got["H3"], got["H4"], got["H5"]) == ("opposite", "opposite", "opposite")
-
-
-def test_nothing_is_claimed_of_two_equal_arms_or_of_an_arm_that_is_missing():
-    arms = {"rlvr": [results_of(RLVR, 1)], "permix": [results_of(RLVR, 1)]}
-    got = verdicts(arms)
-    assert (got["H1"], got["H3"], got["H4"]) == ("not tested", "not shown", "not shown")
-    same = measures.compare(arms)["differences"]["permix - rlvr"]
-    assert all(abs(d["difference"]) < 1e-9 and d["low"] <= 1e-9 and d["high"] >= -1e-9 for d in same.values())
-
-
-def test_a_stability_claim_needs_all_three_scores_to_agree(monkeypatch):
-    def disagreeing(first, second):
-        row = {"first": 0.2, "second": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
-        return {"pss": row, "pss_mean_minus_std": row, "worst_persona_accuracy": row | {"difference": -0.1}}
-
-    monkeypatch.setattr(measures, "difference", disagreeing)
-    h1 = measures.hypotheses({"base": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})[0]
-    assert h1["verdict"] == "not shown" and "disagree" in h1["words"]
-
-
-def test_at_matched_mean_accuracy_mere_saturation_gains_no_stability():
-    logits = np.linspace(-2.5, -0.5, 9)
-    first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False)
-                     for shift in (0, 2))
-    got = measures.difference([first], [second])
-    assert got["pss"]["low"] > 0.1 and abs(got["pss_at_matched_mean"]["difference"]) < 0.06
-
-
-def test_several_training_seeds_of_an_arm_are_averaged_and_widen_its_interval():
-    runs = [results_of(np.full(9, level), seed) for seed, level in enumerate((0.3, 0.5, 0.7))]
-    one, all_three = measures.arm_draws(runs[1:2])["mean_accuracy"], measures.arm_draws(runs)["mean_accuracy"]
-    assert all_three[0] == pytest.approx(np.mean([run["mean_accuracy"] for run in runs]))
-    width = [np.subtract(*measures.interval(draws)[::-1]) for _, draws in (one, all_three)]
-    assert width[1] > 1.5 * width[0]
-
-
-def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
-    rng, covered = np.random.default_rng(2), 0
-    truth = [measures.pss(next(persona_tables(a, 400_000, 1, rng)).mean(axis=0)) for a in (BASE, RLVR)]
-    for run in range(200):
-        difficulty = rng.normal(size=(80, 1))
-        tables = [rng.random((80, 9)) < 1 / (1 + np.exp(-(difficulty + np.log(a / (1 - a))))) for a in (BASE, RLVR)]
-        counts = measures.resamples(80, 300, run)
-        a, b = (measures.bootstrap(table, counts, [run, i])["pss"] for i, table in enumerate(tables))
-        low, high = measures.interval(b - a)
-        covered += low <= truth[1] - truth[0] <= high
-    assert 0.9 <= covered / 200 <= 1, covered / 200
-
-
-@pytest.mark.parametrize("change, said", [({"seed": 1}, "seed"), ({"task": "u"}, "task"), ({"items": []}, "items"),
-                                          ({"personas": []}, "personas")])
-def test_runs_that_cannot_be_paired_are_refused(change, said):
-    run = results_of(BASE, 0)
-    with pytest.raises(ValueError, match=said):
-        measures.compare({"base": [run], "rlvr": [run | change]})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The loop, with a tiny random model behind the embedded model's tokenizer, and with the embedded model itself
 
 
@@ -265,6 +198,9 @@ def tiny(embedded):
     return model.eval(), embedded[1]
 
 
+Problem = namedtuple("Problem", "question answer id kind")
+
+
 def voices(*descriptions):
     return [personas.Persona(name=d, text=f"You are {d}.", stratum="made up", split="test") for d in descriptions]
 
@@ -277,7 +213,7 @@ SPEAKERS = voices("a pirate", "a nurse", "a cook")
 def evaluated(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated")
     results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, seed=3, max_new_tokens=6, out=out,
-                                info={"model": "tiny", "task": "sums", "method": "base"}, samples=2, noise_floor=True)
+                                info={"model": "tiny", "task": "sums", "method": "start"}, samples=2, noise_floor=True)
     return results, out
 
 
@@ -330,6 +266,47 @@ def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, e
     assert first == again and [r["answer"] for r in first] != [r["answer"] for r in other]
 
 
+def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_path, monkeypatch):
+    asked, real, settings = [], rollout.generate, {"seed": 1, "max_new_tokens": 4, "samples": 2}
+
+    def interrupted(model, prompts, n, **sampling):
+        for done in itertools.islice(real(model, prompts, n, **sampling), 13 if n == 2 else None):
+            asked.append((n, done.index))
+            yield done
+        if n == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path, **settings)
+    assert [f.name for f in tmp_path.iterdir()] == ["answers.jsonl.part"] and len(asked) == 20 + 13
+    with (tmp_path / "answers.jsonl.part").open("a") as file:
+        file.write('\n{"call": 1, "tok')  # as a kill in the middle of a write would leave it
+    calls = []
+    monkeypatch.setattr(rollout, "generate", lambda model, prompts, n, **s: calls.append((n, len(prompts))) or
+                        real(model, prompts, n, **s))
+    resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path, **settings)
+    assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 // 2 <= calls[1][1] < 20
+    whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path / "whole", **settings)
+    assert resumed | {"seconds": 0} == whole | {"seconds": 0} and not list(tmp_path.glob("*.part"))
+    lines = [(folder / "transcripts.jsonl").read_text() for folder in (tmp_path, tmp_path / "whole")]
+    assert lines[0] == lines[1]
+
+
+def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny, tmp_path):
+    model, tokenizer = tiny
+    prompts = [personas.prompt_ids(tokenizer, "Well?", persona) for persona in SPEAKERS]
+    seen, weight = [], next(model.parameters())
+    for seed, change in ((0, 0.0), (1, 0.0), (0, 1e-3)):
+        with torch.no_grad():
+            weight.add_(change)
+        evaluate.sample(model, tokenizer, prompts, log=tmp_path / "log", seed=seed, max_new_tokens=3)
+        seen.append(len(list(evaluate.judge.known(tmp_path / "log"))))
+    with torch.no_grad():
+        weight.sub_(1e-3)
+    assert seen == [3, 6, 9]
+
+
 @pytest.mark.parametrize("problems, speakers", [([], SPEAKERS), (PROBLEMS, []), (PROBLEMS, SPEAKERS + SPEAKERS[:1]),
                                                 (PROBLEMS, voices("none"))])
 def test_an_evaluation_of_nothing_or_of_two_personas_with_one_name_is_refused(tiny, problems, speakers):
@@ -345,7 +322,7 @@ def vote(*answers):
 @pytest.mark.parametrize("answers, right", [(("5", "5", "4"), 1), (("4", "5", "4"), 0), (("", "", "5"), 1),
                                             (("", ""), 0), (("5", "4"), 1), (("4", "5"), 0)])
 def test_the_majority_wins_abstentions_do_not_count_and_the_first_wins_a_tie(answers, right):
-    assert evaluate.majority(vote(*answers)) == right
+    assert measures.majority(vote(*answers)) == right
 
 
 def test_rivals_are_charged_for_every_token_they_spend():
@@ -425,13 +402,23 @@ def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two():
         evaluate.parse(["--help"])
 
 
-@pytest.mark.parametrize("prompt, question", [
-    ("plain", "1 + 1?"), ("cot", tasks.PROMPTS["cot"].format(question="1 + 1?")),
-    ("few-shot", "Question: What is 1 + 1?\nAnswer: 2\n\nQuestion: 1 + 1?\nAnswer:")])
-def test_a_problem_is_put_as_the_prompt_style_says(prompt, question):
-    problem = tasks.Problem(question="1 + 1?", answer="2", id="1", kind="sum")
-    (got,) = evaluate.put([problem], prompt, PROBLEMS[:1])
-    assert got.question == question and got.answer == "2"
+@pytest.mark.parametrize("prompt", tasks.PROMPTS)
+def test_a_problem_is_put_as_the_prompt_style_says(prompt):
+    problem = tasks.Problem(question="1 + {1}?", answer="2", id="1", kind="sum")
+    (got,) = evaluate.put([problem], prompt)
+    assert got.question == tasks.PROMPTS[prompt].replace("{question}", "1 + {1}?").replace("{{}}", "{}")
+    assert (got.answer, got.id, got.kind) == ("2", "1", "sum")
+
+
+def test_the_few_shot_examples_are_right_and_of_no_task_that_is_evaluated():
+    for question, answer in tasks.EXAMPLES:
+        gold = answer.split("The answer is ")[1].rstrip(".")
+        assert evaluate.rewards.verify(gold, answer).verdict == "correct" and question in tasks.PROMPTS["few-shot"]
+        assert all(eval(left) == int(right) for left, right in re.findall(r"([\d+*/ -]+) = (\d+)", answer))
+    asked = {problem.question for problem in tasks.load("arithmetic", "all", 0, 300)}
+    for file in SHARED.glob("*.jsonl") if SHARED.exists() else ():
+        asked |= {row.get("question") or row.get("problem") for row in evaluate.read_lines(file)}
+    assert not asked & {question for question, _ in tasks.EXAMPLES}
 
 
 def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny, tmp_path):

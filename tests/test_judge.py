@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,3 +223,62 @@ def test_controls_are_other_personas_answers_and_never_the_right_ones():
     planted = judge.plant(ROWS, seed=3)
     assert len(planted) == 8 and all(row["answer"] != ANSWERS[row["persona"]] for row in planted)
     assert judge.plant(ROWS[:5], seed=0) == []  # one persona has nobody to trade with
+
+
+@pytest.mark.skipif(not GYM.exists(), reason="shared/data is absent")
+def test_ctrl_c_half_way_is_one_line_and_the_same_command_goes_on_without_judging_anything_twice(
+        tiny_folder, tmp_path, capsys, monkeypatch):
+    import evaluate
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_folder, run / "model")
+    (run / "config.json").write_text(json.dumps({"settings": {
+        "method": "permix", "anchor_coef": 0.5, "seed": 3, "model": str(tiny_folder), "max_new_tokens": 4}}))
+    (run / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
+    (tmp_path / "gym.jsonl").write_text("".join(GYM.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "sums.jsonl").write_text("".join(
+        json.dumps({"question": f"w{i} w{i + 1}?", "answer": f"w{i}", "split": "test"}) + "\n" for i in range(4)))
+    (tmp_path / "who.jsonl").write_text("".join(
+        json.dumps({"name": f"w{i}", "text": f"w{i} w{3 * i}.", "stratum": "x"}) + "\n" for i in (7, 9, 11)))
+    command = ["--model", str(run / "model"), "--task", str(tmp_path / "sums.jsonl"), "--dtype", "float32",
+               "--personas", str(tmp_path / "who.jsonl"), "--prompt", "few-shot", "--samples", "2", "--fidelity", "2",
+               "--personagym", str(tmp_path / "gym.jsonl"), "--judge-model", "m", "--judge-price", "1", "2"]
+
+    def results(server, out):
+        assert evaluate.main([*command, "--judge", server.url, "--out", str(out)]) == 0
+        assert "persona, then score" in capsys.readouterr().out
+        got = json.loads((out / "results.json").read_text())
+        return {key: value for key, value in got.items() if key not in ("seconds", "command")}
+
+    def reply(text):
+        return f"Score: {1 + len(text) % 5}"
+
+    with Server(reply, hold_after=5) as server:
+        child = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *command, "--judge", server.url, "--out",
+                                  str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        cache, patience = tmp_path / "out/judge.jsonl", time.time() + 120
+        while not cache.exists() or cache.read_text().count('"key"') < 5:
+            assert time.time() < patience and child.poll() is None, child.communicate()
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+        server.release.set()
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == 130 and err.strip().count("\n") == 0 and "evaluate.py: stopped" in err
+        assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["answers.jsonl.part", "judge.jsonl"]
+        server.hold_after = None
+        monkeypatch.setattr("rollout.Generation.run", no_sampling)
+        got = results(server, tmp_path / "out")
+        assert set(server.good.values()) == {1} and len(server.good) == CALLS
+        monkeypatch.undo()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        assert got == results(server, tmp_path / "whole")
+    assert (got["method"], got["training_seed"], got["prompt"]) == ("permix+anchor", 3, "few-shot")
+    assert list(got["pass_at_k"]["k"]) == ["1", "2"] and got["fidelity"]["candidates"] == 3
+    assert "majority of 2 samples without persona" in [row["name"] for row in got["inference_time_rivals"]]
+    assert got["fidelity"]["personagym"]["calls"] == CALLS and got["fidelity"]["personagym"]["cost"] > 0
+
+
+def no_sampling(self, *args):
+    """Stands in for the sampler's loop where every answer is on disk."""
+    assert not self.waiting
+    return iter(())

@@ -8,7 +8,9 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 
+import compare
 import evaluate
 import report
 
@@ -49,12 +51,22 @@ def single(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def seeds():
+    """A comparison in numbers: one start model, and two arms of three training seeds each."""
+    arms = {"start": [arm(0, "start")[0]]}
+    for place, method in enumerate(("rlvr", "permix")):
+        arms[method] = [arm(10 * place + seed, method)[0] | {"training_seed": seed} for seed in (1, 2, 3)]
+    comparison = compare.side_by_side(arms)
+    return {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}, comparison
+
+
+@pytest.fixture(scope="module")
 def several(tmp_path_factory):
     """The folder of a comparison of three arms."""
     top = tmp_path_factory.mktemp("arms")
-    for seed, method in enumerate(("base", "rlvr", "permix")):
+    for seed, method in enumerate(("start", "rlvr", "permix")):
         evaluate.write(*arm(seed, method), top / method)
-    evaluate.compare([top / method for method in ("base", "rlvr", "permix")], top / "all")
+    compare.folders([top / method for method in ("start", "rlvr", "permix")], top / "all")
     return top / "all"
 
 
@@ -77,6 +89,7 @@ def test_text_from_models_and_files_is_shown_as_text(single, several):
 
 def test_every_persona_and_score_is_in_the_page_with_its_interval(single):
     page, results = (single / "report.html").read_text(), json.loads((single / "results.json").read_text())
+    page = page.replace("\u00a0", " ")
     assert all(row["name"].split("<")[0] in page for row in results["personas"] if row["name"] != "a nurse & poet")
     for name in ("pss", "mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy"):
         assert f"{results[name]:.3f} [{results[name + '_low']:.3f}, {results[name + '_high']:.3f}]" in page
@@ -87,7 +100,7 @@ def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):
     page, comparison = (several / "report.html").read_text(), json.loads((several / "comparison.json").read_text())
     assert [h["name"] for h in comparison["hypotheses"]] == ["H1", "H2", "H3", "H4", "H5", "H6"]
     assert all(h["claim"] in page and f">{h['verdict']}</span>" in page for h in comparison["hypotheses"])
-    assert all(f"{label} as " in page for label in ("base", "rlvr", "permix"))  # transcripts side by side
+    assert all(f"{label} as " in page for label in ("start", "rlvr", "permix"))  # transcripts side by side
 
 
 def test_plots_follow_the_readers_colour_scheme(single):
@@ -111,6 +124,41 @@ def test_bars_and_points_stand_at_the_numbers_given():
     assert widths == sorted(row["accuracy"] for row in results["personas"])
     points = report.tradeoff({"rlvr": results}).axes[0].containers[0].lines[0].get_xydata()
     assert points.tolist() == [[results["pss"], results["fidelity"]["persona_identification"]]]
+
+
+def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend_names_each_arm_once(seeds):
+    arms, comparison = seeds
+    fig = report.tradeoff(arms, comparison["runs"])
+    clouds = [cloud for cloud in fig.axes[0].collections if isinstance(cloud, PathCollection)]
+    for cloud, (role, runs) in zip(clouds, comparison["runs"].items(), strict=True):
+        points = [[run["pss"], run["persona_identification"]] for run in runs] if len(runs) > 1 else []
+        assert cloud.get_offsets().tolist() == points
+        mean = np.mean(points, axis=0) if points else None
+        assert mean is None or mean == pytest.approx([arms[role][k] for k in ("pss", "persona_identification")])
+    assert [entry.get_text() for entry in fig.legends[0].get_texts()] == list(arms)
+    markers = {box.lines[0].get_marker() for box in fig.axes[0].containers}
+    assert len(markers) == 3  # told apart without colour too
+
+
+def test_paired_differences_carry_an_arrow_only_where_the_interval_leaves_out_zero():
+    d = {"difference": 0.1, "low": -0.1, "high": 0.3}
+    got = report.difference_rows({"differences": {"b - a": {"pss": d, "mean_accuracy": d | {"low": 0.05}},
+                                                  "c - a": {"pss": d | {"low": -0.3, "high": -0.1}}}})
+    assert got == [["difference", "stability (pss)", "mean accuracy"],
+                   ["b - a", "+0.100 [-0.100,\u00a0+0.300]", "▲ +0.100 [+0.050,\u00a0+0.300]"],
+                   ["c - a", "▼ +0.100 [-0.300,\u00a0-0.100]", "–"]]
+
+
+def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_and_costs():
+    results, _ = arm(0, "rlvr")
+    gym = {"judge": "j", "usable": False, "calls": 18, "tokens_in": 900, "tokens_out": 72, "cost": 0.5, "unparsed": 2,
+           "persona_score": 3.5, "persona_score_low": 3, "persona_score_high": 4, "tasks": {"Linguistic Habits": 2.25}}
+    results["fidelity"]["personagym"] = gym
+    table = report.numbers({"rlvr": results})
+    assert "j, NOT USABLE" in table and "18 calls, 900 tokens in, 72 out, cost 0.50; 2 without" in table
+    assert "<td>Linguistic Habits</td><td>2.25</td>" in table
+    gym["usable"] = True
+    assert "NOT USABLE" not in report.numbers({"rlvr": results})
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):

@@ -1,0 +1,175 @@
+"""compare.py: arms that were made to differ get the verdicts they were made for; folders find their arm and seed."""
+
+import json
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+import compare
+import evaluate
+import measures
+from tests.test_evaluate import persona_tables
+
+
+def results_of(accuracies, seed, identified=0.9, n_items=150, hard=True):
+    """The results dict of a made-up arm: every fourth item is of the kind "hard", never solved."""
+    rng = np.random.default_rng(seed)
+    table = (rng.random((n_items, len(accuracies))) < accuracies) * ((np.arange(n_items)[:, None] % 4 > 0) | (not hard))
+    problems = [Problem("", "", str(i), "easy" if i % 4 else "hard") for i in range(n_items)]
+    speakers = [Persona(f"p{j}", "x") for j in range(len(accuracies) - 1)]
+    out = evaluate.summary(table.astype(float), problems, speakers, 0)
+    hits = (rng.random((40, len(accuracies) - 1)) < identified).astype(float)
+    return out | {"task": "t", "seed": 0, "max_new_tokens": 8,
+                  "fidelity": {"tables": {"persona_identification": hits.tolist()}}}
+
+
+Problem = namedtuple("Problem", "question answer id kind")
+Persona = namedtuple("Persona", "name stratum")
+BASE, RLVR, PERMIX = np.r_[0.3, np.linspace(0.05, 0.5, 8)], np.r_[0.7, np.linspace(0.3, 0.8, 8)], np.full(9, 0.8)
+
+
+def verdicts(arms):
+    return {h["name"]: h["verdict"] for h in compare.side_by_side(arms)["hypotheses"]}
+
+
+def test_each_hypothesis_gets_the_verdict_that_the_arms_were_made_for():
+    arms = {"start": [results_of(BASE, 0, 0.95)], "rlvr": [results_of(RLVR, 1, 0.5)],
+            "permix": [results_of(PERMIX, 2, 0.9)]}
+    assert verdicts(arms) == dict.fromkeys(("H1", "H2", "H3", "H4", "H5", "H6"), "shown")
+    arms["rlvr"], arms["permix"] = arms["permix"], arms["rlvr"]
+    got = verdicts(arms)
+    assert (got["H3"], got["H4"], got["H5"]) == ("opposite", "opposite", "opposite")
+
+
+def test_nothing_is_claimed_of_two_equal_arms_or_of_an_arm_that_is_missing():
+    arms = {"rlvr": [results_of(RLVR, 1)], "permix": [results_of(RLVR, 1)]}
+    got = verdicts(arms)
+    assert (got["H1"], got["H3"], got["H4"]) == ("not tested", "not shown", "not shown")
+    same = compare.side_by_side(arms)["differences"]["permix - rlvr"]
+    assert all(abs(d["difference"]) < 1e-9 and d["low"] <= 1e-9 and d["high"] >= -1e-9 for d in same.values())
+
+
+def test_a_stability_claim_needs_all_three_scores_to_agree(monkeypatch):
+    def disagreeing(first, second):
+        row = {"first": 0.2, "second": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
+        return {"pss": row, "pss_mean_minus_std": row, "worst_persona_accuracy": row | {"difference": -0.1}}
+
+    monkeypatch.setattr(compare, "difference", disagreeing)
+    h1 = compare.hypotheses({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})[0]
+    assert h1["verdict"] == "not shown" and "disagree" in h1["words"]
+
+
+def test_at_matched_mean_accuracy_mere_saturation_gains_no_stability():
+    logits = np.linspace(-2.5, -0.5, 9)
+    first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False)
+                     for shift in (0, 2))
+    got = compare.difference([first], [second])
+    assert got["pss"]["low"] > 0.1 and abs(got["pss_at_matched_mean"]["difference"]) < 0.06
+
+
+def test_several_training_seeds_of_an_arm_are_averaged_and_widen_its_interval():
+    runs = [results_of(np.full(9, level), seed) for seed, level in enumerate((0.3, 0.5, 0.7))]
+    one, all_three = compare.arm_draws(runs[1:2])["mean_accuracy"], compare.arm_draws(runs)["mean_accuracy"]
+    assert all_three[0] == pytest.approx(np.mean([run["mean_accuracy"] for run in runs]))
+    width = [np.subtract(*measures.interval(draws)[::-1]) for _, draws in (one, all_three)]
+    assert width[1] > 1.5 * width[0]
+
+
+def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
+    rng, covered = np.random.default_rng(2), 0
+    truth = [measures.pss(next(persona_tables(a, 400_000, 1, rng)).mean(axis=0)) for a in (BASE, RLVR)]
+    for run in range(200):
+        difficulty = rng.normal(size=(80, 1))
+        tables = [rng.random((80, 9)) < 1 / (1 + np.exp(-(difficulty + np.log(a / (1 - a))))) for a in (BASE, RLVR)]
+        counts = measures.resamples(80, 300, run)
+        a, b = (measures.bootstrap(table, counts, [run, i])["pss"] for i, table in enumerate(tables))
+        low, high = measures.interval(b - a)
+        covered += low <= truth[1] - truth[0] <= high
+    assert 0.9 <= covered / 200 <= 1, covered / 200
+
+
+@pytest.mark.parametrize("change, said", [({"task": "u"}, "task"), ({"items": []}, "items"),
+                                          ({"personas": []}, "personas")])
+def test_runs_that_cannot_be_paired_are_refused(change, said):
+    run = results_of(BASE, 0)
+    with pytest.raises(ValueError, match=said):
+        compare.side_by_side({"start": [run], "rlvr": [run | change]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def run_folder(top, method, seed, accuracies, anchor=0.0, steps=9):
+    """A run as train.py leaves it: config, metrics, evaluation/after -> the evaluation's folder."""
+    run = top / f"{method}-{anchor}-{seed}"
+    folder = run / "evaluation/after"
+    folder.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"settings": {"method": method, "seed": seed, "anchor_coef": anchor}}))
+    rows = [{"step": i, "reward": seed + i / 9, "entropy": 1.0, "completion_length": None} for i in range(9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = results_of(accuracies, 10 * seed + len(method)) | {"method": method, "seed": seed, "steps": steps,
+                                                                  "model": "m", "command": "", "commit": ""}
+    results["fidelity"] |= {"chance": 0.125, "persona_identification": 0.5}
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = [{"persona": name, "id": "1", "question": "?", "gold": "1", "answer": "1", "correct": True}
+            for name in results["correct"]]
+    (folder / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    """The evaluations of two start models' runs, and of rlvr, permix and permix with the anchor, three seeds each."""
+    top = tmp_path_factory.mktemp("runs")
+    made = [run_folder(top, "permix", seed, PERMIX, anchor) for anchor in (0.5, 0.0) for seed in (2, 0, 1)]
+    made += [run_folder(top, "rlvr", seed, RLVR) for seed in (0, 1, 2)]
+    return made + [run_folder(top, f"sft{i}", 0, BASE, steps=0) for i in (1, 2)]
+
+
+def test_folders_find_their_arm_and_training_seed_and_the_start_model_counts_once(arms, tmp_path):
+    got = compare.folders(arms, tmp_path)
+    assert list(got["runs"]) == ["start", "rlvr", "permix", "permix+anchor"]
+    seeds = {role: [run["training_seed"] for run in runs] for role, runs in got["runs"].items()}
+    assert seeds == {"start": [0], "rlvr": [0, 1, 2], "permix": [0, 1, 2], "permix+anchor": [0, 1, 2]}
+    for role, runs in got["runs"].items():
+        assert got["arms"][role]["pss"] == pytest.approx(np.mean([run["pss"] for run in runs]))
+        assert got["arms"][role]["persona_identification_high"] <= 1
+    assert {h["name"]: h["verdict"] for h in got["hypotheses"]}["H1"] == "shown" and len(got["differences"]) == 6
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "comparison.json", "learning_curves.png", "report.html", "stability_against_fidelity.png",
+        "the_persona_lottery.png"]
+
+
+def test_the_text_names_every_arm_pair_and_hypothesis_and_who_has_one_seed(arms, tmp_path):
+    comparison = compare.folders(arms, tmp_path)
+    text = compare.text(comparison)
+    assert all(f"\n{role} " in f"\n{text}" for role in [*comparison["runs"], *comparison["differences"]])
+    assert all(f"{h['name']} {h['claim']}: {h['verdict'].upper()}." in text for h in comparison["hypotheses"])
+    assert "One training seed for start:" in text and max(map(len, text.split("\n\n")[0].splitlines())) < 160
+
+
+def test_two_ablations_of_one_method_are_not_taken_for_two_seeds(arms, tmp_path):
+    with pytest.raises(ValueError, match="permix with training seed 2.*--roles"):
+        compare.folders(arms[:1] + arms[:1], tmp_path)
+    got = compare.folders(arms[:1] + arms[:1], tmp_path, ["a", "b"])
+    assert [len(runs) for runs in got["runs"].values()] == [1, 1]
+
+
+def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
+    (tmp_path / "results.json").write_text('{"method": "rlvr"}')
+    with pytest.raises(ValueError, match=r"results.json is no evaluation: it has no 'personas'"):
+        compare.folders([arms[0], tmp_path], tmp_path / "out")
+
+
+def test_learning_curves_of_several_seeds_are_averaged_step_by_step():
+    runs = [[{"step": i, "reward": base + i, "entropy": None} for i in range(n)] for base, n in ((0, 3), (1, 2))]
+    assert compare.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]
+
+
+def test_an_arm_with_fewer_seeds_meets_each_seed_of_the_other_at_matched_accuracy():
+    one, several = [results_of(BASE, 0)], [results_of(RLVR, seed) for seed in (1, 2, 3)]
+    got = compare.matched_pss(one, several)
+    each = [compare.matched_pss(one, [run])["difference"] for run in several]
+    assert got["difference"] == pytest.approx(np.mean(each)) and got["low"] < min(each) < max(each) < got["high"]
