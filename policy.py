@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from model import Transformer, pack
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")              # one process may save a checkpoint too
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks
@@ -191,7 +194,7 @@ def save_checkpoint(policy: Policy, folder: Path, step: int, keep: int) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait()
-    dcp.save(policy.state(), checkpoint_id=part, no_dist=ranks()[1] == 1)       # files are flushed to the disk
+    dcp.save(policy.state(), checkpoint_id=part)       # files are flushed to the disk
     if ranks()[0] == 0:
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
         (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
@@ -210,7 +213,7 @@ def load_checkpoint(policy: Policy, folder: Path) -> int:
             print(f"{checkpoint} cannot be read: it is torn; trying the one before", file=sys.stderr)
             continue
         state = policy.state()
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks()[1] == 1)
+        dcp.load(state, checkpoint_id=checkpoint)
         policy.restored(state)
         return step
     return 0

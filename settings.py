@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("eval-task", None, "task to evaluate on (default: --task's test split)")
     add("eval-problems", 50, "held-out problems before and after; 0: no evaluation")
     add("eval-personas", 9, "how many test personas, evenly from the strata")
-    add("save-every", 10, "steps between checkpoints")
+    add("save-every", 20, "steps between checkpoints")
     add("keep", 2, "checkpoints kept")
     add("tracker", None, "also log there", choices=list(monitor.TRACKERS))
     add("progress", False, "progress bar even without a terminal", action="store_true")
