@@ -140,46 +140,50 @@ class Policy:
 # Memory
 
 
-def activation_bytes(model: Transformer, tokens: int = 64) -> float:
-    """Bytes a packed token keeps for the backward, counted on a forward of one sequence: storages, each once."""
-    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+def activation_bytes(model: Transformer, prompt: int, completions: int, new_tokens: int) -> float:
+    """Bytes a packed token keeps for the backward, counted on a forward of one such group: storages, each once.
+
+    Of the group's own shape, since attention may keep its scores: their number grows with the square of the length.
+    """
+    own, saved, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
         kept.append(x)                                  # alive, or the next one would get its address
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    kept: list[Tensor] = []
-    packed = pack([([0], [[0] * tokens])], model.c, model.device)
+    packed = pack([([0] * prompt, [[0] * new_tokens] * completions)], model.c, model.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(packed.input_ids, packed.tree.position_ids, packed.tree)
-    return sum(size for at, size in saved.items() if at not in own) / tokens
+    return sum(size for at, size in saved.items() if at not in own) / len(packed.input_ids)
 
 
-def memory(policy: Policy, slots: int, row_tokens: int, micro_tokens: int) -> dict[str, int]:
-    """Estimated bytes by part, on this rank, and their `peak`: the larger of sampling (`slots` rows of `row_tokens`
-    tokens) and training (`micro_tokens` packed tokens), beside what is always there."""
+def memory(policy: Policy, slots: int, micro_tokens: int, prompt: int, completions: int, new_tokens: int) -> dict:
+    """Estimated bytes by part, on this rank, and their `peak`: the larger of sampling (`slots` rows) and training
+    (`micro_tokens` packed tokens, the longest group at least), beside what is always there."""
     model, c = policy.model, policy.model.c
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
     local = sum((m.to_local() if isinstance(m, DTensor) else m).numel() for m in policy.masters)
+    per_token = activation_bytes(model, prompt, completions, new_tokens)
     parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
              "gradients": count * (4 + size * policy.copies),
-             "activations": round(micro_tokens * activation_bytes(model)),
-             "cache": 2 * slots * row_tokens * c.num_layers * c.num_kv_heads * c.head_dim * size}
+             "activations": round(max(micro_tokens, prompt + completions * new_tokens) * per_token),
+             "cache": 2 * slots * (prompt + new_tokens) * c.num_layers * c.num_kv_heads * c.head_dim * size}
     always = parts["weights"] + parts["masters"] + parts["AdamW"]
     return parts | {"peak": always + max(parts["cache"] + parts["weights"],     # + the sampler's rearranged weights
                                          parts["gradients"] + parts["activations"])}
 
 
-def fitted(policy: Policy, limit: float, longest: int, slots: int, row_tokens: int) -> int:
-    """The most packed tokens a micro-batch may have within `limit` bytes; ValueError where even the longest group, of
-    `longest` tokens, or the sampler's cache does not fit."""
-    least = memory(policy, slots, row_tokens, longest)
+def fitted(policy: Policy, limit: float, slots: int, *group: int) -> int:
+    """The most packed tokens a micro-batch may have within `limit` bytes; ValueError where even one group (prompt,
+    completions, new_tokens) or the sampler's cache does not fit."""
+    least = memory(policy, slots, 0, *group)
     if least["peak"] > limit:
-        raise ValueError(f"--memory {limit / 1e9:.1f} is too little: about {least['peak'] / 1e9:.1f} GB are needed; "
+        raise ValueError(f"--memory {limit / 1e9:.4g} is too little: about {least['peak'] / 1e9:.2f} GB are needed; "
                          "try --recompute, a smaller --group-size, --max-new-tokens or --slots, or more ranks")
-    return longest + int((limit - least["peak"]) / activation_bytes(policy.model))
+    prompt, completions, new_tokens = group
+    room = limit - least["peak"] + least["activations"]
+    return int(room / least["activations"] * (prompt + completions * new_tokens))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -338,12 +338,11 @@ def plan_memory(policy: Policy, tokenizer, problems, pool, args) -> None:
     """Prints the estimated peak by part; with `--memory` sizes the micro-batches to fit, or raises ValueError."""
     persona = max(pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     prompt = len(prompt_of(tokenizer, max(problems, key=lambda p: len(p.question)), persona, args))
-    row = prompt + args.max_new_tokens
+    group = prompt, args.group_size if args.mix == "prompt" else 1, args.max_new_tokens
     if args.memory:
-        group = prompt + args.max_new_tokens * (args.group_size if args.mix == "prompt" else 1)
-        args.micro_tokens = fitted(policy, args.memory * 1e9, group, args.slots, row)
+        args.micro_tokens = fitted(policy, args.memory * 1e9, args.slots, *group)
     if ranks()[0] == 0:
-        parts = memory(policy, args.slots, row, args.micro_tokens)
+        parts = memory(policy, args.slots, args.micro_tokens, *group)
         print("memory, estimated GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
               file=sys.stderr)
 
@@ -368,7 +367,7 @@ def terminated():
 
 def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The fixed problems and personas of the evaluation: the same for every seed and arm, asked as in training."""
-    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems or 1)
+    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
     return evaluate.put(problems, args.prompt), few(personas.load("test"), args.eval_personas)
 
 
@@ -416,7 +415,7 @@ def run(args) -> None:
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
-    held = held_out(args)
+    held = held_out(args) if args.eval_problems else None
     make_judge(args.reward, None)
     if not rank:
         wait()

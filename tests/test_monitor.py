@@ -42,7 +42,7 @@ def test_a_symptom_is_said_once_a_run_also_after_a_resume(capsys):
     watch = monitor.Watch(rows[:31])
     for row in rows[31:]:
         watch(row)
-    assert capsys.readouterr().err.count("entropy") == 1
+    assert capsys.readouterr().err.count("entropy fell") == 1
     monitor.Watch(rows)(rows[-1])
     assert capsys.readouterr().err == ""
 

@@ -371,7 +371,7 @@ def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, 
                "tests.test_train:dies_once"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    assert done.stderr.count("memory, estimated") == 2                  # it did begin twice
     assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3] and (out / "model" / "config.json").is_file()
 
 
@@ -428,24 +428,23 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path):
 
 
 def test_p28_memory_is_estimated_and_micro_batches_are_sized_to_fit(tiny_folder, tmp_path, capsys):
-    assert run(tiny_folder, tmp_path / "run", "--steps", "1", "--memory", "0.01") == 0
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1", "--memory", "0.02") == 0
     said = capsys.readouterr().err
     parts = dict(re.findall(r"(\w+) (\d+\.\d+)", said.split("estimated GB: ")[1].splitlines()[0]))
     assert {"weights", "AdamW", "gradients", "activations", "cache", "peak"} <= parts.keys()
-    assert 0 < float(parts["peak"]) <= 0.01
+    assert 0 < float(parts["peak"]) <= 0.02
     assert run(tiny_folder, tmp_path / "none", "--memory", "0.0001") == 2
     assert "--recompute" in capsys.readouterr().err
 
 
 def test_p28_activations_are_counted_as_they_are(tiny_folder):
-    """What a forward keeps: 4 layers of (norms, q, k, v, attention, gate, up and their product), some 8 to 20 vectors
-    of the hidden size each, and the same however many tokens are counted; recomputing keeps little of it."""
+    """What a forward keeps: in 4 layers some 8 to 40 vectors of the hidden size; recomputing keeps little of it."""
     model = weights.load(str(tiny_folder), "float32")[0]
-    full = activation_bytes(model)
+    full = activation_bytes(model, 16, 4, 4)
     assert 4 * 8 * 32 * 4 < full < 4 * 40 * 32 * 4
-    assert activation_bytes(model, 256) == pytest.approx(full, rel=0.3)
+    assert activation_bytes(model, 16, 4, 64) > full                    # scores: longer rows keep more a token
     model.checkpointing = True
-    assert activation_bytes(model) < 0.5 * full
+    assert activation_bytes(model, 16, 4, 4) < 0.5 * full
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
