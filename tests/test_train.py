@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -303,12 +304,29 @@ def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_
     assert len(metrics(tmp_path / "run")) >= 2 and (tmp_path / "run" / "config.json").stat().st_size > 0
 
 
-def test_p20_a_killed_run_resumes_to_the_uninterrupted_one(tiny_folder, tmp_path):
-    assert run(tiny_folder, tmp_path / "whole", "--steps", "12") == 0
-    out = tmp_path / "killed"
-    interrupt(tiny_folder, out, signal.SIGKILL, "--steps", "12")
+def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_folder, tmp_path):
+    """kill -9 at random moments, checkpoint writing included; the environment's KILLS says how often."""
+    out, draw, kills = tmp_path / "killed", random.Random(0), int(os.environ.get("KILLS", 2))
+    steps = 20 * (kills + 1)
+    flags = ["--steps", str(steps), "--keep", "1"]
+    assert run(tiny_folder, tmp_path / "whole", *flags) == 0
+    command = [sys.executable, "train.py", "--model", tiny_folder, "--out", out, *FAST, *REWARD, *flags]
+    while kills:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (out / "metrics.jsonl").is_file():
+            time.sleep(0.01)
+        before = len((out / "metrics.jsonl").read_text().splitlines())
+        while process.poll() is None and len((out / "metrics.jsonl").read_text().splitlines()) <= before:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3))
+        assert process.poll() is None, "the run was over before it could be killed"
+        process.kill()
+        process.wait()
+        kills, command = kills - 1, [sys.executable, "train.py", "--resume", out]
     assert train.main(["--resume", str(out)]) == 0
     assert metrics(out) == metrics(tmp_path / "whole") and same(tensors(out), tensors(tmp_path / "whole"))
+    shards = Path("checkpoints") / f"step-{steps:06d}" / "__0_0.distcp"         # masters, moments and counters
+    assert (out / shards).read_bytes() == (tmp_path / "whole" / shards).read_bytes()
 
 
 def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(tiny_folder, tmp_path):
