@@ -124,7 +124,7 @@ def tradeoff(arms, runs=None):
 
     runs: {arm: [scores of a training seed]}; where an arm has several, they stand around it as small points.
     """
-    measured = all("fidelity" in results for results in arms.values())
+    measured = all("persona_identification" in results.get("fidelity", ()) for results in arms.values())
     key = "persona_identification" if measured else "mean_accuracy"
     fig, ax = figure(5.2, 4.2)
     for colour, marker, (name, results) in zip(SERIES, MARKERS, arms.items(), strict=False):
@@ -334,8 +334,9 @@ def page(arms, transcripts, figures, comparison=None):
         blocks += f"<section><h2>What inference can buy</h2>{table}</section>"
     plots = "".join(f"<section><h2>{title}</h2>{svg(fig)}</section>" for title, fig in figures.items())
     title = html.escape(" / ".join(arms) if comparison else f"{results['model']} on {results['task']}")
-    meta = (f"{results['task']}, {len(results['items'])} problems, {len(results['personas']) - 1} personas, "
-            f"seed {results['seed']}, greedy")
+    meta = f"{results['task']}, {len(results['items'])} problems, {len(results['personas']) - 1} personas, greedy, " + (
+        "training seeds: " + ", ".join(f"{role} {len(runs)}" for role, runs in comparison["runs"].items())
+        if comparison else f"seed {results['seed']}")
     return f"""<!doctype html><html lang=en><head><meta charset=utf-8><link rel=icon href="data:,">
 <meta name=viewport content="width=device-width,initial-scale=1"><title>Persona stability: {title}</title>
 <style>{style()}</style></head><body><h1>{title}</h1><p class=lead>{html.escape(sentence(arms, comparison))}</p>

@@ -270,7 +270,6 @@ def test_ctrl_c_half_way_is_one_line_and_the_same_command_goes_on_without_judgin
         got = results(server, tmp_path / "out")
         assert set(server.good.values()) == {1} and len(server.good) == CALLS
         monkeypatch.undo()
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         assert got == results(server, tmp_path / "whole")
     assert (got["method"], got["training_seed"], got["prompt"]) == ("permix+anchor", 3, "few-shot")
     assert list(got["pass_at_k"]["k"]) == ["1", "2"] and got["fidelity"]["candidates"] == 3
