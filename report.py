@@ -262,7 +262,7 @@ def difference_rows(comparison):
 
 def cards(arms, transcripts, limit=6):
     """Answers worth reading side by side: persona against persona, or arm against arm under the same persona."""
-    keyed = {label: {(row["persona"], row["id"]): row for row in rows if not row.get("sample")}
+    keyed = {label: {(row["persona"], row["id"]): row for row in rows if not row.get("temperature")}
              for label, rows in zip(arms, transcripts, strict=True)}
     first = next(iter(keyed.values()))
     names = [row["name"] for row in ranked(next(iter(arms.values()))) if row["name"] != "none"][::-1]

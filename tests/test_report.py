@@ -161,6 +161,13 @@ def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_a
     assert "NOT USABLE" not in report.numbers({"rlvr": results})
 
 
+def test_the_transcripts_shown_are_the_greedy_answers_not_the_samples_for_pass_at_k():
+    results, rows = arm(0, "rlvr")
+    drawn = [row | {"temperature": 0.7, "answer": "drawn"} for row in rows]
+    shown = report.cards({"rlvr": results}, [rows + drawn])
+    assert shown == report.cards({"rlvr": results}, [rows]) and "drawn" not in shown
+
+
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     (tmp_path / "a.json").write_text("old")
     with pytest.raises(UnicodeEncodeError):
