@@ -198,7 +198,8 @@ def sentence(arms, comparison):
 
 
 def html_table(head, rows):
-    """Rows of plain text as an HTML table that scrolls by itself on a narrow screen."""
+    """Rows of plain text as an HTML table that scrolls by itself on a narrow screen, its first column staying in view;
+    in that column, what follows a line break is a note."""
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
@@ -208,22 +209,22 @@ def numbers(arms):
     """The table of scores with their intervals, one column an arm."""
     def row(name, note, places, key):
         cells = [interval(p[key], p[f"{key}_low"], p[f"{key}_high"]) if key in p else "–" for p in places]
-        return [name, *cells, note] if set(cells) != {"–"} else None
+        return [f"{name}\n{note}", *cells] if set(cells) != {"–"} else None
 
     results = list(arms.values())
     graded = [r.get("fidelity", {}).get("personagym", {}) for r in results]
     found = [gym | r.get("fidelity", {}) | r for gym, r in zip(graded, results, strict=True)]
     rows = [row(name, note, found, name) for name, note in SCORES.items()]
     for task in {task: None for gym in graded for task in gym.get("tasks", ())}:
-        rows.append([task, *(f"{g['tasks'][task]:.2f}" if task in g.get("tasks", ()) else "–" for g in graded),
-                     "PersonaGym's task, 1 to 5"])
-    rows.append(["judge", *(judged(gym) if gym else "–" for gym in graded), ""] if any(graded) else None)
+        rows.append([f"{task}\nPersonaGym's task, 1 to 5",
+                     *(f"{g['tasks'][task]:.2f}" if task in g.get("tasks", ()) else "–" for g in graded)])
+    rows.append(["judge", *(judged(gym) if gym else "–" for gym in graded)] if any(graded) else None)
     floors = [r.get("noise_floor", {}) for r in results]
     rows.append(row("pss of the noise floor", "as many reruns without persona", floors, "pss"))
     sampled = [r.get("pass_at_k", {}).get("k", {}) for r in results]
     for k in sampled[0]:
         rows.append(row(f"pass@{k}", "sampled, mean over personas", [s.get(k, {}) for s in sampled], "personas"))
-    return html_table(["score [95 % interval]", *arms, ""], [r for r in rows if r])
+    return html_table(["score [95 % interval]", *arms], [r for r in rows if r])
 
 
 def judged(gym):
@@ -306,8 +307,10 @@ section,article{{background:var(--card);border:1px solid var(--line);border-radi
 svg{{width:100%;height:auto;display:block}} svg text{{font-family:system-ui,sans-serif!important}}
 .scroll{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.88rem;width:100%}}
 td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);min-width:4.6rem}}
-th,td:last-child:not(:nth-child(2)){{color:var(--soft)}} h4{{margin:0 0 .3rem;font-size:.86rem}}
-td:first-child{{white-space:normal}} @media(max-width:480px){{table{{font-size:.74rem}} td,th{{padding-right:.5rem}}}}
+th,td:first-child{{color:var(--soft)}} td:first-child::first-line{{color:var(--ink)}} td{{vertical-align:top}}
+td:first-child{{white-space:pre-line;min-width:7.6rem;position:sticky;left:0;background:var(--card)}}
+h4{{margin:0 0 .3rem;font-size:.86rem}}
+@media(max-width:480px){{table{{font-size:.76rem}} td,th{{padding-right:.6rem}}}}
 pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overflow-y:auto}} dt{{font-weight:600}}
 .right,.shown{{color:var(--c2)}} .wrong,.opposite{{color:var(--c1)}} dd{{margin:0 0 .6rem;color:var(--soft)}}
 """
@@ -322,16 +325,16 @@ def claims(comparison):
 def page(arms, transcripts, figures, comparison=None):
     """The whole report as one HTML string; arms {label: results}, figures {title: Figure}."""
     results = next(iter(arms.values()))
-    blocks = f"<section><h2>Scores</h2>{numbers(arms)}</section>"
+    scores = f"<section><h2>Scores</h2>{numbers(arms)}</section>"
     if comparison:
         head, *rows = difference_rows(comparison)
-        blocks = (f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>{blocks}<section>"
-                  f"<h2>Paired differences</h2>{html_table(head, rows)}</section>")
+        after = f"{scores}<section><h2>Paired differences</h2>{html_table(head, rows)}</section>"
+        before = f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>"
     else:
         rows = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
                 for row in results["inference_time_rivals"]]
         table = html_table(["instead of training", "accuracy", "generated tokens per item"], rows)
-        blocks += f"<section><h2>What inference can buy</h2>{table}</section>"
+        before, after = f"{scores}<section><h2>What inference can buy</h2>{table}</section>", ""
     plots = "".join(f"<section><h2>{title}</h2>{svg(fig)}</section>" for title, fig in figures.items())
     title = html.escape(" / ".join(arms) if comparison else f"{results['model']} on {results['task']}")
     meta = f"{results['task']}, {len(results['items'])} problems, {len(results['personas']) - 1} personas, greedy, " + (
@@ -340,7 +343,8 @@ def page(arms, transcripts, figures, comparison=None):
     return f"""<!doctype html><html lang=en><head><meta charset=utf-8><link rel=icon href="data:,">
 <meta name=viewport content="width=device-width,initial-scale=1"><title>Persona stability: {title}</title>
 <style>{style()}</style></head><body><h1>{title}</h1><p class=lead>{html.escape(sentence(arms, comparison))}</p>
-<p class=meta>{html.escape(meta)}</p>{blocks}<div class=grid>{plots}</div><h2>Transcripts</h2>{cards(arms, transcripts)}
+<p class=meta>{html.escape(meta)}</p>{before}<div class=grid>{plots}</div>{after}
+<h2>Transcripts</h2>{cards(arms, transcripts)}
 <p class=meta>{html.escape(results['command'])} {html.escape(results['commit'][:12])}</p></body></html>
 """
 
@@ -362,7 +366,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     with matplotlib.rc_context(RC):
         figures = {"The persona lottery": lottery(arms)}
         if comparison:
-            figures["Stability against fidelity"] = tradeoff(arms, comparison["runs"])
+            figures = {"Stability against fidelity": tradeoff(arms, comparison["runs"])} | figures
         else:
             (results,) = arms.values()
             figures = {"Accuracy per persona": bars(results), "Persona and problem kind": heat(results)} | figures
