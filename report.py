@@ -27,7 +27,7 @@ PALETTE = {  # name: (light, dark)
 }
 LIGHT = {name: pair[0] for name, pair in PALETTE.items()}
 SERIES = [LIGHT[f"c{i}"] for i in range(7)] * 9  # more arms than colours: they come round again
-MARKERS = "osD^vPX" * 9  # colour is not all that tells two arms apart
+MARKERS = "osD^vhp" * 9  # colour is not all that tells two arms apart
 CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
 MAIN = {"pss": "stability (pss)", "pss_at_matched_mean": "pss at equal mean accuracy",
         "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
@@ -64,7 +64,7 @@ def ranked(results):
 def bars(results):
     """Accuracy of every persona as sorted bars with 95 % intervals; the prompt without persona stands out."""
     rows = ranked(results)
-    fig, ax = figure(5.2, 0.9 + 0.2 * len(rows))
+    fig, ax = figure(4.6, 0.9 + 0.2 * len(rows))
     value = np.array([row["accuracy"] for row in rows])
     error = np.abs([value - [row["accuracy_low"] for row in rows], [row["accuracy_high"] for row in rows] - value])
     ax.barh(range(len(rows)), value, height=0.68, xerr=error,
@@ -84,7 +84,7 @@ def heat(results):
     rows = ranked(results)
     kinds = list(rows[0]["by_kind"])
     table = np.array([[row["by_kind"][kind] for kind in kinds] for row in rows])
-    fig, ax = figure(max(5.2, 2 + 0.62 * len(kinds)), 1.1 + 0.2 * len(rows))
+    fig, ax = figure(max(4.6, 1.8 + 0.62 * len(kinds)), 1.1 + 0.2 * len(rows))
     ramp = LinearSegmentedColormap.from_list("accuracy", ["#f3efe4", "#8fb3d9", "#1d4f8c"])
     ax.pcolormesh(table, cmap=ramp, vmin=0, vmax=1, edgecolors=LIGHT["card"], linewidth=0.8)
     for (y, x), value in np.ndenumerate(table):
@@ -100,9 +100,9 @@ def heat(results):
 
 def lottery(arms):
     """Expected accuracy of the best of k personas: as seen, and (dashed) as kept on items that did not pick it."""
-    fig, ax = figure(5.2, 3.6)
+    fig, ax = figure(4.6, 3.5)
     styles = {"lottery": ("-", "best of k, as seen"), "lottery_held_out": ("--", "picked on other problems"),
-              "noise_floor": (":", "noise floor: reruns without persona")}
+              "noise_floor": (":", "reruns without persona")}
     drawn = set()
     for colour, results in zip(SERIES, arms.values(), strict=False):
         found = results | {"noise_floor": results.get("noise_floor", {}).get("lottery")}
@@ -126,7 +126,7 @@ def tradeoff(arms, runs=None):
     """
     measured = all("persona_identification" in results.get("fidelity", ()) for results in arms.values())
     key = "persona_identification" if measured else "mean_accuracy"
-    fig, ax = figure(5.2, 4.2)
+    fig, ax = figure(4.6, 4)
     for colour, marker, (name, results) in zip(SERIES, MARKERS, arms.items(), strict=False):
         other = results["fidelity"] if measured else results
         error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1)
@@ -134,7 +134,7 @@ def tradeoff(arms, runs=None):
         ax.errorbar(results["pss"], other[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
                     elinewidth=1, capsize=2, linestyle="none", label=name, markeredgecolor=LIGHT["card"], zorder=3)
         seeds = runs[name] if runs and len(runs[name]) > 1 else []
-        ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=11,
+        ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=16,
                    alpha=0.7, linewidth=0)
     chance = f" (chance: {next(iter(arms.values()))['fidelity']['chance']:.2g})" if measured else ""
     ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=key.replace("_", " ") + chance)
@@ -148,7 +148,7 @@ def tradeoff(arms, runs=None):
 def curves(metrics, labels=None):
     """Learning curves, {arm: rows of metrics.jsonl}; labels: all arms, for the colours that they have elsewhere."""
     labels = list(labels or metrics)
-    fig, axes = figure(5.2, 5, rows=3)
+    fig, axes = figure(4.6, 4.6, rows=3)
     for ax, key in zip(axes, CURVES, strict=True):
         for label, rows in metrics.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -199,8 +199,12 @@ def sentence(arms, comparison):
 
 def html_table(head, rows):
     """Rows of plain text as an HTML table that scrolls by itself on a narrow screen, its first column staying in view;
-    in that column, what follows a line break is a note."""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    what follows a line break is a note."""
+    def cell(text):
+        name, *notes = html.escape(text).split("\n")
+        return f"<td>{name}{''.join(f'<small>{note}</small>' for note in notes)}</td>"
+
+    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
 
@@ -307,8 +311,8 @@ section,article{{background:var(--card);border:1px solid var(--line);border-radi
 svg{{width:100%;height:auto;display:block}} svg text{{font-family:system-ui,sans-serif!important}}
 .scroll{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.88rem;width:100%}}
 td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);min-width:4.6rem}}
-th,td:first-child{{color:var(--soft)}} td:first-child::first-line{{color:var(--ink)}} td{{vertical-align:top}}
-td:first-child{{white-space:pre-line;min-width:7.6rem;position:sticky;left:0;background:var(--card)}}
+th,td small{{color:var(--soft)}} td small{{display:block;font-size:inherit}} td{{vertical-align:top}}
+td:first-child{{min-width:7.6rem;position:sticky;left:0;background:var(--card)}} .grid{{margin-bottom:1rem}}
 h4{{margin:0 0 .3rem;font-size:.86rem}}
 @media(max-width:480px){{table{{font-size:.76rem}} td,th{{padding-right:.6rem}}}}
 pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overflow-y:auto}} dt{{font-weight:600}}
@@ -316,10 +320,16 @@ pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overf
 """
 
 
+def unbroken(text):
+    """Text whose intervals stay on one line."""
+    return re.sub(r", (?=[-+]\d)", ",\u00a0", text)
+
+
 def claims(comparison):
     """The hypotheses as a list: claim, verdict, what was measured."""
     return "".join(f"<dt>{h['name']} {html.escape(h['claim'])}: <span class='{h['verdict'].replace(' ', '-')}'>"
-                   f"{h['verdict']}</span></dt><dd>{html.escape(h['words'])}</dd>" for h in comparison["hypotheses"])
+                   f"{h['verdict']}</span></dt><dd>{unbroken(html.escape(h['words']))}</dd>"
+                   for h in comparison["hypotheses"])
 
 
 def page(arms, transcripts, figures, comparison=None):

@@ -157,7 +157,7 @@ def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_a
     results["fidelity"]["personagym"] = gym
     table = report.numbers({"rlvr": results})
     assert "j, NOT USABLE" in table and "18 calls, 900 tokens in, 72 out, cost 0.50; 2 without" in table
-    assert "<td>Linguistic Habits\nPersonaGym's task, 1 to 5</td><td>2.25</td>" in html.unescape(table)
+    assert "<td>Linguistic Habits<small>PersonaGym's task, 1 to 5</small></td><td>2.25</td>" in html.unescape(table)
     gym["usable"] = True
     assert "NOT USABLE" not in report.numbers({"rlvr": results})
 
