@@ -119,19 +119,25 @@ def lottery(arms):
     return fig
 
 
+def other(arms):
+    """(score, what it stands for) to plot stability against: fidelity, or accuracy where not all arms have that."""
+    measured = all("persona_identification" in results.get("fidelity", ()) for results in arms.values())
+    return ("persona_identification", "fidelity") if measured else ("mean_accuracy", "accuracy")
+
+
 def tradeoff(arms, runs=None):
     """Stability against fidelity, one point an arm; against mean accuracy where fidelity was not measured.
 
     runs: {arm: [scores of a training seed]}; where an arm has several, they stand around it as small points.
     """
-    measured = all("persona_identification" in results.get("fidelity", ()) for results in arms.values())
-    key = "persona_identification" if measured else "mean_accuracy"
+    key, kind = other(arms)
+    measured = kind == "fidelity"
     fig, ax = figure(4.6, 4)
     for colour, marker, (name, results) in zip(SERIES, MARKERS, arms.items(), strict=False):
-        other = results["fidelity"] if measured else results
+        place = results["fidelity"] if measured else results
         error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1)
-                 for row, k in ((results, "pss"), (other, key))]
-        ax.errorbar(results["pss"], other[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
+                 for row, k in ((results, "pss"), (place, key))]
+        ax.errorbar(results["pss"], place[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
                     elinewidth=1, capsize=2, linestyle="none", label=name, markeredgecolor=LIGHT["card"], zorder=3)
         seeds = runs[name] if runs and len(runs[name]) > 1 else []
         ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=16,
@@ -186,7 +192,8 @@ def sentence(arms, comparison):
     if comparison:
         shown, against = ("; ".join(h["claim"] for h in comparison["hypotheses"] if h["verdict"] == word)
                           for word in ("shown", "opposite"))
-        return (f"Shown here: {shown}. " if shown else "None of the claims is shown by these arms. ") + (
+        scores = ", ".join(f"{label} {results['pss']:.2f}" for label, results in arms.items())
+        return f"Stability (PSS): {scores}. " + (f"Shown here: {shown}. " if shown else "") + (
             f"The data speak against: {against}." if against else "")
     (label, results), = arms.items()
     rows = [row for row in ranked(results) if row["name"] != "none"]
@@ -376,7 +383,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     with matplotlib.rc_context(RC):
         figures = {"The persona lottery": lottery(arms)}
         if comparison:
-            figures = {"Stability against fidelity": tradeoff(arms, comparison["runs"])} | figures
+            figures = {f"Stability against {other(arms)[1]}": tradeoff(arms, comparison["runs"])} | figures
         else:
             (results,) = arms.values()
             figures = {"Accuracy per persona": bars(results), "Persona and problem kind": heat(results)} | figures

@@ -104,6 +104,15 @@ def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):
     assert all(f"{label} as " in page for label in ("start", "rlvr", "permix"))  # transcripts side by side
 
 
+def test_without_fidelity_stability_is_plotted_against_accuracy_and_the_lead_gives_each_arms_stability(seeds):
+    arms, comparison = seeds
+    plain = {label: {k: v for k, v in results.items() if k != "fidelity"} for label, results in arms.items()}
+    assert report.other(arms)[1] == "fidelity" and report.other(plain)[1] == "accuracy"
+    assert report.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy"
+    lead = report.sentence(arms, comparison)
+    assert all(f"{label} {results['pss']:.2f}" in lead for label, results in arms.items())
+
+
 def test_plots_follow_the_readers_colour_scheme(single):
     body = (single / "report.html").read_text().split("</style></head>")[1]
     assert body.count("<svg") == 4 and "var(--ink)" in body
