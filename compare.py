@@ -148,7 +148,7 @@ def collapse(arms, threshold=0.1, n_draws=2000, seed=0):
         return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {threshold}"}
     low, high = measures.interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
     words = (f"PSS {np.mean(values[True]):.3f} where a run's accuracy on a kind of problem is below {threshold} "
-             f"({len(values[True])} times), else {np.mean(values[False]):.3f} ({len(values[False])} times), "
+             f"({len(values[True])} of {len(values[True] + values[False])}), else {np.mean(values[False]):.3f}, "
              f"difference {np.mean(values[False]) - np.mean(values[True]):+.3f} [{low:+.3f}, {high:+.3f}]")
     return out | {"verdict": verdict({"low": low, "high": high}, 1, 0), "words": words}
 

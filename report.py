@@ -27,7 +27,7 @@ PALETTE = {  # name: (light, dark)
 }
 LIGHT = {name: pair[0] for name, pair in PALETTE.items()}
 SERIES = [LIGHT[f"c{i}"] for i in range(7)] * 9  # more arms than colours: they come round again
-MARKERS = "osD^vPX" * 9  # colour is not all that tells two arms apart
+MARKERS = "osD^vhp" * 9  # colour is not all that tells two arms apart
 CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
 MAIN = {"pss": "stability (pss)", "pss_at_matched_mean": "pss at equal mean accuracy",
         "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
@@ -64,7 +64,7 @@ def ranked(results):
 def bars(results):
     """Accuracy of every persona as sorted bars with 95 % intervals; the prompt without persona stands out."""
     rows = ranked(results)
-    fig, ax = figure(5.2, 0.9 + 0.2 * len(rows))
+    fig, ax = figure(4.6, 0.9 + 0.2 * len(rows))
     value = np.array([row["accuracy"] for row in rows])
     error = np.abs([value - [row["accuracy_low"] for row in rows], [row["accuracy_high"] for row in rows] - value])
     ax.barh(range(len(rows)), value, height=0.68, xerr=error,
@@ -84,7 +84,7 @@ def heat(results):
     rows = ranked(results)
     kinds = list(rows[0]["by_kind"])
     table = np.array([[row["by_kind"][kind] for kind in kinds] for row in rows])
-    fig, ax = figure(max(5.2, 2 + 0.62 * len(kinds)), 1.1 + 0.2 * len(rows))
+    fig, ax = figure(max(4.6, 1.8 + 0.62 * len(kinds)), 1.1 + 0.2 * len(rows))
     ramp = LinearSegmentedColormap.from_list("accuracy", ["#f3efe4", "#8fb3d9", "#1d4f8c"])
     ax.pcolormesh(table, cmap=ramp, vmin=0, vmax=1, edgecolors=LIGHT["card"], linewidth=0.8)
     for (y, x), value in np.ndenumerate(table):
@@ -100,9 +100,9 @@ def heat(results):
 
 def lottery(arms):
     """Expected accuracy of the best of k personas: as seen, and (dashed) as kept on items that did not pick it."""
-    fig, ax = figure(5.2, 3.6)
+    fig, ax = figure(4.6, 3.5)
     styles = {"lottery": ("-", "best of k, as seen"), "lottery_held_out": ("--", "picked on other problems"),
-              "noise_floor": (":", "noise floor: reruns without persona")}
+              "noise_floor": (":", "reruns without persona")}
     drawn = set()
     for colour, results in zip(SERIES, arms.values(), strict=False):
         found = results | {"noise_floor": results.get("noise_floor", {}).get("lottery")}
@@ -119,22 +119,28 @@ def lottery(arms):
     return fig
 
 
+def other(arms):
+    """(score, what it stands for) to plot stability against: fidelity, or accuracy where not all arms have that."""
+    measured = all("persona_identification" in results.get("fidelity", ()) for results in arms.values())
+    return ("persona_identification", "fidelity") if measured else ("mean_accuracy", "accuracy")
+
+
 def tradeoff(arms, runs=None):
     """Stability against fidelity, one point an arm; against mean accuracy where fidelity was not measured.
 
     runs: {arm: [scores of a training seed]}; where an arm has several, they stand around it as small points.
     """
-    measured = all("fidelity" in results for results in arms.values())
-    key = "persona_identification" if measured else "mean_accuracy"
-    fig, ax = figure(5.2, 4.2)
+    key, kind = other(arms)
+    measured = kind == "fidelity"
+    fig, ax = figure(4.6, 4)
     for colour, marker, (name, results) in zip(SERIES, MARKERS, arms.items(), strict=False):
-        other = results["fidelity"] if measured else results
+        place = results["fidelity"] if measured else results
         error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1)
-                 for row, k in ((results, "pss"), (other, key))]
-        ax.errorbar(results["pss"], other[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
+                 for row, k in ((results, "pss"), (place, key))]
+        ax.errorbar(results["pss"], place[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
                     elinewidth=1, capsize=2, linestyle="none", label=name, markeredgecolor=LIGHT["card"], zorder=3)
         seeds = runs[name] if runs and len(runs[name]) > 1 else []
-        ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=11,
+        ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=16,
                    alpha=0.7, linewidth=0)
     chance = f" (chance: {next(iter(arms.values()))['fidelity']['chance']:.2g})" if measured else ""
     ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=key.replace("_", " ") + chance)
@@ -148,7 +154,7 @@ def tradeoff(arms, runs=None):
 def curves(metrics, labels=None):
     """Learning curves, {arm: rows of metrics.jsonl}; labels: all arms, for the colours that they have elsewhere."""
     labels = list(labels or metrics)
-    fig, axes = figure(5.2, 5, rows=3)
+    fig, axes = figure(4.6, 4.6, rows=3)
     for ax, key in zip(axes, CURVES, strict=True):
         for label, rows in metrics.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -186,7 +192,8 @@ def sentence(arms, comparison):
     if comparison:
         shown, against = ("; ".join(h["claim"] for h in comparison["hypotheses"] if h["verdict"] == word)
                           for word in ("shown", "opposite"))
-        return (f"Shown here: {shown}. " if shown else "None of the claims is shown by these arms. ") + (
+        scores = ", ".join(f"{label} {results['pss']:.2f}" for label, results in arms.items())
+        return f"Stability (PSS): {scores}. " + (f"Shown here: {shown}. " if shown else "") + (
             f"The data speak against: {against}." if against else "")
     (label, results), = arms.items()
     rows = [row for row in ranked(results) if row["name"] != "none"]
@@ -198,8 +205,13 @@ def sentence(arms, comparison):
 
 
 def html_table(head, rows):
-    """Rows of plain text as an HTML table that scrolls by itself on a narrow screen."""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """Rows of plain text as an HTML table that scrolls by itself on a narrow screen, its first column staying in view;
+    what follows a line break is a note."""
+    def cell(text):
+        name, *notes = html.escape(text).split("\n")
+        return f"<td>{name}{''.join(f'<small>{note}</small>' for note in notes)}</td>"
+
+    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
 
@@ -208,22 +220,22 @@ def numbers(arms):
     """The table of scores with their intervals, one column an arm."""
     def row(name, note, places, key):
         cells = [interval(p[key], p[f"{key}_low"], p[f"{key}_high"]) if key in p else "–" for p in places]
-        return [name, *cells, note] if set(cells) != {"–"} else None
+        return [f"{name}\n{note}", *cells] if set(cells) != {"–"} else None
 
     results = list(arms.values())
     graded = [r.get("fidelity", {}).get("personagym", {}) for r in results]
     found = [gym | r.get("fidelity", {}) | r for gym, r in zip(graded, results, strict=True)]
     rows = [row(name, note, found, name) for name, note in SCORES.items()]
     for task in {task: None for gym in graded for task in gym.get("tasks", ())}:
-        rows.append([task, *(f"{g['tasks'][task]:.2f}" if task in g.get("tasks", ()) else "–" for g in graded),
-                     "PersonaGym's task, 1 to 5"])
-    rows.append(["judge", *(judged(gym) if gym else "–" for gym in graded), ""] if any(graded) else None)
+        rows.append([f"{task}\nPersonaGym's task, 1 to 5",
+                     *(f"{g['tasks'][task]:.2f}" if task in g.get("tasks", ()) else "–" for g in graded)])
+    rows.append(["judge", *(judged(gym) if gym else "–" for gym in graded)] if any(graded) else None)
     floors = [r.get("noise_floor", {}) for r in results]
     rows.append(row("pss of the noise floor", "as many reruns without persona", floors, "pss"))
     sampled = [r.get("pass_at_k", {}).get("k", {}) for r in results]
     for k in sampled[0]:
         rows.append(row(f"pass@{k}", "sampled, mean over personas", [s.get(k, {}) for s in sampled], "personas"))
-    return html_table(["score [95 % interval]", *arms, ""], [r for r in rows if r])
+    return html_table(["score [95 % interval]", *arms], [r for r in rows if r])
 
 
 def judged(gym):
@@ -262,7 +274,7 @@ def difference_rows(comparison):
 
 def cards(arms, transcripts, limit=6):
     """Answers worth reading side by side: persona against persona, or arm against arm under the same persona."""
-    keyed = {label: {(row["persona"], row["id"]): row for row in rows if not row.get("sample")}
+    keyed = {label: {(row["persona"], row["id"]): row for row in rows if not row.get("temperature")}
              for label, rows in zip(arms, transcripts, strict=True)}
     first = next(iter(keyed.values()))
     names = [row["name"] for row in ranked(next(iter(arms.values()))) if row["name"] != "none"][::-1]
@@ -306,40 +318,50 @@ section,article{{background:var(--card);border:1px solid var(--line);border-radi
 svg{{width:100%;height:auto;display:block}} svg text{{font-family:system-ui,sans-serif!important}}
 .scroll{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.88rem;width:100%}}
 td,th{{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);min-width:4.6rem}}
-th,td:last-child:not(:nth-child(2)){{color:var(--soft)}} h4{{margin:0 0 .3rem;font-size:.86rem}}
-td:first-child{{white-space:normal}} @media(max-width:480px){{table{{font-size:.74rem}} td,th{{padding-right:.5rem}}}}
+th,td small{{color:var(--soft)}} td small{{display:block;font-size:inherit}} td{{vertical-align:top}}
+td:first-child{{min-width:7.6rem;position:sticky;left:0;background:var(--card)}} .grid{{margin-bottom:1rem}}
+h4{{margin:0 0 .3rem;font-size:.86rem}}
+@media(max-width:480px){{table{{font-size:.76rem}} td,th{{padding-right:.6rem}}}}
 pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16rem;overflow-y:auto}} dt{{font-weight:600}}
 .right,.shown{{color:var(--c2)}} .wrong,.opposite{{color:var(--c1)}} dd{{margin:0 0 .6rem;color:var(--soft)}}
 """
 
 
+def unbroken(text):
+    """Text whose intervals stay on one line."""
+    return re.sub(r", (?=[-+]\d)", ",\u00a0", text)
+
+
 def claims(comparison):
     """The hypotheses as a list: claim, verdict, what was measured."""
     return "".join(f"<dt>{h['name']} {html.escape(h['claim'])}: <span class='{h['verdict'].replace(' ', '-')}'>"
-                   f"{h['verdict']}</span></dt><dd>{html.escape(h['words'])}</dd>" for h in comparison["hypotheses"])
+                   f"{h['verdict']}</span></dt><dd>{unbroken(html.escape(h['words']))}</dd>"
+                   for h in comparison["hypotheses"])
 
 
 def page(arms, transcripts, figures, comparison=None):
     """The whole report as one HTML string; arms {label: results}, figures {title: Figure}."""
     results = next(iter(arms.values()))
-    blocks = f"<section><h2>Scores</h2>{numbers(arms)}</section>"
+    scores = f"<section><h2>Scores</h2>{numbers(arms)}</section>"
     if comparison:
         head, *rows = difference_rows(comparison)
-        blocks = (f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>{blocks}<section>"
-                  f"<h2>Paired differences</h2>{html_table(head, rows)}</section>")
+        after = f"{scores}<section><h2>Paired differences</h2>{html_table(head, rows)}</section>"
+        before = f"<section><h2>The claims</h2><dl>{claims(comparison)}</dl></section>"
     else:
         rows = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
                 for row in results["inference_time_rivals"]]
         table = html_table(["instead of training", "accuracy", "generated tokens per item"], rows)
-        blocks += f"<section><h2>What inference can buy</h2>{table}</section>"
+        before, after = f"{scores}<section><h2>What inference can buy</h2>{table}</section>", ""
     plots = "".join(f"<section><h2>{title}</h2>{svg(fig)}</section>" for title, fig in figures.items())
     title = html.escape(" / ".join(arms) if comparison else f"{results['model']} on {results['task']}")
-    meta = (f"{results['task']}, {len(results['items'])} problems, {len(results['personas']) - 1} personas, "
-            f"seed {results['seed']}, greedy")
+    meta = f"{results['task']}, {len(results['items'])} problems, {len(results['personas']) - 1} personas, greedy, " + (
+        "training seeds: " + ", ".join(f"{role} {len(runs)}" for role, runs in comparison["runs"].items())
+        if comparison else f"seed {results['seed']}")
     return f"""<!doctype html><html lang=en><head><meta charset=utf-8><link rel=icon href="data:,">
 <meta name=viewport content="width=device-width,initial-scale=1"><title>Persona stability: {title}</title>
 <style>{style()}</style></head><body><h1>{title}</h1><p class=lead>{html.escape(sentence(arms, comparison))}</p>
-<p class=meta>{html.escape(meta)}</p>{blocks}<div class=grid>{plots}</div><h2>Transcripts</h2>{cards(arms, transcripts)}
+<p class=meta>{html.escape(meta)}</p>{before}<div class=grid>{plots}</div>{after}
+<h2>Transcripts</h2>{cards(arms, transcripts)}
 <p class=meta>{html.escape(results['command'])} {html.escape(results['commit'][:12])}</p></body></html>
 """
 
@@ -361,7 +383,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     with matplotlib.rc_context(RC):
         figures = {"The persona lottery": lottery(arms)}
         if comparison:
-            figures["Stability against fidelity"] = tradeoff(arms, comparison["runs"])
+            figures = {f"Stability against {other(arms)[1]}": tradeoff(arms, comparison["runs"])} | figures
         else:
             (results,) = arms.values()
             figures = {"Accuracy per persona": bars(results), "Persona and problem kind": heat(results)} | figures

@@ -1,5 +1,6 @@
 """report.py: one file that opens offline, shows every number it was given, and shows text as text."""
 
+import html
 import json
 import re
 import shutil
@@ -103,6 +104,15 @@ def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):
     assert all(f"{label} as " in page for label in ("start", "rlvr", "permix"))  # transcripts side by side
 
 
+def test_without_fidelity_stability_is_plotted_against_accuracy_and_the_lead_gives_each_arms_stability(seeds):
+    arms, comparison = seeds
+    plain = {label: {k: v for k, v in results.items() if k != "fidelity"} for label, results in arms.items()}
+    assert report.other(arms)[1] == "fidelity" and report.other(plain)[1] == "accuracy"
+    assert report.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy"
+    lead = report.sentence(arms, comparison)
+    assert all(f"{label} {results['pss']:.2f}" in lead for label, results in arms.items())
+
+
 def test_plots_follow_the_readers_colour_scheme(single):
     body = (single / "report.html").read_text().split("</style></head>")[1]
     assert body.count("<svg") == 4 and "var(--ink)" in body
@@ -156,9 +166,16 @@ def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_a
     results["fidelity"]["personagym"] = gym
     table = report.numbers({"rlvr": results})
     assert "j, NOT USABLE" in table and "18 calls, 900 tokens in, 72 out, cost 0.50; 2 without" in table
-    assert "<td>Linguistic Habits</td><td>2.25</td>" in table
+    assert "<td>Linguistic Habits<small>PersonaGym's task, 1 to 5</small></td><td>2.25</td>" in html.unescape(table)
     gym["usable"] = True
     assert "NOT USABLE" not in report.numbers({"rlvr": results})
+
+
+def test_the_transcripts_shown_are_the_greedy_answers_not_the_samples_for_pass_at_k():
+    results, rows = arm(0, "rlvr")
+    drawn = [row | {"temperature": 0.7, "answer": "drawn"} for row in rows]
+    shown = report.cards({"rlvr": results}, [rows + drawn])
+    assert shown == report.cards({"rlvr": results}, [rows]) and "drawn" not in shown
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
