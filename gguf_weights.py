@@ -9,7 +9,8 @@ parses the file and dequantises the blocks. What llama.cpp's converter (convert_
     Llama 3.1 and later                         rope scaling kept as a tensor of factors, not as the numbers behind it
     Gemma 3                                     norms stored as 1 + w
 
-Left out: files in several parts, and the architectures not named in ARCHITECTURES.
+Left out: files in several parts, architectures not named in ARCHITECTURES, and Unicode normalisation in the tokenizer
+(Qwen's NFC), which GGUF does not record.
 """
 
 import tempfile

@@ -122,16 +122,16 @@ def test_the_paired_interval_of_a_difference_covers_and_is_narrower_than_the_unp
     assert 0.9 <= covered / 300 <= 0.99 and narrower == 300
 
 
-@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+@pytest.mark.parametrize("n_seeds", [2, 3])
 def test_the_interval_over_training_seeds_covers_the_mean_of_all_seeds_in_simulation(n_seeds):
     rng, covered, spread = np.random.default_rng(n_seeds), 0, 0.1
-    for run in range(200):
+    for run in range(400):
         levels = 0.5 + spread * rng.normal(size=n_seeds)  # what each seed's training came to
         tables = [(rng.random((60, 8)) < np.clip(level, 0, 1)).astype(float) for level in levels]
-        draws = [measures.bootstrap(t, measures.resamples(60, 300, run), run)["mean_accuracy"] for t in tables]
+        draws = [measures.bootstrap(t, measures.resamples(60, 400, run), run)["mean_accuracy"] for t in tables]
         low, high = measures.interval(measures.over_seeds([t.mean() for t in tables], draws, seed=run)[1])
         covered += low <= 0.5 <= high
-    assert 0.9 <= covered / 200 <= 0.99, covered / 200
+    assert 0.9 <= covered / 400 <= 0.99, covered / 400
 
 
 def test_the_spread_of_training_seeds_is_students_t_and_one_seed_has_none():
