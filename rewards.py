@@ -104,6 +104,8 @@ def _compare(gold: str, found: str, deep: bool) -> tuple[bool, str]:
     tree = _tree(found.rstrip("."))
     if tree is None:
         return False, "not mathematics"
+    if _is_rational(goal) and _left_to_do(tree):
+        return False, "sum left to do"
     effort = Effort(zlib.crc32(f"{gold}\0{found}".encode("utf-8", "replace")), deep)
     try:
         return same(goal, tree, effort), tree[0]
@@ -111,6 +113,35 @@ def _compare(gold: str, found: str, deep: bool) -> tuple[bool, str]:
         raise
     except (ValueError, ZeroDivisionError) as error:  # NotMath, a digit outside its base, 1/0
         return False, f"not comparable: {error}"[:80]
+
+
+def _is_rational(tree) -> bool:
+    """A number written out: integer, decimal, fraction, with sign, unit or percent."""
+    while tree[0] in ("neg", "unit", "percent"):
+        tree = tree[1]
+    return tree[0] == "num" or tree[0] == "div" and all(_is_rational(side) for side in tree[1:])
+
+
+def _left_to_do(tree) -> bool:
+    """Whether an answer is the exercise: 12 - 9, 6 * 8, 48 / 8, where the gold is a number.
+
+    Equal in value, but it costs a policy nothing to copy the question's numbers, and one that may will learn no other
+    answer. Fractions that are no whole number, 5 + 1/2, 1 million, powers and roots are forms of a number and count; so
+    does "8 + 3 = 11", where the number stands beside the exercise.
+    """
+    while tree[0] in ("neg", "unit", "percent"):
+        tree = tree[1]
+    if tree[0] == "rel":
+        return any(map(_left_to_do, tree[2:])) and not any(map(_is_rational, tree[2:]))
+    if tree[0] not in ("add", "sub", "mul", "div") or not all(_is_rational(t) or _left_to_do(t) for t in tree[1:]):
+        return False
+    left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])
+    kinds = left[0], right[0]
+    if tree[0] == "div" and kinds == ("num", "num"):
+        return right[1] not in (0, 1) and left[1] != 0 and (left[1] / right[1]).denominator == 1
+    if tree[0] == "add" and kinds == ("num", "div"):
+        return _left_to_do(right)
+    return not (tree[0] == "mul" and kinds == ("num", "num") and right[1] in (10**3, 10**6, 10**9, 10**12))
 
 
 def _tree(text: str) -> tuple | None:
