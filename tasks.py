@@ -61,7 +61,8 @@ NAMES = ("Ada Ben Clara David Emma Felix Grace Hugo Iris Jonas Kira Liam Mona No
 OBJECTS = ("apples pens books coins cards shells marbles stickers buttons cookies stamps balloons pencils candles "
            "beads oranges ribbons keys spoons feathers").split()
 
-BARE, ONE, TWO = 4, 3, 1                                # how often each sort is drawn
+BARE, ONE = 4, 3                                        # how often a bare sum and a story are drawn, within a kind
+KINDS = {"add": 4, "subtract": 2, "multiply": 3, "divide": 2, "two-step": 1}    # and the kinds: what small models know
 
 TEMPLATES = {
     "add": [
@@ -101,13 +102,13 @@ TEMPLATES = {
         (ONE, "{n} reads {q} pages a day. How many days does a book of {d} pages take?"),
         (ONE, "A baker puts {d} rolls on {q} trays, the same number on each. How many rolls are on a tray?")],
     "two-step": [
-        (TWO, "{n} has {a} {o}, buys {b} more and then loses {c}. How many {o} does {n} have now?"),
-        (TWO, "What is {a} + {b} - {c}?"), (TWO, "What is {p} * {q} + {c}?"),
-        (TWO, "There are {p} boxes with {q} {o} each and {c} loose {o}. How many {o} are there in all?"),
-        (TWO, "{n} bought {p} tickets for {q} dollars each and a drink for {c}. How many dollars did {n} spend?"),
-        (TWO, "{n} had {s} {o}, gave away {b} and then found {c} more. How many {o} does {n} have now?"),
-        (TWO, "{n} and {m} have {a} and {b} {o}. Together they give {c} away. How many {o} are left?"),
-        (TWO, "A shop has {p} shelves with {q} books each. It sells {c} books. How many books are left?")],
+        (ONE, "{n} has {a} {o}, buys {b} more and then loses {c}. How many {o} does {n} have now?"),
+        (BARE, "What is {a} + {b} - {c}?"), (BARE, "What is {p} * {q} + {c}?"),
+        (ONE, "There are {p} boxes with {q} {o} each and {c} loose {o}. How many {o} are there in all?"),
+        (ONE, "{n} bought {p} tickets for {q} dollars each and a drink for {c}. How many dollars did {n} spend?"),
+        (ONE, "{n} had {s} {o}, gave away {b} and then found {c} more. How many {o} does {n} have now?"),
+        (ONE, "{n} and {m} have {a} and {b} {o}. Together they give {c} away. How many {o} are left?"),
+        (ONE, "A shop has {p} shelves with {q} books each. It sells {c} books. How many books are left?")],
 }
 
 
@@ -123,7 +124,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
     """`limit` distinct problems of a split ("train" | "test" | "all"), a function of (split, seed); a larger limit only
     adds to them. ValueError where the templates can't give as many."""
     choices = [(kind, text) for kind, rows in TEMPLATES.items() for _, text in rows]
-    often = [weight / len(rows) for rows in TEMPLATES.values() for weight, _ in rows]
+    often = [KINDS[kind] * weight / sum(w for w, _ in rows) for kind, rows in TEMPLATES.items() for weight, _ in rows]
     draw = random.Random(f"arithmetic {split} {seed}")
     problems, seen, misses = [], set(), 0
     while len(problems) < limit:
@@ -131,7 +132,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
         if misses > 5000:                               # draws in a row that brought nothing new: they are used up
             raise ValueError(f"arithmetic has hardly more than {len(problems)} {split} problems; lower the limit")
         kind, text = draw.choices(choices, often)[0]
-        x = {"a": draw.randint(2, 10), "b": draw.randint(2, 9), "p": draw.randint(2, 9), "q": draw.randint(2, 9)}
+        x = {"a": draw.randint(2, 10), "b": draw.randint(2, 9), "p": draw.randint(2, 8), "q": draw.randint(2, 8)}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
         x["c"] = draw.randint(2, min(9, x["s"], x["d"]))
         used = "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)
@@ -246,14 +247,14 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
 def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[Problem]:
     """The problems of a task's split ("train" | "test" | "all"): `arithmetic`, a hub task, or a .jsonl file.
 
-    Generated tasks give `limit` problems (2,000 for training, 300 else). Raises ValueError in one line.
+    Generated tasks give `limit` problems (1,000 for training, 300 else). Raises ValueError in one line.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves no problem: give 1 or more")
     if task == "arithmetic":
-        return arithmetic(split, seed, limit or (2000 if split == "train" else 300))
+        return arithmetic(split, seed, limit or (1000 if split == "train" else 300))
     if task in HUB:
         problems = from_hub(task, split)
     elif task.endswith(".jsonl"):
