@@ -44,10 +44,12 @@ def call(script: str, *flags) -> None:
 def evaluated(model, arm: str, folder: Path, args) -> Path:
     """results.json of a model in `folder`, made if it is not there."""
     if not (folder / "results.json").is_file():
-        prompt = [] if model != args.model else ["--prompt", "plain" if args.task == "arithmetic" else "short"]
+        small = args.task == "arithmetic"               # the start model is asked as settings.py has the others trained
+        asked = [] if model != args.model else ["--prompt", "plain" if small else "short", "--max-new-tokens",
+                                                32 if small else 48]
         call("evaluate.py", "--model", model, "--task", args.task, "--personas", args.personas, "--limit",
              args.problems, "--fidelity", args.questions, "--start-model", args.model, "--method", arm, "--out", folder,
-             *prompt)
+             *asked)
     return folder
 
 
@@ -87,8 +89,8 @@ def main() -> None:
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
     args = p.parse_args()
     args.out = args.out.resolve()
-    folders, began = [evaluated(args.model, "base", args.out / "base", args)], time.time()
-    keep(folders[0], "base", args)
+    folders, began = [evaluated(args.model, "start", args.out / "start", args)], time.time()
+    keep(folders[0], "start", args)
     for seed in args.seeds:                             # all arms of a seed first: stopped early, arms are comparable
         for arm in args.arms:
             run = trained(arm, seed, args)
