@@ -132,7 +132,8 @@ def _left_to_do(tree) -> bool:
     while tree[0] in ("neg", "unit", "percent"):
         tree = tree[1]
     if tree[0] == "rel":
-        return any(map(_left_to_do, tree[2:])) and not any(map(_is_rational, tree[2:]))
+        undone = [_left_to_do(side) for side in tree[2:]]
+        return any(undone) and not any(_is_rational(t) and not u for t, u in zip(tree[2:], undone, strict=True))
     if tree[0] not in ("add", "sub", "mul", "div") or not all(_is_rational(t) or _left_to_do(t) for t in tree[1:]):
         return False
     left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])

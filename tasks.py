@@ -62,7 +62,7 @@ OBJECTS = ("apples pens books coins cards shells marbles stickers buttons cookie
            "beads oranges ribbons keys spoons feathers").split()
 
 BARE, ONE = 4, 3                                        # how often a bare sum and a story are drawn, within a kind
-KINDS = {"add": 4, "subtract": 2, "multiply": 3, "divide": 2, "two-step": 1}    # and the kinds: what small models know
+KINDS = {"add": 3, "subtract": 3, "multiply": 3, "divide": 3, "two-step": 1}    # and the kinds
 
 TEMPLATES = {
     "add": [
@@ -132,7 +132,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
         if misses > 5000:                               # draws in a row that brought nothing new: they are used up
             raise ValueError(f"arithmetic has hardly more than {len(problems)} {split} problems; lower the limit")
         kind, text = draw.choices(choices, often)[0]
-        x = {"a": draw.randint(2, 10), "b": draw.randint(2, 9), "p": draw.randint(2, 8), "q": draw.randint(2, 8)}
+        x = {"a": draw.randint(2, 8), "b": draw.randint(2, 6), "p": draw.randint(2, 6), "q": draw.randint(2, 6)}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
         x["c"] = draw.randint(2, min(9, x["s"], x["d"]))
         used = "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)
@@ -247,14 +247,14 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
 def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[Problem]:
     """The problems of a task's split ("train" | "test" | "all"): `arithmetic`, a hub task, or a .jsonl file.
 
-    Generated tasks give `limit` problems (1,000 for training, 300 else). Raises ValueError in one line.
+    Generated tasks give `limit` problems (600 for training, 200 else). Raises ValueError in one line.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves no problem: give 1 or more")
     if task == "arithmetic":
-        return arithmetic(split, seed, limit or (1000 if split == "train" else 300))
+        return arithmetic(split, seed, limit or (600 if split == "train" else 200))
     if task in HUB:
         problems = from_hub(task, split)
     elif task.endswith(".jsonl"):

@@ -253,6 +253,17 @@ def test_p24_the_parser_refuses_with_its_own_errors_only(text):
 # -- P25: not fooled by format -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["{}", "It is {}.", "\\boxed{{{}}}", "x = {}", "So there are {} apples.", "({})"])
+@pytest.mark.parametrize("exercise, gold", [("12 - 9", "3"), ("8 + 3", "11"), ("6 * 8", "48"), ("6 \\times 8", "48"),
+                                            ("48 / 8", "6"), ("\\frac{48}{8}", "6"), ("8 * 7 + 4", "60"),
+                                            ("9 + 4 - 2", "11"), ("1/2 + 1/4", "3/4")])
+def test_p25_copying_the_exercise_earns_nothing(form, exercise, gold):
+    """Equal in value, and what a policy writes that is paid for copying; worked out, it counts."""
+    assert verify(gold, form.format(exercise)).verdict == "wrong"
+    assert verify(gold, f"{exercise} = {gold}").verdict == "correct"
+    assert verify(gold, f"{exercise} = {gold}1").verdict == "wrong"
+
+
 @pytest.mark.parametrize(("answer", "expected"), [
     (r"\boxed{6} then \boxed{7}", "correct"), (r"\boxed{7} then \boxed{6}", "wrong"),
     (r"\boxed{7", "wrong"), (r"7, so \boxed{}", "wrong"), (r"\boxed{7} \boxed{}", "wrong"),
