@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
     add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
     add("resume", None, "run folder to continue with its own settings")
-    add("steps", 36, "optimizer steps (times --inner-epochs)")
+    add("steps", 34, "optimizer steps (times --inner-epochs)")
     add("seed", 0, "of problems, personas and samples")
     add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])

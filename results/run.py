@@ -79,7 +79,7 @@ def main() -> None:
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *ABLATIONS], help="trained arms")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds of each")
-    p.add_argument("--steps", type=int, default=36, help="of training")
+    p.add_argument("--steps", type=int, default=34, help="of training")
     p.add_argument("--model", default="smollm2-135m", help="start model")
     p.add_argument("--task", default="arithmetic", help="trained and evaluated on")
     p.add_argument("--personas", default="test", help="of the evaluation")

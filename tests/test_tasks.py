@@ -40,8 +40,8 @@ def numbers(text: str) -> list[int]:
 def test_one_step_answers_follow_from_the_numbers_in_the_question():
     operation = {"add": lambda x, y: x + y, "subtract": lambda x, y: abs(x - y), "multiply": lambda x, y: x * y,
                  "divide": lambda x, y: max(x, y) / min(x, y)}
-    problems = [p for p in tasks.load("arithmetic", "all", limit=3000) if p.kind != "two-step"]
-    assert len(problems) > 1500
+    problems = [p for p in tasks.load("arithmetic", "all", limit=2500) if p.kind != "two-step"]
+    assert len(problems) > 1000
     for problem in problems:
         assert int(problem.answer) == operation[problem.kind](*numbers(problem.question)), problem
 
@@ -60,7 +60,7 @@ TWO_STEP = {
 
 
 def test_two_step_answers_follow_from_the_numbers_in_the_question():
-    problems = [p for p in tasks.load("arithmetic", "all", limit=3000) if p.kind == "two-step"]
+    problems = [p for p in tasks.load("arithmetic", "all", limit=2500) if p.kind == "two-step"]
     seen = set()
     for problem in problems:
         [pattern] = [pattern for pattern in TWO_STEP if re.search(pattern, problem.question)]
@@ -71,17 +71,17 @@ def test_two_step_answers_follow_from_the_numbers_in_the_question():
 
 def test_there_are_forty_templates_of_five_kinds_and_mostly_one_step_problems():
     assert sum(map(len, tasks.TEMPLATES.values())) >= 40
-    kinds = Counter(problem.kind for problem in tasks.load("arithmetic", "train", limit=2000))
+    kinds = Counter(problem.kind for problem in tasks.load("arithmetic", "train"))
     assert set(kinds) == {"add", "subtract", "multiply", "divide", "two-step"}
-    assert min(kinds.values()) > 200 and kinds["two-step"] < 400
+    assert min(kinds.values()) > 60 and kinds["two-step"] < 100
 
 
 def test_answers_are_small_and_not_negative():
-    assert all(0 <= int(problem.answer) < 200 for problem in tasks.load("arithmetic", "all", limit=5000))
+    assert all(0 <= int(problem.answer) < 200 for problem in tasks.load("arithmetic", "all", limit=2000))
 
 
 def test_no_brace_of_a_template_is_left_in_a_question():
-    assert not [p for p in tasks.load("arithmetic", "all", limit=2000) if "{" in p.question or "}" in p.question]
+    assert not [p for p in tasks.load("arithmetic", "all", limit=1500) if "{" in p.question or "}" in p.question]
 
 
 def problem_without_names(problem) -> str:
@@ -90,14 +90,14 @@ def problem_without_names(problem) -> str:
 
 
 def test_p26_train_and_test_problems_are_disjoint_whatever_the_seeds():
-    train = {problem_without_names(p) for seed in (0, 1) for p in tasks.load("arithmetic", "train", seed, 4000)}
-    test = {problem_without_names(p) for seed in (0, 1) for p in tasks.load("arithmetic", "test", seed, 1000)}
+    train = {problem_without_names(p) for seed in (0, 1) for p in tasks.load("arithmetic", "train", seed, 2000)}
+    test = {problem_without_names(p) for seed in (0, 1) for p in tasks.load("arithmetic", "test", seed, 600)}
     assert train and test and not train & test
 
 
 def test_a_split_repeats_no_problem_and_no_id():
-    problems = tasks.load("arithmetic", "train", limit=5000)
-    assert len({problem_without_names(p) for p in problems}) == len({p.id for p in problems}) == 5000
+    problems = tasks.load("arithmetic", "train", limit=2000)
+    assert len({problem_without_names(p) for p in problems}) == len({p.id for p in problems}) == 2000
 
 
 def test_the_same_seed_gives_the_same_problems_in_another_process():
@@ -114,7 +114,7 @@ def test_a_larger_limit_only_adds_problems():
 
 def test_more_problems_than_there_are_is_an_error_instead_of_an_endless_loop(monkeypatch):
     monkeypatch.setattr(tasks, "TEMPLATES", {"multiply": [(1, "What is {p} * {q}?")]})
-    with pytest.raises(ValueError, match="hardly more than 64 all problems; lower the limit"):
+    with pytest.raises(ValueError, match="hardly more than 25 all problems; lower the limit"):
         tasks.load("arithmetic", "all", limit=65)
 
 
