@@ -11,7 +11,7 @@ def test_every_pitfall_links_a_test_that_exists():
     text = (ROOT / "docs" / "pitfalls.md").read_text()
     assert re.findall(r"^\*\*P(\d+) ", text, re.M) == [str(i) for i in range(1, 31)]
     links = re.findall(r"\[test\]\(\.\./(tests/\w+\.py)#(\w+)\)", text)
-    assert len(links) == 30
+    assert len(links) >= 30
     for path, name in links:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), f"{path}: no {name}"
 

@@ -255,7 +255,8 @@ def test_ctrl_c_half_way_is_one_line_and_the_same_command_goes_on_through_faults
 
     with Server(reply, hold_after=5) as server:
         child = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *command, "--judge", server.url, "--out",
-                                  str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, start_new_session=True)
+                                  str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in test_train
         cache, patience = tmp_path / "out/judge.jsonl", time.time() + 120
         while not cache.exists() or cache.read_text().count('"key"') < 5:
             assert time.time() < patience and child.poll() is None, child.communicate()
