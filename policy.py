@@ -15,9 +15,11 @@ out, and with it models that do not fit a rank in the compute dtype.
 
 import json
 import math
+import os
 import shutil
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,6 +34,21 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")              
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks
+
+
+def join() -> None:
+    """Meets the other ranks of torchrun, if there are any: gloo on CPUs, NCCL on GPUs.
+
+    After a restart torchrun hands out the same store; its keys get the life's number, or gloo would meet the dead.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timedelta(hours=12))      # ranks wait while rank 0 evaluates
 
 
 def ranks() -> tuple[int, int]:
@@ -72,12 +89,14 @@ class Policy:
         self.names, self.parameters = zip(*model.named_parameters(), strict=True)
         world = ranks()[1]
         self.copies = model.dtype != torch.float32 or world > 1
-        self.masters = [p.detach().float() for p in self.parameters] if self.copies else list(self.parameters)
+        self.masters = list(self.parameters)
+        if self.copies:
+            self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
         if world > 1:
             shard = shard or world
             self.mesh = init_device_mesh(model.device.type, (world // shard, shard),
                                          mesh_dim_names=("replicate", "shard"))
-            self.masters = [distribute_tensor(m.clone(), self.mesh, [Replicate(), Shard(0)], src_data_rank=None)
+            self.masters = [distribute_tensor(m, self.mesh, [Replicate(), Shard(0)], src_data_rank=None)
                             for m in self.masters]
         self.gradients: list[Tensor | None] = [None] * len(self.masters)        # this rank's, whole, fp32
         self.optimizer = torch.optim.AdamW(self.masters, learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
@@ -227,8 +246,8 @@ def finished(checkpoint: Path) -> int | None:
     """The step of a checkpoint whose files are all there at their sizes, else None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        whole = all((checkpoint / name).stat().st_size == size for name, size in manifest["sizes"].items())
-        return manifest["step"] if whole else None
+        complete = all((checkpoint / name).stat().st_size == size for name, size in manifest["sizes"].items())
+        return manifest["step"] if complete else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -23,7 +23,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -31,7 +30,6 @@ import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,7 +47,7 @@ import tasks
 import weights
 from anchor import Anchor
 from model import Transformer, completion_logprobs, pack
-from policy import Policy, check_disk, fitted, gathered, load_checkpoint, memory, ranks, save_checkpoint, wait
+from policy import Policy, check_disk, fitted, gathered, join, load_checkpoint, memory, ranks, save_checkpoint, wait
 from rollout import Completion, generate
 from settings import run_folder, settings
 
@@ -330,7 +328,7 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
                 raise Terminated
     if rank == 0:
         weights.save(model, tokenizer, out / "model")
-        figure = report.curves({args.method: evaluate.read_lines(out / "metrics.jsonl")}, None)
+        figure = report.curves({args.method: watch.history})
         figure.savefig(out / "curves.png", dpi=120)
 
 
@@ -440,11 +438,7 @@ def run(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))           # ranks wait while rank 0 evaluates
+    join()
     try:
         run(settings(argv))
     except (ValueError, OSError) as error:
