@@ -40,7 +40,7 @@ import rewards
 import rollout
 import tasks
 import weights
-from compare import read_lines, run_of  # noqa: F401 (train.py reads its metrics with the first)
+from compare import run_of
 from model import completion_logprobs, pack
 from report import write_atomically
 

@@ -228,10 +228,13 @@ class Transformer(nn.Module):
                 tables[id(rope)] = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
         return tables
 
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The head's matmul alone, [N, V] in the compute dtype."""
+        return packed_linear(hidden, *self.packed_head) if self.packed_head else F.linear(hidden, self.head_weight)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] fp32, for the sampler's few rows; training uses kernels.linear_logprob, which never holds them."""
-        raw = packed_linear(hidden, *self.packed_head) if self.packed_head else F.linear(hidden, self.head_weight)
-        logits = raw.float()
+        logits = self.raw_logits(hidden).float()
         return logits if self.c.softcap is None else self.c.softcap * torch.tanh(logits / self.c.softcap)
 
     @contextmanager
@@ -355,7 +358,6 @@ class Tree:
             hidden = (back < 0) | (back >= window) if window else back < 0
             self.masks[window, branch] = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         return self.masks[window, branch]
-
 
     def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One varlen call (flash-attn 2, arXiv 2307.08691) in which each trunk and each branch is a sequence.

@@ -115,10 +115,16 @@ def _compare(gold: str, found: str, deep: bool) -> tuple[bool, str]:
         return False, f"not comparable: {error}"[:80]
 
 
-def _is_rational(tree) -> bool:
-    """A number written out: integer, decimal, fraction, with sign, unit or percent."""
+def _plain(tree):
+    """Without sign, unit and percent."""
     while tree[0] in ("neg", "unit", "percent"):
         tree = tree[1]
+    return tree
+
+
+def _is_rational(tree) -> bool:
+    """A number written out: integer, decimal, fraction, with sign, unit or percent."""
+    tree = _plain(tree)
     return tree[0] == "num" or tree[0] == "div" and all(_is_rational(side) for side in tree[1:])
 
 
@@ -129,8 +135,7 @@ def _left_to_do(tree) -> bool:
     answer. Fractions that are no whole number, 5 + 1/2, 1 million, powers and roots are forms of a number and count; so
     does "8 + 3 = 11", where the number stands beside the exercise.
     """
-    while tree[0] in ("neg", "unit", "percent"):
-        tree = tree[1]
+    tree = _plain(tree)
     if tree[0] == "rel":
         undone = [_left_to_do(side) for side in tree[2:]]
         return any(undone) and not any(_is_rational(t) and not u for t, u in zip(tree[2:], undone, strict=True))

@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import gguf_weights
 from model import Config, Transformer, inverse_frequencies
@@ -284,17 +283,13 @@ def whole_folder(target: Path):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save(model: Transformer, tokenizer, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes a plain Hugging Face folder: config, generation config, safetensors, tokenizer with its template.
-
-    `weights` (name -> tensor) stands in for the model's own parameters, e.g. a trainer's fp32 masters; the model's
-    dtype is written either way.
-    """
+def save(model: Transformer, tokenizer, folder: str | Path) -> None:
+    """Writes a plain Hugging Face folder in the model's dtype: config, generation config, safetensors, tokenizer with
+    its template."""
     from safetensors.torch import save_file
 
-    weights = weights or dict(model.named_parameters())
-    state = {name if name.startswith("lm_head") else f"model.{name}": w.detach().to("cpu", model.dtype).contiguous()
-             for name, w in weights.items()}
+    state = {name if name.startswith("lm_head") else f"model.{name}": w.detach().to("cpu").contiguous()
+             for name, w in model.named_parameters()}
     with whole_folder(Path(folder)) as part:
         model.hf_config.dtype = model.dtype
         model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type]]

@@ -63,27 +63,29 @@ def theirs(model, prompts, n, new_tokens, stops, batch=64) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
+def matmuls(model, tokens: int, head_tokens: int) -> None:
+    """One pass of `tokens` tokens through every layer's matmuls, and of the first `head_tokens` through the head's."""
+    for layer in model.layers:
+        x, wide = (torch.randn(tokens, size, dtype=model.dtype) for size in
+                   (model.c.hidden_size, model.c.intermediate_size))
+        a, m = layer.self_attn, layer.mlp
+        layer.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
+        layer.linear(x, a["o_proj"])
+        layer.linear(x, m["gate_proj"], m["up_proj"])
+        layer.linear(wide, m["down_proj"])
+    if head_tokens:
+        model.raw_logits(x[:head_tokens])
+
+
 @torch.inference_mode()
 def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
     """Seconds in the linear layers' matmuls alone: one prefill of the prompts, then `steps` decode steps."""
-    def matmuls(count, head):
-        for layer in model.layers:
-            x, wide = (torch.randn(count, size, dtype=model.dtype) for size in
-                       (model.c.hidden_size, model.c.intermediate_size))
-            a, m = layer.self_attn, layer.mlp
-            layer.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
-            layer.linear(x, a["o_proj"])
-            layer.linear(x, m["gate_proj"], m["up_proj"])
-            layer.linear(wide, m["down_proj"])
-        if head:
-            torch.ops.mkldnn._linear_pointwise(x, *model.packed_head, "none", [], "")
-
     with model.packed():
-        matmuls(rows, True)
+        matmuls(model, rows, rows)
         start = time.perf_counter()
-        matmuls(prompt_tokens, False)
+        matmuls(model, prompt_tokens, 0)
         for _ in range(steps):
-            matmuls(rows, True)
+            matmuls(model, rows, rows)
         return time.perf_counter() - start
 
 

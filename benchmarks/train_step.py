@@ -88,6 +88,7 @@ def floor(folder: Path, length: float) -> float:
 
     import tasks
     import weights
+    from benchmarks.rollout import matmuls
     from personas import prompt_ids
 
     model, tokenizer = weights.load(str(folder / "model"))
@@ -96,20 +97,10 @@ def floor(folder: Path, length: float) -> float:
     rows = PROMPTS * GROUP
     completion_tokens = round(rows * length)
 
-    def seconds(count: int, head: int) -> float:
-        """One pass of `count` tokens through every layer's matmuls, and of `head` tokens through the head's."""
-        x, wide = (torch.randn(count, size, dtype=model.dtype) for size in
-                   (model.c.hidden_size, model.c.intermediate_size))
-        for _ in range(2):                              # the first is warm-up
-            start = time.perf_counter()
-            for layer in model.layers:
-                a, m = layer.self_attn, layer.mlp
-                layer.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
-                layer.linear(x, a["o_proj"])
-                layer.linear(x, m["gate_proj"], m["up_proj"])
-                layer.linear(wide, m["down_proj"])
-            if head:
-                model.logits(x[:1].expand(head, -1))
+    def seconds(tokens: int, head_tokens: int) -> float:
+        matmuls(model, tokens, head_tokens)             # warm-up
+        start = time.perf_counter()
+        matmuls(model, tokens, head_tokens)
         return time.perf_counter() - start
 
     with torch.inference_mode():

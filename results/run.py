@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from settings import settings  # noqa: E402
 
 ARMS = {
     "sft": ["--method", "sft"],
@@ -44,9 +47,8 @@ def call(script: str, *flags) -> None:
 def evaluated(model, arm: str, folder: Path, args) -> Path:
     """results.json of a model in `folder`, made if it is not there."""
     if not (folder / "results.json").is_file():
-        small = args.task == "arithmetic"               # the start model is asked as settings.py has the others trained
-        asked = [] if model != args.model else ["--prompt", "plain" if small else "short", "--max-new-tokens",
-                                                32 if small else 48]
+        trained = settings(["--task", args.task])       # the start model is asked as the others are trained
+        asked = ["--prompt", trained.prompt, "--max-new-tokens", trained.max_new_tokens] if arm == "start" else []
         call("evaluate.py", "--model", model, "--task", args.task, "--personas", args.personas, "--limit",
              args.problems, "--fidelity", args.questions, "--start-model", args.model, "--method", arm, "--out", folder,
              *asked)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import compare
 import evaluate
 import measures
 import model as model_module
@@ -417,7 +418,7 @@ def test_the_few_shot_examples_are_right_and_of_no_task_that_is_evaluated():
         assert all(eval(left) == int(right) for left, right in re.findall(r"([\d+*/ -]+) = (\d+)", answer))
     asked = {problem.question for problem in tasks.load("arithmetic", "all", 0, 300)}
     for file in SHARED.glob("*.jsonl") if SHARED.exists() else ():
-        asked |= {row.get("question") or row.get("problem") for row in evaluate.read_lines(file)}
+        asked |= {row.get("question") or row.get("problem") for row in compare.read_lines(file)}
     assert not asked & {question for question, _ in tasks.EXAMPLES}
 
 
@@ -425,6 +426,6 @@ def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny,
     asked = [{"persona": persona, "task": task, "question": "Well?"} for persona in ("A nurse", "A pirate")
              for task in evaluate.judge.TASKS]
     got = evaluate.personagym(*tiny, asked, evaluate.judge.local(*tiny), "tiny", tmp_path / "new", max_new_tokens=3)
-    rows = evaluate.read_lines(tmp_path / "new/personagym.jsonl")
+    rows = compare.read_lines(tmp_path / "new/personagym.jsonl")
     assert [row["question"] for row in rows] == ["Well?"] * 10 and {row["score"] for row in rows} == {1}
     assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"
