@@ -32,9 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels import linear_logprob
 
 try:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:                                     # no GPU, or not installed: the padded attention below
-    flash_attn_varlen_func = None
+    flash_attn_varlen_func = flash_attn_with_kvcache = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another

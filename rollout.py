@@ -29,7 +29,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Transformer, Tree
+from model import Transformer, Tree, flash_attn_with_kvcache, uses_flash
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
 MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
@@ -54,17 +54,26 @@ class Completion:
 
 
 class Cache:
-    """Per layer keys [entries, kv_heads, D, T], transposed as the decode matmul wants them, and values [.., T, D]."""
+    """Per layer keys [entries, kv_heads, D, T], transposed as the decode matmul wants them, and values [.., T, D].
+
+    For flash-attn both lie in memory as it wants them, [entries, T, kv_heads, D], under the same shapes.
+    """
 
     def __init__(self, model: Transformer):
         self.c, self.dtype, self.device = model.c, model.dtype, model.device
+        self.flash = uses_flash(model.head_weight)
         self.trunks, self.rows = self.empty(0, 0), self.empty(0, 0)
 
     def empty(self, count: int, width: int) -> list[tuple[Tensor, Tensor]]:
         K, D = self.c.num_kv_heads, self.c.head_dim
-        kind = {"dtype": self.dtype, "device": self.device}
-        return [(torch.zeros(count, K, D, width, **kind), torch.zeros(count, K, width, D, **kind))
-                for _ in range(self.c.num_layers)]
+
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        if self.flash:
+            return [(zeros(count, width, K, D).permute(0, 2, 3, 1), zeros(count, width, K, D).transpose(1, 2))
+                    for _ in range(self.c.num_layers)]
+        return [(zeros(count, K, D, width), zeros(count, K, width, D)) for _ in range(self.c.num_layers)]
 
     def grown(self, store: list, count: int, width: int) -> list:
         """The same contents with room for `count` entries of `width` tokens, at least doubled where it grows."""
@@ -88,6 +97,10 @@ class Cache:
     def copy(store: list, source: int, target: int) -> None:
         for k, v in store:
             k[target], v[target] = k[source], v[source]
+
+    def trunk_to_row(self, trunk: int, row: int, tokens: int) -> None:
+        for (k, v), (trunk_k, trunk_v) in zip(self.rows, self.trunks, strict=True):
+            k[row, ..., :tokens], v[row, :, :tokens] = trunk_k[trunk, ..., :tokens], trunk_v[trunk, :, :tokens]
 
 
 @dataclass
@@ -349,10 +362,13 @@ class Generation:
     def start(self, prompt: Prompt, kept: list | None = None, tokens: slice = slice(0, 0)) -> None:
         """A new row for the prompt's next sample, with the prompt tokens that are not in its trunk."""
         at, own = len(self.rows), tokens.stop - tokens.start
-        self.cache.rows = self.cache.grown(self.cache.rows, self.slots, own + 1)
+        copied = len(prompt.trunk.ids) if self.cache.flash else 0               # flash-attn reads one cache a row
+        self.cache.rows = self.cache.grown(self.cache.rows, self.slots, copied + own + 1)
+        if copied:
+            self.cache.trunk_to_row(prompt.trunk.at, at, copied)
         if kept:
-            self.cache.write(self.cache.rows, at, 0, kept, tokens)
-        self.own[at] = own
+            self.cache.write(self.cache.rows, at, copied, kept, tokens)
+        self.own[at] = copied + own
         counter = [0, 0, prompt.samples, self.keys[prompt.index] % 2**64]
         stream = np.random.Philox(key=self.seed % 2**64, counter=counter)
         out = Completion(prompt.index, prompt.samples, model_logprobs=[] if self.model_logprobs else None)
@@ -402,6 +418,10 @@ class Generation:
         tokens = [row.out.tokens[-1] if row.out.tokens else 0 for row in self.rows[:B]]
         tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
         own = self.own[:B]
+        if self.cache.flash:
+            hidden = self.model(tokens, own, self.flash)
+            self.own[:count] += 1
+            return hidden[:count]
         if self.where is None or self.where[0] != count:
             self.where = count, *self.trunk_cells(count)
         _, trunk_length, cell, row_of_cell = self.where
@@ -435,6 +455,15 @@ class Generation:
         hidden = self.model(tokens, trunk_length + own, attend)
         self.own[:count] += 1
         return hidden[:count]
+
+    def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One call that appends k and v to the rows' caches and attends to them (flash-attn 2, arXiv 2307.08691)."""
+        B, c, window = len(q), self.model.c, self.model.c.windows[layer]
+        own_k, own_v = self.cache.rows[layer]
+        return flash_attn_with_kvcache(
+            q[:, None], own_k[:B].permute(0, 3, 1, 2), own_v[:B].transpose(1, 2), k[:, None], v[:, None],
+            cache_seqlens=self.own[:B].int(), softmax_scale=c.attn_scale or c.head_dim ** -0.5, causal=True,
+            window_size=(window - 1, 0) if window else (-1, -1))[:, 0]
 
     def trunk_cells(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first `count` rows in a grid [trunks, widest]: each row's trunk length [slots] and cell [slots], and each

@@ -3,11 +3,13 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import model as model_module
 import personas
+import rollout
 import tasks
 import weights
 from model import Transformer, completion_logprobs, pack
@@ -259,15 +261,48 @@ def test_one_flash_attn_call_a_layer_gives_the_same_logprobs_and_gradients(famil
         assert (grad - flash_grads[name]).norm() <= 1e-5 * grad.norm(), name
 
 
-def test_prefill_through_flash_attn_samples_the_same_tokens(family, flash):
-    """Two prompts with a common opening, which the sampler computes first and caches; and one without it."""
-    opening, found = random_ids(20), []
-    prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3)]
+def kvcache_stand_in(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+                     cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+                     window_size=(-1, -1), softcap=0.0):
+    """flash_attn_with_kvcache as flash-attn 2 documents it: k and v are written behind each row's cache, in place."""
+    B, new = q.shape[:2]
+    assert q.dim() == k_cache.dim() == 4 and k_cache.shape == v_cache.shape and len(k_cache) == B and new == k.shape[1]
+    assert q.dtype == k_cache.dtype == v_cache.dtype == k.dtype == v.dtype and k_cache.stride(-1) == 1
+    assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == (B,)
+    assert cache_seqlens.max() + new <= k_cache.shape[1]
+    out = torch.empty_like(q)
+    for i, length in enumerate(cache_seqlens.tolist()):
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            cache[i, length:length + new] = x[i]
+        ends = [torch.tensor([0, x], dtype=torch.int32) for x in (new, length + new)]
+        out[i] = varlen_stand_in(q[i], k_cache[i, :length + new].contiguous(), v_cache[i, :length + new].contiguous(),
+                                 *ends, new, length + new, softmax_scale=softmax_scale, causal=causal,
+                                 window_size=window_size)
+    return out
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_sampling_through_flash_attn_gives_the_same_tokens(family, flash, monkeypatch, n):
+    """Prompts with a common opening, which the sampler computes first and caches, and one without it; fewer slots than
+    completions, so that rows leave and others take their place."""
+    opening, found, steps = random_ids(20), [], []
+    prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3), opening + random_ids(3, 4)]
+
+    def counted(*args, **kwargs):
+        steps.append(args)
+        return kvcache_stand_in(*args, **kwargs)
+
     for on in (False, True):
         calls = flash(on)
-        done = generate(family[0], prompts, n=2, max_new_tokens=8, temperature=1.0, stop_ids=[])
-        found.append({(c.index, c.sample): c.tokens for c in done})
-    assert calls and found[0] == found[1]
+        monkeypatch.setattr(rollout, "uses_flash", lambda q, on=on: on)
+        monkeypatch.setattr(rollout, "flash_attn_with_kvcache", counted)
+        done = list(generate(family[0], prompts, n=n, max_new_tokens=12, temperature=1.0, stop_ids=range(20), slots=3))
+        found.append({(c.index, c.sample): c for c in done})
+    plain, flashed = found
+    assert calls and steps and len(plain) == n * len(prompts)
+    assert {key: c.tokens for key, c in plain.items()} == {key: c.tokens for key, c in flashed.items()}
+    for key, c in plain.items():
+        assert np.allclose(c.logprobs, flashed[key].logprobs, atol=1e-5)
 
 
 def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):
