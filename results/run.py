@@ -8,11 +8,12 @@ All arms see the same problems in the same order, with as many steps and complet
 and `distill` who writes) differs. Evaluation: greedy accuracy on 50 held-out problems under 24 test personas, and
 fidelity by persona identification over 8 open questions, neither of which any arm was trained on.
 
-Each arm is a run folder of train.py under --out; stopped anywhere, the same command goes on. Kept in results/: each
-arm's results.json, and the comparison of all.
+Each arm is a run folder of train.py under --out; stopped anywhere, the same command goes on. Kept in results/NAME: each
+arm's results.json, and the comparison of all as JSON, tables and plots.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import personas  # noqa: E402
+import report  # noqa: E402
 from settings import settings  # noqa: E402
 
 ARMS = {
@@ -32,11 +35,13 @@ ARMS = {
     "permix+anchor": ["--method", "permix", "--anchor-coef", "0.5"],
 }
 ABLATIONS = {
-    **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "1.0")},
+    **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "0.75", "1.0")},
     "per rollout": ["--method", "permix", "--mix", "rollout"],
     "per rollout, persona baseline": ["--method", "permix", "--mix", "rollout", "--advantage", "persona"],
     **{f"kl={beta}": ["--method", "permix", "--kl-coef", beta] for beta in ("0.03", "0.1")},
+    **{f"personas={n}": ["--method", "permix", "--personas", n] for n in ("1", "4", "16", "64")},
 }
+KEPT = ("results.json", "comparison.json", "stability_against_fidelity.png", "learning_curves.png")
 
 
 def call(script: str, *flags) -> None:
@@ -55,12 +60,23 @@ def evaluated(model, arm: str, folder: Path, args) -> Path:
     return folder
 
 
+def flags(arm: str, out: Path) -> list[str]:
+    """Those of train.py for an arm; a number of personas becomes a file of as many, evenly from the training pool."""
+    *rest, last = (ARMS | ABLATIONS)[arm]
+    if rest[-1] != "--personas":
+        return [*rest, last]
+    pool, file = personas.load("train"), out / f"{last}-personas.jsonl"
+    chosen = [pool[i * len(pool) // int(last)] for i in range(int(last))]
+    file.write_text("".join(json.dumps(vars(persona)) + "\n" for persona in chosen))
+    return [*rest, str(file)]
+
+
 def trained(arm: str, seed: int, args) -> Path:
     """The run folder of an arm, trained to the end, its checkpoints removed."""
     run = args.out / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
     if not (run / "model" / "config.json").is_file():
         goes_on = ["--resume", run] if (run / "config.json").is_file() else [
-            *(ARMS | ABLATIONS)[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
+            *flags(arm, args.out), "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
             "--eval-problems", 0, "--keep", 1, "--out", run]
         call("train.py", *goes_on)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -68,12 +84,23 @@ def trained(arm: str, seed: int, args) -> Path:
 
 
 def keep(folder: Path, name: str, args) -> None:
-    """results.json, small enough for the repository, into results/NAME."""
+    """What is small enough for the repository, into results/NAME."""
     target = ROOT / "results" / args.name / name
     target.mkdir(parents=True, exist_ok=True)
-    for file in ("results.json", "comparison.json", "tradeoff.png"):
+    for file in KEPT:
         if (folder / file).is_file():
             shutil.copy(folder / file, target / file)
+
+
+def tables(comparison: dict) -> str:
+    """A comparison as Markdown: the arms, their differences, a verdict for each hypothesis."""
+    def markdown(head, *rows):
+        lines = [head, ["---"] * len(head), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    verdicts = [[h["name"], h["claim"], h["verdict"], h["words"]] for h in comparison["hypotheses"]]
+    return "\n\n".join([markdown(*report.arm_rows(comparison)), markdown(*report.difference_rows(comparison)),
+                        markdown(["", "claim", "verdict", "measured"], *verdicts)]) + "\n"
 
 
 def main() -> None:
@@ -100,6 +127,8 @@ def main() -> None:
             keep(folders[-1], run.name, args)
     call("evaluate.py", "--compare", *folders, "--out", args.out / "compared")
     keep(args.out / "compared", "compared", args)
+    comparison = json.loads((args.out / "compared" / "comparison.json").read_text())
+    (ROOT / "results" / args.name / "tables.md").write_text(tables(comparison))
     print(f"{time.time() - began:.0f} seconds; everything is in {args.out}")
 
 
