@@ -16,9 +16,13 @@ On CUDA in bf16 or fp16 that is one call of flash-attn where it is installed. Th
 rollout.py.
 
 Left out: mixture of experts, multimodal towers, tensor parallelism.
+
+`python model.py` counts the parameters by part and compares the logits with transformers' on the same weights.
 """
 
+import argparse
 import math
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -464,3 +468,43 @@ def completion_logprobs(model: Transformer, packed: Packed, temperature: float =
     """Log-prob of each completion token and entropy of its distribution, [M] fp32, at the sampler's temperature."""
     hidden = model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
     return linear_logprob(hidden, model.head_weight, packed.targets, temperature, model.c.softcap)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A short lesson
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Prints where the parameters are, and how far the logits lie from transformers' on the same weights in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    import personas  # here, since weights.py imports this file
+    import weights
+
+    parser = argparse.ArgumentParser(description="Count a model's parameters; compare its logits with transformers'.")
+    parser.add_argument("--model", default=weights.EMBEDDED, help=f"as for train.py (default {weights.EMBEDDED})")
+    name = parser.parse_args(argv).model
+    try:
+        model, tokenizer = weights.load(name, "float32", "cpu")
+        ids = torch.tensor(personas.prompt_ids(tokenizer, "What is 6 + 7?", None))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"model.py: {weights.one_line(error)}\n")
+    counts = Counter()
+    for parameter, values in model.named_parameters():
+        counts[next((part for part in ("self_attn", "mlp", "norm") if part in parameter), "embedding, head")] += (
+            values.numel())
+    for part, count in [*counts.items(), ("all", counts.total())]:
+        print(f"{part:16}{count:>14,}{count / counts.total():8.1%}")
+    theirs = AutoModelForCausalLM.from_config(model.hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs.load_state_dict({n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.state_dict().items()},
+                           strict=not model.c.tied)     # a tied head is not among ours
+    packed = pack([(ids.tolist(), [])], model.c)
+    logits = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+    reference = theirs(ids[None]).logits[0]
+    print(f"logits of {len(ids)} tokens: max |ours - transformers| = {(logits - reference).abs().max():.1e}; greedy "
+          f"tokens equal: {(logits.argmax(-1) == reference.argmax(-1)).sum()} of {len(ids)}")
+
+
+if __name__ == "__main__":
+    main()

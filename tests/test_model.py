@@ -1,6 +1,7 @@
 """The decoder against transformers and against itself: packed, padded, prompt-shared, cached."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -337,3 +338,21 @@ def test_what_is_not_supported_is_named(change, names):
 def test_an_empty_prompt_is_refused(tiny):
     with pytest.raises(ValueError, match="no tokens"):
         pack([([], [[3, 4]])], tiny[0].c)
+
+
+# -- the lesson ----------------------------------------------------------------------------------------------------
+
+
+def test_the_lesson_counts_every_parameter_and_agrees_with_transformers(family, capsys):
+    ours, _, folder = family
+    model_module.main(["--model", str(folder)])
+    *_, total, parity = capsys.readouterr().out.splitlines()
+    assert total.split() == ["all", f"{sum(p.numel() for p in ours.parameters()):,}", "100.0%"]
+    difference, same, count = re.search(r"= (\S+); .* (\d+) of (\d+)", parity).groups()
+    assert float(difference) <= 1e-5 and same == count
+
+
+def test_the_lesson_refuses_a_missing_model_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        model_module.main(["--model", "/no/such/folder"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
