@@ -1,0 +1,41 @@
+"""docs/modify.md: every diff of the page applies, is short, and passes the check printed below it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "modify.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+
+
+def test_the_page_has_six_diffs_each_with_a_check_below_it():
+    assert len(SECTIONS) == 6
+    assert all(re.fullmatch("diff (python|sh)", " ".join(kind for kind, _ in FENCE.findall(text)))
+               for text in SECTIONS.values())
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The code and data of this tree in a folder of its own."""
+    for pattern in ("*.py", "data/*", "kernels/*.py", "verifier/*.py", "tests/*.py", "pyproject.toml"):
+        for path in ROOT.glob(pattern):
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_diff_of_at_most_20_lines_applies_and_passes_its_check(title, copy):
+    (_, diff), (kind, check) = FENCE.findall(SECTIONS[title])
+    assert len(re.findall(r"^(?:\+(?!\+\+ )|-(?!-- ))", diff, re.M)) <= 20
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)
+    command = [sys.executable, "-c", check] if kind == "python" else \
+        [sys.executable, *check.split()[1:], "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
