@@ -4,8 +4,9 @@
 
 Two settings, log-probs on for both engines. `equal`: 8 prompts x 8 samples, 64 new tokens, nothing stops. `longtail`:
 32 prompts x 4 samples, up to 128 new tokens, stop tokens that make the mean length about 0.3 of that and half of the
-completions shorter than 20; only tokens of completions count. transformers runs in its better dtype of fp32 and bf16. The floor is the time of the linear layers'
-matmuls alone for the same live rows, in our layout, in the same run. Engines alternate; medians are reported.
+completions shorter than 20; only tokens of completions count. transformers runs in its better dtype of fp32 and bf16.
+The floor is the time of the linear layers' matmuls alone for the same live rows, in our layout, in the same run.
+Engines alternate; medians are reported.
 
 The last line is JSON: vs_transformers_equal, vs_transformers_longtail, vs_vllm (null: not measured), floor_fraction.
 """
