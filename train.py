@@ -203,14 +203,14 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         norm = policy.step(args.max_grad_norm)
     totals = gathered(torch.tensor([list(sums.values())], dtype=torch.float64)).sum(0)
     sums = dict(zip(SUMS, totals.tolist(), strict=True))
-    tokens = sums["trained_tokens"]
+    tokens, on_policy = sums["trained_tokens"], args.method in ("permix", "rlvr")
     entropy, divergence, gap = (sums[name] / tokens if tokens else None for name in ("entropy", "kl", "gap"))
     return {
         "reward": rewards.mean().item(), "entropy": entropy, "kl": divergence,
         "anchor_kl": anchor_kl / args.inner_epochs, "grad_norm": norm, **grpo.summarise(sums),
         "completion_length": lengths.float().mean().item(), "truncated_fraction": truncated.float().mean().item(),
-        "zero_variance_fraction": 1 - grpo.informative(rewards).float().mean().item(),
-        "sampler_trainer_gap": gap if args.method in ("permix", "rlvr") else None,
+        "zero_variance_fraction": 1 - grpo.informative(rewards).float().mean().item() if on_policy else None,
+        "sampler_trainer_gap": gap if on_policy else None,
         "errors": sum(c.error is not None for c in batch.completions), "sampled_tokens": int(lengths.sum())}
 
 
