@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-DECIMAL = r"[-+]?\d+\.\d+(?![\d.]*\w)"
+DECIMAL = r"[-+]?\d+\.\d+"
 
 
 def test_the_walkthrough_is_what_a_fresh_step_gives(embedded):
