@@ -79,8 +79,8 @@ def code(function, *parts: str) -> str:
     return "```python\n" + f"# {name}\n" + textwrap.dedent("\n".join(found)) + "\n```"
 
 
-def block(text) -> str:
-    return f"```text\n{text}\n```"
+def block(lines) -> str:
+    return "\n".join(["```text", *lines, "```"])
 
 
 def rounded(x: torch.Tensor, digits: int = 4) -> str:
@@ -89,20 +89,20 @@ def rounded(x: torch.Tensor, digits: int = 4) -> str:
 
 def prompts(s) -> str:
     """Problems, personas, prompts."""
-    out = ["## 1. The problem", code(train.roll_outs, "chosen = "), block("\n".join(
-        f"{p.id}: {p.question}  gold: {p.answer}" for p in s.batch.problems))]
-    out += ["## 2. The persona", "With probability rho a training persona speaks in the system prompt (rho = "
-            f"{s.args.persona_prob} here). The scheme is ours: the paper's abstract names none. All completions of a "
-            "problem share it, so a persona is never compared with another inside a group.",
-            "![rows of completions coloured by persona: none for RLVR, one a row, one a cell](permix.svg)",
-            code(train.roll_outs, "drawn = "), code(personas.draw, "rng.random() >= prob", "return personas[int")]
-    out.append(block("\n".join(f"problem {i}: {row[0].name + ': ' + row[0].text if row[0] else 'no persona'}"
-                               for i, row in enumerate(s.batch.personas))))
+    out = ["## 1. The problem", code(train.roll_outs, "chosen = "),
+           block(f"{p.id}: {p.question}  gold: {p.answer}" for p in s.batch.problems), "## 2. The persona",
+           f"With probability rho = {s.args.persona_prob} a training persona speaks in the system prompt. The scheme "
+           "is ours: the paper's abstract names none. All completions of a problem share it, so a persona is never "
+           "compared with another inside a group.",
+           "![rows of completions coloured by persona: none for RLVR, one a row, one a cell](permix.svg)",
+           code(train.roll_outs, "drawn = "), code(personas.draw, "if rng", "return None", "return per"),
+           block(f"problem {i}: {row[0].name + ': ' + row[0].text if row[0] else 'no persona'}"
+                 for i, row in enumerate(s.batch.personas))]
     out += ["## 3. The prompt", "The chat template gives token ids, which nobody encodes again. Where there is no "
-            "persona, the template's own default stands in its place.",
+            "persona, the template's own default stands between `<|im_start|>system` and `<|im_end|>`.",
             code(personas.prompt_ids, "apply_chat_template")]
     for i, (ids, _) in enumerate(s.batch.groups):
-        out.append(block(f"problem {i}, {len(ids)} ids: {ids[:8]} ... {ids[-4:]}\n{s.tokenizer.decode(ids)}"))
+        out.append(block([f"problem {i}, {len(ids)} ids: {ids[:8]} ... {ids[-4:]}", s.tokenizer.decode(ids)]))
     return "\n\n".join(out)
 
 
@@ -112,28 +112,25 @@ def samples(s) -> str:
            f"\\mathrm{{softmax}}(z / T), \\quad T = {s.args.temperature}$$",
            "The sampler keeps each token's log-prob at the temperature it sampled with. The prompt is computed once; "
            "its completions are branches of a tree.", "![a trunk of prompt tokens with four branches](tree.svg)",
-           code(train.roll_out, "samples = generate"), code(rollout.sample_rows, "logprobs = (logits")]
-    out.append(block("\n".join(f"{i}.{c.sample} {len(c.tokens):2} tokens {'cut off' if c.truncated else 'ended  '} "
-                               f"{json.dumps(text, ensure_ascii=False)}" for c, text, i in zip(
-                                   s.batch.completions, s.batch.texts, [0] * 4 + [1] * 4, strict=True))))
-    last = s.batch.completions[-1]
-    out += ["The last one, token by token:", block("\n".join(
-        f"{token:6} {json.dumps(s.tokenizer.decode([token])):16} {value:8.4f}"
-        for token, value in zip(last.tokens, last.logprobs, strict=True)))]
+           code(train.roll_out, "samples = generate"), code(rollout.sample_rows, "logprobs = (logits"),
+           block(f"{c.index}.{c.sample} {len(c.tokens):2} tokens {'cut off' if c.truncated else 'ended  '} "
+                 f"{json.dumps(text)}" for c, text in zip(s.batch.completions, s.batch.texts, strict=True)),
+           "The last one, token by token:",
+           block(f"{token:6} {json.dumps(s.tokenizer.decode([token])):16} {value:8.4f}" for token, value in
+                 zip(s.batch.completions[-1].tokens, s.batch.completions[-1].logprobs, strict=True))]
     judged = [rewards.verify(s.batch.problems[i // 4].answer, text) for i, text in enumerate(s.batch.texts)]
     out += ["## 5. The verdicts", "Each is judged while others still decode. The rule says how the answer was found "
             "and compared.", code(train.make_judge, "verifier.submit", "return lambda: (float(future"),
-            block("\n".join(f"{i // 4}.{i % 4} {verdict:12} {v.extracted!r}, {v.rule}"
-                            for i, (verdict, v) in enumerate(zip(s.batch.verdicts, judged, strict=True)))),
+            block(f"{i // 4}.{i % 4} {verdict:12} {v.extracted!r}, {v.rule}"
+                  for i, (verdict, v) in enumerate(zip(s.batch.verdicts, judged, strict=True))),
             "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text says:",
             code(grpo.truncation, "masked_fill(truncated"),
-            block(f"rewards   {s.raw.tolist()}\nand after {s.calls['truncation'].result[0].tolist()}")]
+            block([f"rewards   {s.raw.tolist()}", f"and after {s.calls['truncation'].result[0].tolist()}"])]
     out += ["## 6. The advantages", "$$A_i = r_i - \\frac{1}{G} \\sum_{j=1}^{G} r_j$$",
             "GRPO's baseline (arXiv 2402.03300) without its division by the standard deviation (Dr. GRPO, arXiv "
             "2503.20783). A group whose rewards are all equal gets exactly 0 and is left out of the forward.",
             code(grpo.group_advantages, "centred = rewards"), code(train.learn, "useful = ", "if args.kl_coef or"),
-            block("\n".join(f"problem {i}: A = {rounded(row, 2)}"
-                            for i, row in enumerate(s.calls["group_advantages"].result)))]
+            block(f"problem {i}: A = {rounded(row, 2)}" for i, row in enumerate(s.calls["group_advantages"].result))]
     return "\n\n".join(out)
 
 
@@ -145,22 +142,22 @@ def forward(s) -> str:
     B, n, P, C = p.tree.shape
     out = ["## 7. The pack", "Every token stands once in a row without padding: trunks, then branches. A branch "
            "continues its trunk's positions. The last token of a completion is a target only, so it is not in the row.",
-           "![the packed row, and a mask of what attends to what](packing.svg)", code(decoder.pack, "branches = ",
-                                                                                      "hidden_index +="),
-           block(f"groups {B}, branches {n}, trunk {P}, longest branch {C}\n"
-                 f"input_ids {list(p.input_ids.shape)} = {P} + {' + '.join(str(x - 1) for x in p.lengths)}\n"
-                 f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a branch\n"
-                 f"targets {list(p.targets.shape)} = {' + '.join(map(str, p.lengths))}, read at hidden_index "
-                 f"{p.hidden_index[:3].tolist()} ...")]
+           "![the packed row, and a mask of what attends to what](packing.svg)",
+           code(decoder.pack, "branches = "), code(decoder.pack, "hidden_index +="),
+           block([f"groups {B}, branches {n}, trunk {P}, longest branch {C}",
+                  f"input_ids {list(p.input_ids.shape)} = {P} + {' + '.join(str(x - 1) for x in p.lengths)}",
+                  f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a branch",
+                  f"targets {list(p.targets.shape)} = {' + '.join(map(str, p.lengths))}, read at hidden_index "
+                  f"{p.hidden_index[:3].tolist()} ..."])]
     out += ["## 8. Log-probs and entropy", "$$\\log \\pi(y_t) = \\frac{z_{y_t}}{T} - \\log \\sum_v e^{z_v / T}, "
             "\\qquad H_t = -\\sum_v \\pi_v \\log \\pi_v$$",
             code(decoder.completion_logprobs, "hidden = model", "return linear"),
             code(_row_statistics, "logsumexp = ", "out[0, rows] = ", "out[1, rows] = "),
             "Sampler and trainer are the same weights at the same temperature, so they agree and the ratio is 1:",
-            block(f"first three: sampler {rounded(sampled[:3])}, trainer {rounded(logprobs[:3].detach())}\n"
-                  f"max |trainer - sampler| = {(logprobs - sampled).abs().max():.6f}\n"
-                  f"ratio from {(logprobs - old).exp().min():.6f} to {(logprobs - old).exp().max():.6f}\n"
-                  f"mean entropy {entropy.mean():.4f} nats")]
+            block([f"first three: sampler {rounded(sampled[:3])}, trainer {rounded(logprobs[:3])}",
+                   f"max |trainer - sampler| = {(logprobs - sampled).abs().max():.6f}",
+                   f"ratio from {(logprobs - old).exp().min():.6f} to {(logprobs - old).exp().max():.6f}",
+                   f"mean entropy {entropy.mean():.4f} nats"])]
     return "\n\n".join(out)
 
 
@@ -177,25 +174,25 @@ def learning(s) -> str:
            "whole batch, those of the group without variance too.", code(grpo.token_weights, "total_tokens) *"),
            code(grpo.policy_loss, "log_ratio = logprobs", "ratio = log_ratio.clamp", "loss = -(weights"),
            code(grpo.clipped_surrogate, "surrogate = torch.min"),
-           block(f"N = {s.calls['token_weights'].named['total_tokens']}, w_t = {weight[0]:.6f}\n"
-                 f"L = -{weight[0]:.6f} * ({terms}) = {call.result[0].item():+.6f}"),
+           block([f"N = {s.calls['token_weights'].named['total_tokens']}, w_t = {weight[0]:.6f}",
+                  f"L = -{weight[0]:.6f} * ({terms}) = {call.result[0].item():+.6f}"]),
            "At ratio 1 the loss says little; its gradient is that of the log-probs, weighted by the advantages."]
     out += ["## 10. Clipping", "$$g \\leftarrow g \\cdot \\min\\Big(1, \\frac{c}{\\lVert g \\rVert}\\Big)$$",
             code(policy.Policy.step, "clip_grad_norm_"),
-            block(f"norm {norm:.4f}, c = {s.args.max_grad_norm}: times {min(1, s.args.max_grad_norm / norm):.4f}")]
+            block([f"norm {norm:.4f}, c = {s.args.max_grad_norm}: times {min(1, s.args.max_grad_norm / norm):.4f}"])]
     out += ["## 11. AdamW on fp32 masters", "$$\\theta \\leftarrow \\theta - \\eta\\, \\frac{\\hat m}{\\sqrt{\\hat v} "
             "+ 10^{-8}}, \\qquad \\hat m = \\frac{m}{1 - \\beta_1^k}, \\quad \\hat v = \\frac{v}{1 - \\beta_2^k}$$",
             "(arXiv 1711.05101; no weight decay.) A bf16 model has fp32 masters behind it, refreshed into it after the "
             "step; in fp32, as here, they are the same tensors. In the first step every weight with a gradient moves "
             "by nearly the learning rate.", code(policy.Policy.__init__, "torch.optim.AdamW"),
             code(policy.Policy.step, "self.optimizer.step()", "self.refresh()"),
-            block(f"{NAME}[{ENTRY}]: gradient {m:+.6f}, by the formula {-m / (v ** 0.5 + 1e-8):+.4f} learning rates\n"
-                  f"{s.before:.6f} -> {state['masters']:.6f}, that is {(state['masters'] - s.before) / lr:+.2f} "
-                  f"times {lr}")]
+            block([f"{NAME}[{ENTRY}]: gradient {m:+.6f}, by the formula {-m / (v ** 0.5 + 1e-8):+.4f} learning rates",
+                   f"{s.before:.6f} -> {state['masters']:.6f}, that is {(state['masters'] - s.before) / lr:+.2f} "
+                   f"times {lr}"])]
     rows = zip(advantages, *(grpo.sequence_sum(x.detach(), lengths) for x in (logprobs, s.after)), strict=True)
-    out += ["## 12. What has changed", "The log-prob of each whole completion of the group, before and after:",
-            block("\n".join(f"1.{i} A = {a:+.2f}: {x:9.4f} -> {y:9.4f}  ({y - x:+.4f})"
-                            for i, (a, x, y) in enumerate(rows)))]
+    out += ["## 12. What has changed", "The log-prob of each whole completion of the group, before and after. So few "
+            "completions at the full learning rate move the model far; the main job has 96 a step and warms up.",
+            block(f"1.{i} A = {a:+.2f}: {x:9.4f} -> {y:9.4f}  ({y - x:+.4f})" for i, (a, x, y) in enumerate(rows))]
     return "\n\n".join(out)
 
 
