@@ -484,16 +484,14 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Count a model's parameters; compare its logits with transformers'.")
     parser.add_argument("--model", default=weights.EMBEDDED, help=f"as for train.py (default {weights.EMBEDDED})")
-    name = parser.parse_args(argv).model
     try:
-        model, tokenizer = weights.load(name, "float32", "cpu")
+        model, tokenizer = weights.load(parser.parse_args(argv).model, "float32", "cpu")
         ids = torch.tensor(personas.prompt_ids(tokenizer, "What is 6 + 7?", None))
     except (ValueError, OSError) as error:
         parser.exit(2, f"model.py: {weights.one_line(error)}\n")
     counts = Counter()
-    for parameter, values in model.named_parameters():
-        counts[next((part for part in ("self_attn", "mlp", "norm") if part in parameter), "embedding, head")] += (
-            values.numel())
+    for name, w in model.named_parameters():
+        counts[next((part for part in ("self_attn", "mlp", "norm") if part in name), "embedding, head")] += w.numel()
     for part, count in [*counts.items(), ("all", counts.total())]:
         print(f"{part:16}{count:>14,}{count / counts.total():8.1%}")
     theirs = AutoModelForCausalLM.from_config(model.hf_config, dtype=torch.float32, attn_implementation="eager").eval()
