@@ -37,3 +37,11 @@ def test_every_flag_of_the_readmes_commands_exists():
     for script, flags in commands:
         for flag in re.findall(r"--([a-z-]+)", flags):
             assert f'"--{flag}"' in sources[script] or f'add("{flag}"' in sources[script], f"{script} --{flag}"
+
+
+def test_the_results_that_the_pages_show_are_those_that_were_measured():
+    measured = (ROOT / "results" / "main" / "tables.md").read_text().splitlines()
+    arms = [line for line in measured if re.match(r"\| [a-z+]+ \| \d", line)]
+    assert len(arms) == 6
+    for page in ("README.md", "results/README.md"):
+        assert set(arms) <= set((ROOT / page).read_text().splitlines()), page
