@@ -45,3 +45,17 @@ def test_the_results_that_the_pages_show_are_those_that_were_measured():
     assert len(arms) == 6
     for page in ("README.md", "results/README.md"):
         assert set(arms) <= set((ROOT / page).read_text().splitlines()), page
+
+
+def test_every_symbol_that_the_pages_name_exists():
+    """`module.name` and `Class.method` in backticks, where the module is a file or the class stands in one."""
+    files = [path for folder in (".", "kernels", "verifier") for path in (ROOT / folder).glob("*.py")]
+    sources = {path.stem: path.read_text() for path in files}
+    classes = {name: text for text in sources.values() for name in re.findall(r"^class (\w+)", text, re.M)}
+    named = {match for page in PAGES for match in re.findall(r"`(\w+)\.(\w+)(?:\(\w*\))?`", page.read_text())}
+    known = [(owner, name) for owner, name in named if owner in sources | classes and name not in ("py", "html")]
+    assert len(known) > 8
+    for owner, name in known:
+        text = (sources | classes)[owner]
+        defined = rf"^ *(?:def|class) {name}\b|^ *(?:self\.)?{name}\b.*="
+        assert re.search(defined, text, re.M), f"{owner}.{name}"
