@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import personas  # noqa: E402
 import report  # noqa: E402
 from settings import settings  # noqa: E402
+from train import few  # noqa: E402
 
 ARMS = {
     "sft": ["--method", "sft"],
@@ -61,12 +62,12 @@ def evaluated(model, arm: str, folder: Path, args) -> Path:
 
 
 def flags(arm: str, out: Path) -> list[str]:
-    """Those of train.py for an arm; a number of personas becomes a file of as many, evenly from the training pool."""
+    """Those of train.py for an arm; a number of personas becomes a file of as many, evenly from the strata."""
     *rest, last = (ARMS | ABLATIONS)[arm]
     if rest[-1] != "--personas":
         return [*rest, last]
-    pool, file = personas.load("train"), out / f"{last}-personas.jsonl"
-    chosen = [pool[i * len(pool) // int(last)] for i in range(int(last))]
+    file = out / f"{last}-personas.jsonl"
+    chosen = few(personas.load("train"), int(last))
     file.write_text("".join(json.dumps(vars(persona)) + "\n" for persona in chosen))
     return [*rest, str(file)]
 

@@ -1,0 +1,42 @@
+"""The experiment's script: its arms, and the tables it left."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import compare
+import personas
+import settings
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("run", RESULTS / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_follow_from_the_raw_results_that_are_kept(run):
+    """From each run's answers to intervals and verdicts, as `python results/run.py` computed them."""
+    arms = {}
+    for folder in sorted((RESULTS / "main").glob("*/results.json")):
+        role, results = compare.read_arm(folder.parent)
+        arms.setdefault(role, []).append(results)
+    comparison = compare.side_by_side({role: arms[role] for role in sorted(arms, key=compare.ARMS.index)})
+    assert run.tables(comparison) == (RESULTS / "main" / "tables.md").read_text()
+
+
+def test_every_arm_is_one_that_train_py_takes(run, tmp_path):
+    for arm in run.ARMS | run.ABLATIONS:
+        settings.settings(run.flags(arm, tmp_path))
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+def test_a_number_of_personas_is_a_file_of_as_many_training_personas_from_all_strata(run, tmp_path, count):
+    pool = personas.load(run.flags(f"personas={count}", tmp_path)[-1])
+    assert len(pool) == count and set(pool) <= set(personas.load("train"))
+    assert len({p.stratum for p in pool}) == min(count, 3)
