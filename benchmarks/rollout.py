@@ -1,6 +1,6 @@
 """The sampler against transformers.generate and against its own matmul floor, on the embedded model.
 
-    python benchmarks/rollout.py [--repeats 3] [--json FILE]
+    python benchmarks/rollout.py [--repeats 3]
 
 Two settings, log-probs on for both engines. `equal`: 8 prompts x 8 samples, 64 new tokens, nothing stops. `longtail`:
 32 prompts x 4 samples, up to 128 new tokens, stop tokens that make the mean length about 0.3 of that and half of the
@@ -64,11 +64,15 @@ def theirs(model, prompts, n, new_tokens, stops, batch=64) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
-def matmuls(model, tokens: int, head_tokens: int) -> None:
-    """One pass of `tokens` tokens through every layer's matmuls, and of the first `head_tokens` through the head's."""
+def inputs(model, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `matmuls` multiplies, drawn before the clock starts."""
+    return tuple(torch.randn(tokens, size, dtype=model.dtype) for size in
+                 (model.c.hidden_size, model.c.intermediate_size))
+
+
+def matmuls(model, x: torch.Tensor, wide: torch.Tensor, head_tokens: int) -> None:
+    """x [N, H] and wide [N, intermediate] through every layer's matmuls, the first `head_tokens` through the head's."""
     for layer in model.layers:
-        x, wide = (torch.randn(tokens, size, dtype=model.dtype) for size in
-                   (model.c.hidden_size, model.c.intermediate_size))
         a, m = layer.self_attn, layer.mlp
         layer.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
         layer.linear(x, a["o_proj"])
@@ -81,12 +85,13 @@ def matmuls(model, tokens: int, head_tokens: int) -> None:
 @torch.inference_mode()
 def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
     """Seconds in the linear layers' matmuls alone: one prefill of the prompts, then `steps` decode steps."""
+    prefill, decode = inputs(model, prompt_tokens), inputs(model, rows)
     with model.packed():
-        matmuls(model, rows, rows)
+        matmuls(model, *decode, rows)                   # warm-up
         start = time.perf_counter()
-        matmuls(model, prompt_tokens, 0)
+        matmuls(model, *prefill, 0)
         for _ in range(steps):
-            matmuls(model, rows, rows)
+            matmuls(model, *decode, rows)
         return time.perf_counter() - start
 
 

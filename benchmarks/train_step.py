@@ -88,7 +88,7 @@ def floor(folder: Path, length: float) -> float:
 
     import tasks
     import weights
-    from benchmarks.rollout import matmuls
+    from benchmarks.rollout import inputs, matmuls
     from personas import prompt_ids
 
     model, tokenizer = weights.load(str(folder / "model"))
@@ -98,9 +98,10 @@ def floor(folder: Path, length: float) -> float:
     completion_tokens = round(rows * length)
 
     def seconds(tokens: int, head_tokens: int) -> float:
-        matmuls(model, tokens, head_tokens)             # warm-up
+        drawn = inputs(model, tokens)
+        matmuls(model, *drawn, head_tokens)             # warm-up
         start = time.perf_counter()
-        matmuls(model, tokens, head_tokens)
+        matmuls(model, *drawn, head_tokens)
         return time.perf_counter() - start
 
     with torch.inference_mode():
