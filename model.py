@@ -71,6 +71,16 @@ class Config:
     softcap: float | None = None                        # softcap * tanh(logits / softcap)
     stop_ids: list[int] = field(default_factory=list)   # tokens that end a completion
 
+    @property
+    def scale(self) -> float:
+        """Of the attention scores."""
+        return self.attn_scale or self.head_dim ** -0.5
+
+    def flash(self, layer: int) -> dict:
+        """What every call of flash-attn is told about a layer."""
+        window = self.windows[layer]
+        return {"softmax_scale": self.scale, "causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rotary positions (Su et al., arXiv 2104.09864)
@@ -322,7 +332,7 @@ class Tree:
             return self.flash(layer, q, k, v)
         B, n, P, C = self.shape
         K, D, T, window = k.shape[1], k.shape[2], self.trunk_tokens, self.c.windows[layer]
-        q = q * (self.c.attn_scale or D ** -0.5)
+        q = q * self.c.scale
 
         def pad(x, index, rows, width):                                         # -> [B, kv_heads, rows, g, width, D]
             return Move.apply(x, index, B * rows * width, True).view(B, rows, width, K, -1, D).permute(0, 3, 1, 4, 2, 5)
@@ -374,9 +384,7 @@ class Tree:
                     for trunk, own in zip(self.cached(layer), (k, v), strict=True))
         keys, *lengths = self.sequences
         k, v = (x.float()[keys].to(x.dtype) for x in (k, v))    # so a trunk's gradient is summed over branches in fp32
-        window = self.c.windows[layer]
-        return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=self.c.attn_scale or q.shape[-1] ** -0.5,
-                                      causal=True, window_size=(window - 1, 0) if window else (-1, -1))
+        return flash_attn_varlen_func(q, k, v, *lengths, **self.c.flash(layer))
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -495,8 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     for part, count in [*counts.items(), ("all", counts.total())]:
         print(f"{part:16}{count:>14,}{count / counts.total():8.1%}")
     theirs = AutoModelForCausalLM.from_config(model.hf_config, dtype=torch.float32, attn_implementation="eager").eval()
-    theirs.load_state_dict({n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.state_dict().items()},
-                           strict=not model.c.tied)     # a tied head is not among ours
+    theirs.load_state_dict(weights.state(model), strict=not model.c.tied)       # a tied head is not among ours
     packed = pack([(ids.tolist(), [])], model.c)
     logits = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
     reference = theirs(ids[None]).logits[0]

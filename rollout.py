@@ -94,13 +94,10 @@ class Cache:
             v[at, :, start:start + len(new_v)] = new_v.transpose(0, 1)
 
     @staticmethod
-    def copy(store: list, source: int, target: int) -> None:
-        for k, v in store:
-            k[target], v[target] = k[source], v[source]
-
-    def trunk_to_row(self, trunk: int, row: int, tokens: int) -> None:
-        for (k, v), (trunk_k, trunk_v) in zip(self.rows, self.trunks, strict=True):
-            k[row, ..., :tokens], v[row, :, :tokens] = trunk_k[trunk, ..., :tokens], trunk_v[trunk, :, :tokens]
+    def copy(source: list, at: int, target: list, to: int, tokens: int | None = None) -> None:
+        """The first `tokens` (default: all) of entry `at` of one store into entry `to` of the same or the other."""
+        for (k, v), (new_k, new_v) in zip(source, target, strict=True):
+            new_k[to, ..., :tokens], new_v[to, :, :tokens] = k[at, ..., :tokens], v[at, :, :tokens]
 
 
 @dataclass
@@ -355,7 +352,7 @@ class Generation:
         opening, prompt.trunk = prompt.trunk, Trunk(prompt.ids, self.n)
         self.place(prompt.trunk)
         if opening.ids:
-            self.cache.copy(self.cache.trunks, opening.at, prompt.trunk.at)
+            self.cache.copy(self.cache.trunks, opening.at, self.cache.trunks, prompt.trunk.at)
         self.cache.write(self.cache.trunks, prompt.trunk.at, len(opening.ids), kept, tokens)
         self.release(opening)
 
@@ -365,7 +362,7 @@ class Generation:
         copied = len(prompt.trunk.ids) if self.cache.flash else 0               # flash-attn reads one cache a row
         self.cache.rows = self.cache.grown(self.cache.rows, self.slots, copied + own + 1)
         if copied:
-            self.cache.trunk_to_row(prompt.trunk.at, at, copied)
+            self.cache.copy(self.cache.trunks, prompt.trunk.at, self.cache.rows, at, copied)
         if kept:
             self.cache.write(self.cache.rows, at, copied, kept, tokens)
         self.own[at] = copied + own
@@ -381,7 +378,7 @@ class Generation:
         row, last = self.rows[i], self.rows.pop()
         if last is not row:
             self.rows[i] = last
-            self.cache.copy(self.cache.rows, len(self.rows), i)
+            self.cache.copy(self.cache.rows, len(self.rows), self.cache.rows, i)
             self.own[i] = self.own[len(self.rows)]
         self.release(row.trunk)
         self.where = None
@@ -398,7 +395,7 @@ class Generation:
             return
         last = self.trunks.pop()
         if last is not trunk:
-            self.cache.copy(self.cache.trunks, last.at, trunk.at)
+            self.cache.copy(self.cache.trunks, last.at, self.cache.trunks, trunk.at)
             self.trunks[trunk.at], last.at = last, trunk.at
 
     def ids(self, rows: list[list[int]]) -> Tensor:
@@ -414,21 +411,23 @@ class Generation:
         """
         B = min(self.slots, -(-count // 8) * 8)
         self.cache.rows = self.cache.grown(self.cache.rows, self.slots, int(self.own[:B].max()) + 1)
-        rows = torch.arange(B, device=self.model.device)
         tokens = [row.out.tokens[-1] if row.out.tokens else 0 for row in self.rows[:B]]
         tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
-        own = self.own[:B]
-        if self.cache.flash:
-            hidden = self.model(tokens, own, self.flash)
-            self.own[:count] += 1
-            return hidden[:count]
+        position_ids, attend = (self.own[:B], self.flash) if self.cache.flash else self.on_trunks(count, B)
+        hidden = self.model(tokens, position_ids, attend)
+        self.own[:count] += 1
+        return hidden[:count]
+
+    def on_trunks(self, count: int, B: int):
+        """(position_ids [B], attend) of a decode step that reads each trunk once for all its rows."""
+        rows, own = torch.arange(B, device=self.model.device), self.own[:B]
         if self.where is None or self.where[0] != count:
             self.where = count, *self.trunk_cells(count)
         _, trunk_length, cell, row_of_cell = self.where
         trunk_length, cell = trunk_length[:B], cell[:B]
         in_trunk = (trunk_length > 0).to(self.model.dtype)[:, None, None, None]
         biases = {window: self.bias(window, own, trunk_length) for window in set(self.model.c.windows)}
-        S, scale = len(self.trunks), self.model.c.attn_scale or self.model.c.head_dim ** -0.5
+        S, scale = len(self.trunks), self.model.c.scale
 
         def attend(layer, q, k, v):
             K, D = k.shape[1], k.shape[2]
@@ -452,18 +451,14 @@ class Generation:
                 out = out + from_trunk * in_trunk       # a row without a trunk points at another's cell
             return out.flatten(1, 2)
 
-        hidden = self.model(tokens, trunk_length + own, attend)
-        self.own[:count] += 1
-        return hidden[:count]
+        return trunk_length + own, attend
 
     def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One call that appends k and v to the rows' caches and attends to them (flash-attn 2, arXiv 2307.08691)."""
-        B, c, window = len(q), self.model.c, self.model.c.windows[layer]
-        own_k, own_v = self.cache.rows[layer]
+        B, (own_k, own_v) = len(q), self.cache.rows[layer]
         return flash_attn_with_kvcache(
             q[:, None], own_k[:B].permute(0, 3, 1, 2), own_v[:B].transpose(1, 2), k[:, None], v[:, None],
-            cache_seqlens=self.own[:B].int(), softmax_scale=c.attn_scale or c.head_dim ** -0.5, causal=True,
-            window_size=(window - 1, 0) if window else (-1, -1))[:, 0]
+            cache_seqlens=self.own[:B].int(), **self.model.c.flash(layer))[:, 0]
 
     def trunk_cells(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first `count` rows in a grid [trunks, widest]: each row's trunk length [slots] and cell [slots], and each

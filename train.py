@@ -173,7 +173,8 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
     batch.rewards = rewards[mine]
     if args.dynamic_sampling:                           # DAPO: the others count as not drawn
         kept = kept & grpo.informative(rewards)[:, None]
-    if args.method in ("sft", "distill"):               # cross-entropy on the correct completions
+    imitates = args.method in ("sft", "distill")
+    if imitates:                                        # cross-entropy on the correct completions
         advantages, kept = rewards, kept & (rewards > 0)
     else:
         advantages = grpo.group_advantages(rewards + gathered(penalties(start, batch, args)), args.advantage,
@@ -203,14 +204,14 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         norm = policy.step(args.max_grad_norm)
     totals = gathered(torch.tensor([list(sums.values())], dtype=torch.float64)).sum(0)
     sums = dict(zip(SUMS, totals.tolist(), strict=True))
-    tokens, on_policy = sums["trained_tokens"], args.method in ("permix", "rlvr")
+    tokens = sums["trained_tokens"]
     entropy, divergence, gap = (sums[name] / tokens if tokens else None for name in ("entropy", "kl", "gap"))
     return {
         "reward": rewards.mean().item(), "entropy": entropy, "kl": divergence,
         "anchor_kl": anchor_kl / args.inner_epochs, "grad_norm": norm, **grpo.summarise(sums),
         "completion_length": lengths.float().mean().item(), "truncated_fraction": truncated.float().mean().item(),
-        "zero_variance_fraction": 1 - grpo.informative(rewards).float().mean().item() if on_policy else None,
-        "sampler_trainer_gap": gap if on_policy else None,
+        "zero_variance_fraction": None if imitates else 1 - grpo.informative(rewards).float().mean().item(),
+        "sampler_trainer_gap": None if imitates else gap,
         "errors": sum(c.error is not None for c in batch.completions), "sampled_tokens": int(lengths.sum())}
 
 

@@ -283,18 +283,22 @@ def whole_folder(target: Path):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def state(model: Transformer) -> dict[str, torch.Tensor]:
+    """The parameters on the CPU, by the names they have in a Hugging Face checkpoint."""
+    return {name if name.startswith("lm_head") else f"model.{name}": w.detach().to("cpu").contiguous()
+            for name, w in model.named_parameters()}
+
+
 def save(model: Transformer, tokenizer, folder: str | Path) -> None:
     """Writes a plain Hugging Face folder in the model's dtype: config, generation config, safetensors, tokenizer with
     its template."""
     from safetensors.torch import save_file
 
-    state = {name if name.startswith("lm_head") else f"model.{name}": w.detach().to("cpu").contiguous()
-             for name, w in model.named_parameters()}
     with whole_folder(Path(folder)) as part:
         model.hf_config.dtype = model.dtype
         model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type]]
         model.hf_config.save_pretrained(part)
-        save_file(state, part / "model.safetensors", {"format": "pt"})
+        save_file(state(model), part / "model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(part)
         generation = {"eos_token_id": model.c.stop_ids, "pad_token_id": tokenizer.pad_token_id}
         (part / "generation_config.json").write_text(json.dumps(generation))

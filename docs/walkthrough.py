@@ -108,6 +108,7 @@ def prompts(s) -> str:
 
 def samples(s) -> str:
     """Completions, verdicts, advantages."""
+    G = s.args.group_size
     out = ["## 4. The completions", "$$y_t \\sim \\pi(\\cdot \\mid x, y_{<t}), \\qquad \\pi = "
            f"\\mathrm{{softmax}}(z / T), \\quad T = {s.args.temperature}$$",
            "The sampler keeps each token's log-prob at the temperature it sampled with. The prompt is computed once; "
@@ -118,10 +119,10 @@ def samples(s) -> str:
            "The last one, token by token:",
            block(f"{token:6} {json.dumps(s.tokenizer.decode([token])):16} {value:8.4f}" for token, value in
                  zip(s.batch.completions[-1].tokens, s.batch.completions[-1].logprobs, strict=True))]
-    judged = [rewards.verify(s.batch.problems[i // 4].answer, text) for i, text in enumerate(s.batch.texts)]
+    judged = [rewards.verify(s.batch.problems[i // G].answer, text) for i, text in enumerate(s.batch.texts)]
     out += ["## 5. The verdicts", "Each is judged while others still decode. The rule says how the answer was found "
             "and compared.", code(train.make_judge, "verifier.submit", "return lambda: (float(future"),
-            block(f"{i // 4}.{i % 4} {verdict:12} {v.extracted!r}, {v.rule}"
+            block(f"{i // G}.{i % G} {verdict:12} {v.extracted!r}, {v.rule}"
                   for i, (verdict, v) in enumerate(zip(s.batch.verdicts, judged, strict=True))),
             "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text says:",
             code(grpo.truncation, "masked_fill(truncated"),

@@ -1,7 +1,8 @@
 """The experiment's script: its arms, and the tables it left."""
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @pytest.fixture(scope="module")
 def run():
-    spec = importlib.util.spec_from_file_location("run", RESULTS / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(RESULTS / "run.py")))
 
 
 def test_the_tables_follow_from_the_raw_results_that_are_kept(run):
