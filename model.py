@@ -105,7 +105,7 @@ def inverse_frequencies(head_dim: int, rope: dict) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [N, heads, D] turned by cos, sin [N, 1, D]; the first half of `sin` is negated (rotate_half without a copy)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class Layer(nn.Module):
         q, k, v = self.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
         if c.qk_norm == "all":
             q, k = a["q_norm"](q), a["k_norm"](k)
-        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))        # [N, heads, D]
+        q, k, v = (y.view(len(x), -1, c.head_dim) for y in (q, k, v))        # [N, heads, D]
         if c.qk_norm == "head":
             q, k = a["q_norm"](q), a["k_norm"](k)
         if cos is not None:

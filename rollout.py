@@ -34,6 +34,7 @@ from model import Transformer, Tree, flash_attn_with_kvcache, uses_flash
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
 MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
 SAMPLE_ROWS = 8                                         # rows of logits drawn from at once
+WIDTH = 32                                              # the cache grows by this many tokens
 
 
 @dataclass
@@ -76,11 +77,14 @@ class Cache:
         return [(zeros(count, K, D, width), zeros(count, K, width, D)) for _ in range(self.c.num_layers)]
 
     def grown(self, store: list, count: int, width: int) -> list:
-        """The same contents with room for `count` entries of `width` tokens, at least doubled where it grows."""
+        """The same contents with room for `count` entries of `width` tokens, if need be.
+
+        Widths grow by steps, not by doubling: a decode step reads all of it, so copying it every WIDTH steps is cheap.
+        """
         have, wide = store[0][1].shape[0], store[0][1].shape[2]
         if count <= have and width <= wide:
             return store
-        new = self.empty(max(count, 2 * have) if count > have else have, max(width, 2 * wide) if width > wide else wide)
+        new = self.empty(max(count, 2 * have) if count > have else have, max(wide, -(-width // WIDTH) * WIDTH))
         for (k, v), (new_k, new_v) in zip(store, new, strict=True):
             new_k[:have, ..., :wide], new_v[:have, :, :wide] = k, v
         return new
@@ -167,8 +171,7 @@ def sample_rows(logits, uniforms, temperature, top_k, top_p, min_p) -> tuple[Ten
     B, V = logits.shape
     top = logits.amax(-1, keepdim=True)
     weights = logits.new_zeros(B, -(-V // 256) * 256) if V % 256 else torch.empty_like(logits)
-    torch.sub(logits, top, out=weights[:, :V])
-    weights[:, :V].div_(temperature).exp_()
+    torch.add(top / -temperature, logits, alpha=1 / temperature, out=weights[:, :V]).exp_()
     blocks = weights.view(B, -1, 256)
     cdf = blocks.sum(-1).double().cumsum(-1)                                    # [B, V / 256]
     target = uniforms[:, None] * cdf[:, -1:]
@@ -423,33 +426,29 @@ class Generation:
         rows, own = torch.arange(B, device=self.model.device), self.own[:B]
         if self.where is None or self.where[0] != count:
             self.where = count, *self.trunk_cells(count)
-        _, trunk_length, cell, row_of_cell = self.where
-        trunk_length, cell = trunk_length[:B], cell[:B]
-        in_trunk = (trunk_length > 0).to(self.model.dtype)[:, None, None, None]
-        biases = {window: self.bias(window, own, trunk_length) for window in set(self.model.c.windows)}
-        S, scale = len(self.trunks), self.model.c.scale
+        _, trunk_length, to_grid, from_grid = self.where
+        S, P = len(self.trunks), self.cache.trunks[0][0].shape[-1] if self.trunks else 0
+        T = self.cache.rows[0][0].shape[-1]
+        trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.model.c.num_kv_heads]
+        biases = {window: bias(window, own, T, trunk_length, P).to(self.model.dtype) for window in set(self.model.c.windows)}
 
         def attend(layer, q, k, v):
-            K, D = k.shape[1], k.shape[2]
-            own_k, own_v = self.cache.rows[layer]
+            (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
+            own_k, own_v = (x[:B] for x in self.cache.rows[layer])
             own_k[rows, :, :, own], own_v[rows, :, own] = k, v
-            q = (q * scale).view(B, K, -1, D)                                   # [B, K, g, D]
-            scores = q.view(B * K, -1, D) @ own_k[:B].view(B * K, D, -1)
-            scores = scores.view(B, K, q.shape[2], -1)
+            q = (q * self.model.c.scale).reshape(B * K, g, D)
+            scores = q @ own_k.flatten(0, 1)                                    # [B * K, g, T]
             if S:                                       # one matmul a trunk and kv head: all its rows' queries at once
-                trunk_k, trunk_v = (x[:S] for x in self.cache.trunks[layer])
-                P = trunk_k.shape[-1]
-                grid = q[row_of_cell].view(S, -1, K, q.shape[2], D).transpose(1, 2).reshape(S, K, -1, D)
-                on_trunk = (grid @ trunk_k).view(S, K, -1, q.shape[2], P).transpose(1, 2).flatten(0, 1)[cell]
+                trunk_k, trunk_v = (x[:S].flatten(0, 1) for x in self.cache.trunks[layer])
+                grid = q.index_select(0, to_grid).view(S * K, -1, D)
+                on_trunk = (grid @ trunk_k).view(-1, g, P).index_select(0, from_grid)
                 scores = torch.cat([on_trunk, scores], -1)
-            weights = (scores + biases[self.model.c.windows[layer]]).softmax(-1)
-            out = weights[..., scores.shape[-1] - own_k.shape[-1]:].reshape(B * K, -1, own_k.shape[-1])
-            out = (out @ own_v[:B].view(B * K, -1, D)).view(B, K, -1, D)
+            weights = scores.view(B, K, g, -1).add_(biases[self.model.c.windows[layer]]).softmax(-1).view(B * K, g, -1)
+            out = weights[..., P:] @ own_v.flatten(0, 1)
             if S:
-                grid = weights[..., :P][row_of_cell].view(S, -1, K, q.shape[2], P).transpose(1, 2).reshape(S, K, -1, P)
-                from_trunk = (grid @ trunk_v).view(S, K, -1, q.shape[2], D).transpose(1, 2).flatten(0, 1)[cell]
-                out = out + from_trunk * in_trunk       # a row without a trunk points at another's cell
-            return out.flatten(1, 2)
+                grid = weights[..., :P].index_select(0, to_grid).view(S * K, -1, P)
+                out += (grid @ trunk_v).view(-1, g, D).index_select(0, from_grid)
+            return out.view(B, K * g, D)
 
         return trunk_length + own, attend
 
@@ -461,31 +460,33 @@ class Generation:
             cache_seqlens=self.own[:B].int(), **self.model.c.flash(layer))[:, 0]
 
     def trunk_cells(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `count` rows in a grid [trunks, widest]: each row's trunk length [slots] and cell [slots], and each
-        cell's row. Rows without a trunk and empty cells point at 0; what comes of that is masked or not read."""
-        members: dict[int, list[int]] = {t.at: [] for t in self.trunks}
-        for i, row in enumerate(self.rows[:count]):
-            if row.trunk.at >= 0:
-                members[row.trunk.at].append(i)
-        widest = max(map(len, members.values()), default=0)
-        length, cell, row_of_cell = [0] * self.slots, [0] * self.slots, [0] * (len(self.trunks) * widest)
-        for at, rows in members.items():
-            for j, i in enumerate(rows):
-                length[i], cell[i], row_of_cell[at * widest + j] = len(self.trunks[at].ids), at * widest + j, i
-        return tuple(torch.tensor(x, dtype=torch.long, device=self.model.device) for x in (length, cell, row_of_cell))
+        """Each row's trunk length [slots], and where (row, kv head) and (trunk, kv head, member) find each other: the
+        row of every cell of a grid [trunks, kv_heads, widest], and the cell of every row [slots * kv_heads].
 
-    def bias(self, window: int, own: Tensor, trunk_length: Tensor) -> Tensor:
-        """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T]."""
-        B, device = len(own), own.device
-        at = torch.arange(self.cache.rows[0][0].shape[-1], device=device).expand(B, -1)
-        back = own[:, None] - at                                                # query position - key position
-        if self.trunks:
-            key = torch.arange(self.cache.trunks[0][0].shape[-1], device=device)
-            length = trunk_length[:, None]
-            back = torch.cat([torch.where(key < length, length + own[:, None] - key, -1), back], -1)
-        hidden = (back < 0) | (back >= window) if window else back < 0
-        bias = torch.zeros_like(hidden, dtype=self.model.dtype).masked_fill_(hidden, -torch.inf)
-        return bias[:, None, None]
+        A row without a trunk sits at the first one, all of which it is hidden from. Empty cells point at row 0 and
+        rows that are not live at cell 0; what comes of that is not read.
+        """
+        members: list[list[int]] = [[] for _ in self.trunks]
+        length, cell = [0] * self.slots, [(0, 0)] * self.slots
+        for i, row in enumerate(self.rows[:count] if self.trunks else ()):
+            at = max(row.trunk.at, 0)
+            length[i], cell[i] = len(row.trunk.ids), (at, len(members[at]))
+            members[at].append(i)
+        heads, widest = range(self.model.c.num_kv_heads), max(map(len, members), default=0)
+        to_grid = [i * len(heads) + h for rows in members for h in heads for i in rows + [0] * (widest - len(rows))]
+        from_grid = [(at * len(heads) + h) * widest + j for at, j in cell for h in heads]
+        return tuple(torch.tensor(x, dtype=torch.long, device=self.model.device) for x in (length, to_grid, from_grid))
+
+
+def bias(window: int, own: Tensor, T: int, trunk_length: Tensor, P: int) -> Tensor:
+    """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T] fp32."""
+    key = torch.arange(T, device=own.device)
+    back = own[:, None] - key                                                   # query position - key position
+    if P:
+        key, length = torch.arange(P, device=own.device), trunk_length[:, None]
+        back = torch.cat([torch.where(key < length, length + own[:, None] - key, -1), back], -1)
+    hidden = (back < 0) | (back >= window) if window else back < 0
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
 def batches(items: list, size_of) -> Iterator[list]:
