@@ -430,7 +430,8 @@ class Generation:
         S, P = len(self.trunks), self.cache.trunks[0][0].shape[-1] if self.trunks else 0
         T = self.cache.rows[0][0].shape[-1]
         trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.model.c.num_kv_heads]
-        biases = {window: bias(window, own, T, trunk_length, P).to(self.model.dtype) for window in set(self.model.c.windows)}
+        biases = {window: bias(window, own, T, trunk_length, P).to(self.model.dtype)
+                  for window in set(self.model.c.windows)}
 
         def attend(layer, q, k, v):
             (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
