@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, samples.jsonl, warnings in words, and trackers for those who use one.
+"""What a run says of itself: metrics.jsonl, samples.jsonl, where its time goes, warnings in words, and trackers.
 
 metrics.jsonl comes first: a line a step, written before anything else looks at it. Left out: dashboards.
 """
@@ -10,7 +10,9 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+
+import torch
 
 from report import write_atomically
 
@@ -62,6 +64,52 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[phase] = round(time.perf_counter() - start, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the time goes (--profile)
+
+
+@contextmanager
+def operators(wanted: bool):
+    """Prints the ten operators that take the most time within it."""
+    if not wanted:
+        yield
+        return
+    with torch.profiler.profile() as recorded:          # CPU, and CUDA where there is one
+        yield
+    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    taken = sorted(((getattr(e, by), e.count, e.key) for e in recorded.key_averages()), reverse=True)
+    total = sum(time for time, *_ in taken)
+    print("operators of one step:", file=sys.stderr)
+    for microseconds, count, name in taken[:10]:
+        print(f"  {name:40} {microseconds / 1e6:8.3f} s {microseconds / total:6.1%} {count:8} calls", file=sys.stderr)
+
+
+def profile(history: list[dict], model, ranks: int) -> str:
+    """The median step by phase beside its floor: the FLOPs of the linear layers (2 a weight and token forward, 4
+    backward) at the speed of one large matmul, measured here."""
+    body = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    head, speed = model.head_weight.numel(), matmul_speed(model.dtype, model.device)
+    floors = [{"sample": 2 * body * (m["prompt_tokens"] + m["sampled_tokens"]) + 2 * head * m["sampled_tokens"],
+               "train": 6 * body * m["packed_tokens"] + 6 * head * m["trained_tokens"]} for m in history]
+    lines = [f"a step's seconds, the floor of its matmuls at {speed / 1e9:.0f} GFLOP/s, and their ratio:"]
+    for phase in ("sample", "train", "step"):
+        seconds = median(m["seconds"][phase] for m in history)
+        floor = median(f["sample"] + f["train"] if phase == "step" else f[phase] for f in floors) / speed / ranks
+        lines.append(f"  {phase:8} {seconds:8.2f} {floor:8.2f} {seconds / floor:6.1f}x" if floor else
+                     f"  {phase:8} {seconds:8.2f}")
+    return "\n".join(lines)
+
+
+def matmul_speed(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """FLOPs a second of one large matmul, the best of five."""
+    a, times = torch.randn(size, size, dtype=dtype, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()                            # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(times)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ import os
 import shutil
 import sys
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -209,22 +211,40 @@ def fitted(policy: Policy, limit: float, slots: int, *group: int) -> int:
 # Checkpoints: step-N/, with a manifest of its files' sizes, whole or not at all
 
 
-def save_checkpoint(policy: Policy, folder: Path, step: int, keep: int) -> None:
-    """Writes folder/step-N, every rank its shards; then older ones beyond `keep` are removed."""
+def save_checkpoint(policy: Policy, folder: Path, step: int, keep: int, background: bool = False) -> Future | None:
+    """Writes folder/step-N, every rank its shards; then older ones beyond `keep` are removed.
+
+    In the background only a copy of the state is awaited. Ask the future for its result before the next checkpoint.
+    """
     target = folder / f"step-{step:06d}"
     part = folder / f".{target.name}.part"
     if ranks()[0] == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait()
-    dcp.save(policy.state(), checkpoint_id=part)       # files are flushed to the disk
-    if ranks()[0] == 0:
-        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-        (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
-        shutil.rmtree(target, ignore_errors=True)       # a torn one of the same step
-        part.rename(target)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+
+    def commit(written: Future | None = None) -> None:
+        if written:
+            written.result()
+        if ranks()[0] == 0:                             # all ranks' files are there, flushed to the disk
+            sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+            (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+            shutil.rmtree(target, ignore_errors=True)   # a torn one of the same step
+            part.rename(target)
+            for old in sorted(folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+
+    if not background:
+        dcp.save(policy.state(), checkpoint_id=part)
+        return commit()
+    group, thread = background_writer()
+    return thread.submit(commit, dcp.async_save(policy.state(), checkpoint_id=part, process_group=group))
+
+
+@cache
+def background_writer() -> tuple[dist.ProcessGroup | None, ThreadPoolExecutor]:
+    """A group whose collectives can't get mixed up with the step's, and the thread that commits."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None, ThreadPoolExecutor(1)
 
 
 def load_checkpoint(policy: Policy, folder: Path) -> int:

@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     add("eval-personas", 9, "how many test personas, evenly from the strata")
     add("save-every", 20, "steps between checkpoints")
     add("keep", 2, "checkpoints kept")
+    add("async-save", False, "write checkpoints while training goes on", action="store_true")
+    add("overlap", False, "sample a step's batch while the one before is trained on: one step off-policy, corrected",
+        action="store_true")
+    add("profile", False, "say where a step's time goes, beside the time of its matmuls alone", action="store_true")
     add("tracker", None, "also log there", choices=list(monitor.TRACKERS))
     add("progress", False, "progress bar even without a terminal", action="store_true")
     return p
@@ -125,6 +129,12 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     if not (args.temperature > 0 and args.learning_rate > 0):
         raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
+    if args.overlap and args.dynamic_sampling:
+        raise ValueError("--overlap cannot go with --dynamic-sampling: both want the ranks' collectives at once")
+    if args.overlap and args.method in ("sft", "distill"):
+        raise ValueError(f"--overlap is for a policy that samples; {args.method} imitates others' completions")
+    if args.overlap and args.correction == "none":      # the samples are of the weights before
+        args.correction = "truncate"
     if args.shard < 0 or args.shard and ranks()[1] % args.shard:
         raise ValueError(f"--shard {args.shard} must divide the {ranks()[1]} processes")
     if args.prompts % ranks()[1]:

@@ -28,6 +28,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def roll_outs(author: Transformer | None, tokenizer, problems, pool, judge, args
         drawn = personas.mix(pool, args.persona_prob, args.mix, keys, args.group_size, args.seed)
         more = roll_out(author, tokenizer, chosen[share], drawn[share], judge, args, at, share.start)
         batch = batch.joined(more) if batch else more
+        if not args.dynamic_sampling:
+            break
         rewards = gathered(grpo.truncation(batch.rewards, batch.truncated, args.truncated)[0])
         if grpo.informative(rewards).sum() >= args.prompts:
             break
@@ -160,7 +163,7 @@ def make_judge(spec: str, verifier: rewards.Verifier):
 # Learning
 
 
-SUMS = ("trained_tokens", "entropy", "kl", "gap", *grpo.SUMS)                   # added up over micro-batches and ranks
+SUMS = ("packed_tokens", "trained_tokens", "entropy", "kl", "gap", *grpo.SUMS)  # added up over micro-batches and ranks
 
 
 def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step: int, args) -> dict:
@@ -212,7 +215,9 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         "completion_length": lengths.float().mean().item(), "truncated_fraction": truncated.float().mean().item(),
         "zero_variance_fraction": None if imitates else 1 - grpo.informative(rewards).float().mean().item(),
         "sampler_trainer_gap": None if imitates else gap,
-        "errors": sum(c.error is not None for c in batch.completions), "sampled_tokens": int(lengths.sum())}
+        "errors": sum(c.error is not None for c in batch.completions),
+        **{name: int(sums[name]) for name in ("packed_tokens", "trained_tokens")}, "sampled_tokens": int(lengths.sum()),
+        "prompt_tokens": sum(len(prompt) for prompt, _ in batch.groups) * ranks()[1]}
 
 
 def micro_loss(model: Transformer, start: Transformer | None, groups, sampled: Tensor, old: Tensor | None,
@@ -238,8 +243,9 @@ def micro_loss(model: Transformer, start: Transformer | None, groups, sampled: T
         loss = loss + args.kl_coef * (weight * divergence).sum()
     if args.entropy_coef:
         loss = loss - args.entropy_coef * (weight * entropy).sum()
-    return loss, old, sums | {"trained_tokens": len(sampled), "entropy": entropy.detach().sum(),
-                              "kl": divergence.detach().sum(), "gap": (old - sampled).abs().sum()}
+    return loss, old, sums | {"packed_tokens": len(packed.input_ids), "trained_tokens": len(sampled),
+                              "entropy": entropy.detach().sum(), "kl": divergence.detach().sum(),
+                              "gap": (old - sampled).abs().sum()}
 
 
 @torch.no_grad()
@@ -294,20 +300,22 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
     track = monitor.tracker(args.tracker, out, vars(args)) if rank == 0 else None
     check_disk(out, policy, args.keep)
     plan_memory(policy, tokenizer, problems, pool, args)
-    broken = 0                                          # gradients in a row that were not finite
+    broken, saved, ended = 0, None, False               # gradients in a row that were not finite; the last checkpoint
     with (rewards.Verifier() as verifier, terminated() as stop,
           tqdm(total=args.steps, initial=first, unit="step",
                disable=rank > 0 or not (args.progress or sys.stderr.isatty())) as bar):
         judge = make_judge(args.reward, verifier)
+        rolled_out = batches(lambda by, step: roll_outs(by, tokenizer, problems, pool, judge, args, step), author,
+                             first, args)
         for step in range(first, args.steps):
             clock = monitor.Clock()
-            with clock("step"):
+            with clock("step"), monitor.operators(args.profile and rank == 0 and step == first + 1):
                 with clock("sample"):
-                    batch = roll_outs(author, tokenizer, problems, pool, judge, args, step)
+                    batch, lag = next(rolled_out)
                 with clock("train"):
                     metrics = learn(policy, start, batch, anchor, step, args)
-            speed = metrics.pop("sampled_tokens") / clock.seconds["sample"]
-            metrics = {"step": step, **metrics, "accuracy_by_stratum": monitor.strata(batch),
+            speed = metrics["sampled_tokens"] / clock.seconds["step" if lag else "sample"]
+            metrics = {"step": step, **metrics, "lag": lag, "accuracy_by_stratum": monitor.strata(batch),
                        "unverifiable_fraction": batch.verdicts.count("unverifiable") / len(batch.verdicts),
                        "tokens_per_second": speed, "seconds": clock.seconds}
             broken = 0 if math.isfinite(metrics["grad_norm"]) else broken + 1
@@ -324,13 +332,42 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
                                  f"the last checkpoint with --resume {out}")
             ended = gathered(torch.tensor([len(stop)])).any()                   # SIGTERM, on whichever rank
             if ended or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save_checkpoint(policy, out / "checkpoints", step + 1, args.keep)
-            if ended and step + 1 < args.steps:
-                raise Terminated
+                if saved:
+                    saved.result()
+                saved = save_checkpoint(policy, out / "checkpoints", step + 1, args.keep, args.async_save)
+            if ended:
+                break
+        if saved:
+            saved.result()
+        if ended and step + 1 < args.steps:
+            raise Terminated
     if rank == 0:
+        if args.profile:
+            print(monitor.profile(watch.history, model, ranks()[1]), file=sys.stderr)
         weights.save(model, tokenizer, out / "model")
         figure = report.curves({args.method: watch.history})
         figure.savefig(out / "curves.png", dpi=120)
+
+
+def batches(roll, author: Transformer | None, first: int, args):
+    """(batch, lag) of every step: lag is how many steps old the weights are that have sampled it.
+
+    `--overlap`: a copy of the author samples the next batch while this one is trained on, so its lag is 1. The first
+    one after a checkpoint is sampled with the weights of that checkpoint: a resumed run is the same run. (After SIGTERM
+    it is not: that saves where no checkpoint was due.)
+    """
+    if not args.overlap:
+        yield from ((roll(author, step), 0) for step in range(first, args.steps))
+        return
+    earlier, ahead = copy.deepcopy(author), None
+    with ThreadPoolExecutor(1) as thread:
+        for step in range(first, args.steps):
+            batch, lag = (ahead.result(), 1) if ahead else (roll(author, step), 0)
+            ahead = None
+            if step + 1 < args.steps and (step + 1) % args.save_every:
+                earlier.load_state_dict(author.state_dict())
+                ahead = thread.submit(roll, earlier, step + 1)
+            yield batch, lag
 
 
 def plan_memory(policy: Policy, tokenizer, problems, pool, args) -> None:

@@ -304,11 +304,12 @@ def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_
     assert len(metrics(tmp_path / "run")) >= 2 and (tmp_path / "run" / "config.json").stat().st_size > 0
 
 
-def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_folder, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--async-save"]])
+def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_folder, tmp_path, more):
     """kill -9 at random moments, checkpoint writing included; the environment's KILLS says how often."""
     out, draw, kills = tmp_path / "killed", random.Random(0), int(os.environ.get("KILLS", 2))
     steps = 20 * (kills + 1)
-    flags = ["--steps", str(steps), "--keep", "1"]
+    flags = ["--steps", str(steps), "--keep", "1", *more]
     assert run(tiny_folder, tmp_path / "whole", *flags) == 0
     command = [sys.executable, "train.py", "--model", tiny_folder, "--out", out, *FAST, *REWARD, *flags]
     while kills:
@@ -340,10 +341,42 @@ def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(ti
     assert metrics(out) == metrics(tmp_path / "whole") and same(tensors(out), tensors(tmp_path / "whole"))
 
 
-def torchrun(folder, out, *more, reward="tests.test_train:word_reward"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+def test_p20_a_run_that_samples_ahead_is_one_step_off_policy_corrected_and_resumes_as_it_was(tiny_folder, tmp_path):
+    flags = ["--overlap", "--save-every", "3", "--steps", "6"]
+    assert run(tiny_folder, tmp_path / "whole", *flags) == 0
+    assert run(tiny_folder, tmp_path / "half", *flags[:-1], "3") == 0
+    assert train.main(["--resume", str(tmp_path / "half"), "--steps", "6"]) == 0
+    assert metrics(tmp_path / "half") == metrics(tmp_path / "whole")
+    assert same(tensors(tmp_path / "half"), tensors(tmp_path / "whole"))
+    assert [m["lag"] for m in metrics(tmp_path / "whole")] == [0, 1, 1, 0, 1, 1]
+    for m in metrics(tmp_path / "whole"):               # the samples are of the weights before the last step
+        assert m["sampler_trainer_gap"] is None or (m["sampler_trainer_gap"] > 1e-4) == (m["lag"] == 1)
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())["settings"]
+    assert settings["correction"] == "truncate"
+
+
+def test_sampling_ahead_changes_nothing_where_the_weights_stand_still(tiny_folder, tmp_path):
+    flags = ["--save-every", "4", "--learning-rate", "1e-30", "--correction", "truncate"]
+    assert run(tiny_folder, tmp_path / "ahead", "--overlap", *flags) == 0
+    assert run(tiny_folder, tmp_path / "plain", *flags) == 0
+    ahead, plain = ([{k: v for k, v in m.items() if k != "lag"} for m in metrics(tmp_path / name)]
+                    for name in ("ahead", "plain"))
+    assert ahead == plain
+
+
+def test_the_profile_names_phases_floors_and_operators(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "run", "--profile") == 0
+    said = capsys.readouterr().err
+    assert "operators of one step:" in said and "aten::" in said
+    for phase in ("sample", "train", "step"):
+        seconds, floor, ratio = map(float, re.search(rf"  {phase} +([\d.]+) +([\d.]+) +([\d.]+)x", said).groups())
+        assert seconds > 0 and ratio > 1 and floor <= seconds
+
+
+def torchrun(folder, out, *more, reward="tests.test_train:word_reward", nproc=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "train.py",
                "--model", folder, "--out", out, *FAST, "--reward", reward, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_two_ranks_take_the_same_step_as_one(tiny_folder, tmp_path):
@@ -355,11 +388,11 @@ def test_two_ranks_take_the_same_step_as_one(tiny_folder, tmp_path):
         assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-5, name
 
 
-@pytest.mark.parametrize("shard", ["1", "2"])
-def test_p20_a_run_goes_on_with_another_number_of_ranks(tiny_folder, tmp_path, shard):
+@pytest.mark.parametrize("more", [["--shard", "1"], ["--shard", "2"], ["--async-save"]])
+def test_p20_a_run_goes_on_with_another_number_of_ranks(tiny_folder, tmp_path, more):
     """Masters and moments sharded over two ranks, or replicated: read back by one. Equal up to summation order."""
     assert run(tiny_folder, tmp_path / "one", "--steps", "4") == 0
-    assert torchrun(tiny_folder, tmp_path / "two", "--steps", "2", "--shard", shard).returncode == 0
+    assert torchrun(tiny_folder, tmp_path / "two", "--steps", "2", *more).returncode == 0
     assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4", "--shard", "0"]) == 0
     assert [m["reward"] for m in metrics(tmp_path / "two")] == [m["reward"] for m in metrics(tmp_path / "one")]
     for name, tensor in tensors(tmp_path / "one").items():
@@ -400,8 +433,11 @@ def rank_1_only(problem, text: str) -> float:
     return word_reward(problem, text) if dist.get_rank() else 0.0
 
 
-def test_p21_a_rank_with_nothing_to_train_on_hangs_nobody(tiny_folder, tmp_path):
-    assert torchrun(tiny_folder, tmp_path / "starved", reward="tests.test_train:rank_1_only").returncode == 0
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_p21_a_rank_with_nothing_to_train_on_hangs_nobody(tiny_folder, tmp_path, nproc):
+    done = torchrun(tiny_folder, tmp_path / "starved", "--prompts", 4, reward="tests.test_train:rank_1_only",
+                    nproc=nproc)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert len(metrics(tmp_path / "starved")) == 4
 
 
@@ -475,7 +511,8 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
     (["--reward", "nothing"], "module:function"), (["--reward", "tests.test_train:nan_reward"], "finite"),
     (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "above 0"),
     (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
-    (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"), (["--dual-clip", "1"], "above 1 + clip_high")])
+    (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"), (["--dual-clip", "1"], "above 1 + clip_high"),
+    (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--method", "sft"], "imitates")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
     assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
