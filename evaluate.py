@@ -209,9 +209,10 @@ def rivals(rows, reruns, n_personas, seed):
     cost = np.array([row["tokens"] for row in rows]).reshape(-1, n_items).mean(axis=1)  # tokens an answer, by persona
     out = [("no persona", table[:, 0].mean(), cost[0]), ("a persona at random", table[:, 1:].mean(), cost[1:].mean())]
     if n_items > 1:
-        picking = (n_items // 2) / (n_items - n_items // 2) * cost[1:].sum()
-        out.append((f"best of {n_personas} personas, picked on a held-out half",
-                    measures.held_out_lottery(table[:, 1:], seed)[-1], picking + cost[1:].mean()))
+        kept, each = measures.held_out_lottery(table[:, 1:], seed), cost[1:].mean()
+        picking = (n_items // 2) / (n_items - n_items // 2) * each                      # of one persona, per item kept
+        out += [(f"best of {k} personas, picked on a held-out half", kept[k - 1], k * picking + each)
+                for k in sorted({2, 4, 8, 16, n_personas}) if k <= n_personas]
     out.append((f"majority of {n_personas} personas", measures.majority(rows[n_items:]), cost[1:].sum()))
     if reruns:
         spent = sum(row["tokens"] for row in reruns) / n_items
@@ -347,6 +348,7 @@ def parse(argv):
     add("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint, key in JUDGE_API_KEY (default: in this process)")
     add("--judge-model", default="smollm2-135m", help="name at --judge, or a model as for --model")
+    add("--judge-concurrency", type=int, default=4, help="questions asked of --judge at a time")
     add("--judge-price", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="per million tokens")
     add("--compare", nargs="+", metavar="DIR", help="evaluation folders to put side by side, into --out")
     add("--roles", nargs="+", help="names for the folders of --compare: start, rlvr, permix, ...")
@@ -371,7 +373,7 @@ def one_arm(args):
         scorer = model if start == args.model else weights.load(start, args.dtype, args.device)[0]
         fidelity_args = {"questions": pool.load_roleplay("test")[:args.fidelity], "start_model": scorer}
     if args.personagym:
-        grader = (judge.endpoint(args.judge, args.judge_model) if args.judge
+        grader = (judge.endpoint(args.judge, args.judge_model, args.judge_concurrency) if args.judge
                   else judge.local(*weights.load(args.judge_model, args.dtype, args.device)))
         gym_args = {"questions": judge.questions(args.personagym), "grader": grader, "name": args.judge_model,
                     "folder": args.out, "price": args.judge_price}

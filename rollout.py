@@ -12,7 +12,7 @@ counter-based stream (Philox) and inverts the CDF; torch's global generator is n
 
 On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.packed`).
 
-Left out: beam search, speculative decoding, paged memory (rows and trunks grow by doubling instead).
+Left out: beam search, speculative decoding, paged memory (rows and trunks grow by steps instead).
 """
 
 import argparse

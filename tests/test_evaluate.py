@@ -335,6 +335,13 @@ def test_rivals_are_charged_for_every_token_they_spend():
                    "majority of 2 personas": (1, 50), "majority of 2 samples without persona": (1, 30)}
 
 
+def test_a_search_among_more_personas_is_charged_for_them():
+    rows = [{"id": str(i), "extracted": "5", "correct": True, "tokens": 10} for _ in range(1 + 5) for i in range(4)]
+    search = [row for row in evaluate.rivals(rows, [], 5, 0) if row["name"].startswith("best of")]
+    assert [(row["name"].split()[2], row["accuracy"], row["tokens_per_item"]) for row in search] == [
+        ("2", 1, 2 * 10 + 10), ("4", 1, 4 * 10 + 10), ("5", 1, 5 * 10 + 10)]
+
+
 def test_a_sum_of_logprobs_equals_the_plain_forward_of_prompt_and_completion(tiny):
     groups = [([5, 9, 2], [[7, 8], [1]]), ([4, 4, 4, 6], [[3, 2, 1, 9]])]
     want = []
