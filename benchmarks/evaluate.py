@@ -3,10 +3,13 @@
     python benchmarks/evaluate.py --personas 24 --problems 50          # one JSON line on stdout
 
 Ours: every persona x problem, greedy, through the sampler of this project (`whole_seconds`: all that evaluate.py does,
-verifier and plots included). Theirs: the same model as a Hugging Face folder, the
-same token ids, greedy, left-padded batches of 64 sorted by length (kinder than arrival order), in the faster of
-float32 and bfloat16. Theirs runs on every n-th prompt (--sample) and is scaled up; ours runs whole. Same threads for
-both. Answers are compared: bfloat16 may turn a near tie, so equal_answers is reported and not asserted.
+verifier and plots included). Theirs: the same model as a Hugging Face folder, the same token ids, greedy, left-padded
+batches of 64 sorted by length (kinder than arrival order), in the faster of float32 and bfloat16. Theirs runs on every
+n-th prompt (--sample) and is scaled up; ours runs whole. Same threads for both.
+
+equal_answers is reported, not asserted: in bfloat16 near ties turn with any change of shape. Of 96 answers of 32 tokens
+all were equal in float32; in bfloat16 ours agreed with float32 in 57 %, transformers' in 55 %, and those with their own
+at a batch size of 1 (32 answers) in 78 %.
 """
 
 import argparse
