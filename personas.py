@@ -19,12 +19,14 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import TemplateError
+
+from tasks import json_lines
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "test")
@@ -52,11 +54,16 @@ def load(which: str = "test") -> list[Persona]:
     splits = SPLITS if which == "all" else (which,)
     builtin = which in (*SPLITS, "all")
     found: dict[str, Persona] = {}
-    for where, row in rows(DATA / "personas.jsonl" if builtin else Path(which)):
+    path = DATA / "personas.jsonl" if builtin else Path(which)
+    if not path.is_file():
+        raise ValueError(f"no personas called {which!r}: give train, test, all, or a .jsonl file")
+    for _, where, row in json_lines(path, "name, text and stratum"):
         persona = from_row(where, row)
         if persona.name in found:
             raise ValueError(f"{where}: a second persona named {persona.name!r}; names must differ")
         found[persona.name] = persona
+    if not found:
+        raise ValueError(f"{path} is empty")
     return [p for p in found.values() if not builtin or p.split in splits]
 
 
@@ -64,25 +71,7 @@ def load_roleplay(split: str) -> list[str]:
     """Open questions to answer in character, no mathematics in them; train feeds the anchor, test the evaluation."""
     if split not in SPLITS:
         raise ValueError(f"no role-play split {split!r}; choose from {', '.join(SPLITS)}")
-    return [row["question"] for _, row in rows(DATA / "roleplay.jsonl") if row["split"] == split]
-
-
-def rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file, line n", object) for each line that is not blank. ValueError if there is none, or one is no object."""
-    if not path.is_file():
-        raise ValueError(f"no personas called {str(path)!r}: give train, test, all, or a .jsonl file")
-    lines = [(n, line) for n, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty")
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:                     # broken JSON, or bytes that are not UTF-8
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not an object with name, text and stratum")
-        yield where, row
+    return [row["question"] for _, _, row in json_lines(DATA / "roleplay.jsonl", "question") if row["split"] == split]
 
 
 def from_row(where: str, row: dict) -> Persona:

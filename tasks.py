@@ -17,6 +17,7 @@ import logging
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,9 +158,8 @@ def gold_of(text: str) -> str:
     return text.rsplit("####", 1)[-1].strip()
 
 
-def read_file(path: Path) -> list[tuple[Problem, str | None]]:
-    """(problem, its `split` or None) for each line. Raises ValueError naming the first line that is broken."""
-    rows = []
+def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
+    """(number, "file, line n", object) for each line that is not blank; ValueError at the first that is no object."""
     for number, line in enumerate(path.read_bytes().splitlines(), 1):           # of bytes: U+2028 ends no line
         if not line.strip():
             continue
@@ -167,13 +167,10 @@ def read_file(path: Path) -> list[tuple[Problem, str | None]]:
         try:
             row = json.loads(line)
         except ValueError as error:                     # broken JSON, or not UTF-8
-            raise ValueError(f"{where}: not JSON ({error}); give an object with question and answer") from error
+            raise ValueError(f"{where}: not JSON ({error}); give an object with {wanted}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: not an object; give one with question and answer")
-        rows.append((from_row(where, row, path.stem, number), row.get("split")))
-    if not rows:
-        raise ValueError(f"{path} holds no problem; give lines with question and answer")
-    return rows
+            raise ValueError(f"{where}: not an object; give one with {wanted}")
+        yield number, where, row
 
 
 def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
@@ -188,7 +185,10 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
 
 
 def from_file(path: Path, split: str) -> list[Problem]:
-    rows = read_file(path)
+    rows = [(from_row(where, row, path.stem, number), row.get("split"))
+            for number, where, row in json_lines(path, "question and answer")]
+    if not rows:
+        raise ValueError(f"{path} holds no problem; give lines with question and answer")
     if split == "all":
         return [problem for problem, _ in rows]
     named = sum(part is not None for _, part in rows)
