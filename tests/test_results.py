@@ -1,5 +1,6 @@
 """The experiment's script: its arms, and the tables it left."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,13 @@ def test_the_tables_follow_from_the_raw_results_that_are_kept(run):
         arms.setdefault(role, []).append(results)
     comparison = compare.side_by_side({role: arms[role] for role in sorted(arms, key=compare.ARMS.index)})
     assert run.tables(comparison) == (RESULTS / "main" / "tables.md").read_text()
+
+
+def test_every_loss_has_learnt_the_sanity_problems():
+    rewards = json.loads((RESULTS / "sanity" / "rewards.json").read_text())
+    assert rewards.keys() == {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo"}
+    for name, curve in rewards.items():
+        assert curve[0] < 0.4 and max(a + b for a, b in zip(curve, curve[1:], strict=False)) / 2 >= 0.95, name
 
 
 def test_every_arm_is_one_that_train_py_takes(run, tmp_path):
