@@ -81,9 +81,10 @@ def parser() -> argparse.ArgumentParser:
     add("eval-personas", 9, "how many test personas, evenly from the strata")
     add("save-every", 20, "steps between checkpoints")
     add("keep", 2, "checkpoints kept")
-    add("async-save", False, "write checkpoints while training goes on", action="store_true")
-    add("overlap", False, "sample a step's batch while the one before is trained on: one step off-policy, corrected",
+    add("async-save", False, "write checkpoints while training goes on, from a copy of the state",
         action="store_true")
+    add("overlap", False, "sample a step's batch while the one before is trained on, with a copy of the weights: one "
+        "step off-policy, corrected", action="store_true")
     add("profile", False, "say where a step's time goes, beside the time of its matmuls alone", action="store_true")
     add("tracker", None, "also log there", choices=list(monitor.TRACKERS))
     add("progress", False, "progress bar even without a terminal", action="store_true")

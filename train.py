@@ -342,8 +342,8 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
         if ended and step + 1 < args.steps:
             raise Terminated
     if rank == 0:
-        if args.profile:
-            print(monitor.profile(watch.history, model, ranks()[1]), file=sys.stderr)
+        if args.profile and first < args.steps:
+            print(monitor.profile(watch.history[first:], model, ranks()[1]), file=sys.stderr)
         weights.save(model, tokenizer, out / "model")
         figure = report.curves({args.method: watch.history})
         figure.savefig(out / "curves.png", dpi=120)

@@ -109,7 +109,7 @@ def main() -> None:
                           "tokens": np.mean([row["tokens"] for row in replies]),
                           "traced": {str(cut): x for cut, x in traced(scorer, tokenizer, replies, people).items()}}
             kept.write_text(json.dumps(runs) + "\n")
-            print(name, {cut: round(np.mean(x), 3) for cut, x in runs[name]["traced"].items()}, flush=True)
+            print(name, {cut: f"{np.mean(x):.3f}" for cut, x in runs[name]["traced"].items()}, flush=True)
     kept.with_suffix(".md").write_text(table(runs))
     print(table(runs))
 
