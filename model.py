@@ -169,7 +169,7 @@ class Layer(nn.Module):
         q, k, v = self.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
         if c.qk_norm == "all":
             q, k = a["q_norm"](q), a["k_norm"](k)
-        q, k, v = (y.view(len(x), -1, c.head_dim) for y in (q, k, v))        # [N, heads, D]
+        q, k, v = (y.view(len(x), -1, c.head_dim) for y in (q, k, v))            # [N, heads, D]
         if c.qk_norm == "head":
             q, k = a["q_norm"](q), a["k_norm"](k)
         if cos is not None:

@@ -79,20 +79,24 @@ def operators(wanted: bool):
     with torch.profiler.profile() as recorded:          # CPU, and CUDA where there is one
         yield
     by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    taken = sorted(((getattr(e, by), e.count, e.key) for e in recorded.key_averages()), reverse=True)
+    taken = sorted(((getattr(e, by), e.count, e.key) for e in recorded.key_averages()
+                    if e.device_type == torch.autograd.DeviceType.CPU), reverse=True)   # kernels count with operators
     total = sum(time for time, *_ in taken)
     print("operators of one step:", file=sys.stderr)
     for microseconds, count, name in taken[:10]:
         print(f"  {name:40} {microseconds / 1e6:8.3f} s {microseconds / total:6.1%} {count:8} calls", file=sys.stderr)
 
 
-def profile(history: list[dict], model, ranks: int) -> str:
+def profile(history: list[dict], model, ranks: int, samples: bool) -> str:
     """The median step by phase beside its floor: the FLOPs of the linear layers (2 a weight and token forward, 4
-    backward) at the speed of one large matmul, measured here."""
+    backward) at the speed of one large matmul, measured here. samples: is it the model itself that samples?"""
+    if not history:
+        return "--profile needs a third step: the first warms up, the second is recorded"
     body = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     head, speed = model.head_weight.numel(), matmul_speed(model.dtype, model.device)
-    floors = [{"sample": 2 * body * (m["prompt_tokens"] + m["sampled_tokens"]) + 2 * head * m["sampled_tokens"],
-               "train": 6 * body * m["packed_tokens"] + 6 * head * m["trained_tokens"]} for m in history]
+    floors = [{"train": 6 * body * m["packed_tokens"] + 6 * head * m["trained_tokens"], "sample": samples * (
+        2 * body * (m["prefilled_tokens"] + m["sampled_tokens"] * (1 - 1 / m["completion_length"]))  # the last: not fed
+        + 2 * head * m["sampled_tokens"])} for m in history]
     lines = [f"a step's seconds, the floor of its matmuls at {speed / 1e9:.0f} GFLOP/s, and their ratio:"]
     for phase in ("sample", "train", "step"):
         seconds = median(m["seconds"][phase] for m in history)
@@ -147,7 +151,8 @@ def symptoms(history: list[dict]) -> dict[str, str]:
                              "--entropy-coef 0.001"),
         "truncation": (last("truncated_fraction") > max(0.3, first("truncated_fraction") + 0.1), f"{cut_off} and ever "
                        "more: try a larger --max-new-tokens, or --overlong-buffer"),
-        "sampler gap": (last("sampler_trainer_gap") > max(0.05, 3 * first("sampler_trainer_gap")), "the sampler's and "
+        "sampler gap": (last("sampler_trainer_gap") > max(0.05, 3 * first("sampler_trainer_gap"))
+                        and not last("lag"), "the sampler's and "
                         "the trainer's log-probs drift apart: try --correction truncate, or --dtype float32"),
     }
     return {name: words for name, (sick, words) in seen.items() if sick}

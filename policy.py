@@ -179,9 +179,11 @@ def activation_bytes(model: Transformer, prompt: int, completions: int, new_toke
     return sum(size for at, size in saved.items() if at not in own) / len(packed.input_ids)
 
 
-def memory(policy: Policy, slots: int, micro_tokens: int, prompt: int, completions: int, new_tokens: int) -> dict:
+def memory(policy: Policy, slots: int, micro_tokens: int, prompt: int, completions: int, new_tokens: int,
+           overlap: bool = False, background: bool = False) -> dict:
     """Estimated bytes by part, on this rank, and their `peak`: the larger of sampling (`slots` rows) and training
-    (`micro_tokens` packed tokens, the longest group at least), beside what is always there."""
+    (`micro_tokens` packed tokens, the longest group at least), or both with `overlap`, beside what is always there.
+    Checkpoints in the `background` hold a copy of the state in the host's memory."""
     model, c = policy.model, policy.model.c
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
     local = sum((m.to_local() if isinstance(m, DTensor) else m).numel() for m in policy.masters)
@@ -190,15 +192,20 @@ def memory(policy: Policy, slots: int, micro_tokens: int, prompt: int, completio
              "gradients": count * (4 + size * policy.copies),
              "activations": round(max(micro_tokens, prompt + completions * new_tokens) * per_token),
              "cache": 2 * slots * (prompt + new_tokens) * c.num_layers * c.num_kv_heads * c.head_dim * size}
-    always = parts["weights"] + parts["masters"] + parts["AdamW"]
-    return parts | {"peak": always + max(parts["cache"] + parts["weights"],     # + the sampler's rearranged weights
-                                         parts["gradients"] + parts["activations"])}
+    if background and model.device.type == "cpu":
+        parts["checkpoint"] = 12 * local
+    if overlap:
+        parts["copy"] = parts["weights"]
+    sampling = parts["cache"] + parts["weights"]        # with the sampler's rearranged weights
+    training = parts["gradients"] + parts["activations"]
+    always = sum(parts.get(name, 0) for name in ("weights", "masters", "AdamW", "checkpoint", "copy"))
+    return parts | {"peak": always + (sampling + training if overlap else max(sampling, training))}
 
 
-def fitted(policy: Policy, limit: float, slots: int, *group: int) -> int:
+def fitted(policy: Policy, limit: float, slots: int, *group: int, **flags: bool) -> int:
     """The most packed tokens a micro-batch may have within `limit` bytes; ValueError where even one group (prompt,
-    completions, new_tokens) or the sampler's cache does not fit."""
-    least = memory(policy, slots, 0, *group)
+    completions, new_tokens) or the sampler's cache does not fit. flags: as of `memory`."""
+    least = memory(policy, slots, 0, *group, **flags)
     if least["peak"] > limit:
         raise ValueError(f"--memory {limit / 1e9:.4g} is too little: about {least['peak'] / 1e9:.2f} GB are needed; "
                          "try --recompute, a smaller --group-size, --max-new-tokens or --slots, or more ranks")

@@ -224,7 +224,10 @@ class Verifier:
         try:
             future.set_result(_judge(gold, answer, deep=False))
         except Undecided:
-            self._queue.put((gold, answer, future))
+            with self._lock:                            # not behind the Nones of close()
+                if self._closed:
+                    raise RuntimeError("this Verifier is closed") from None
+                self._queue.put((gold, answer, future))
         return future
 
     def verify(self, gold: str, answer: str) -> Verdict:

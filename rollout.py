@@ -12,7 +12,7 @@ counter-based stream (Philox) and inverts the CDF; torch's global generator is n
 
 On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.packed`).
 
-Left out: beam search, speculative decoding, paged memory (rows and trunks grow by steps instead).
+Left out: beam search, speculative decoding, paged memory (the cache grows instead).
 """
 
 import argparse
@@ -146,6 +146,13 @@ def shared_openings(prompts: list[list[int]]) -> list[Trunk]:
     return [t if t.users > 1 else Trunk([], 1) for t in trunks]
 
 
+def prefilled(prompts: list[list[int]]) -> int:
+    """How many tokens `generate` computes before it decodes: shared openings once."""
+    trunks = shared_openings(prompts)
+    return (sum(len(prompt) - len(trunk.ids) for prompt, trunk in zip(prompts, trunks, strict=True))
+            + sum(len(trunk.ids) for trunk in {id(t): t for t in trunks}.values()))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -171,7 +178,8 @@ def sample_rows(logits, uniforms, temperature, top_k, top_p, min_p) -> tuple[Ten
     B, V = logits.shape
     top = logits.amax(-1, keepdim=True)
     weights = logits.new_zeros(B, -(-V // 256) * 256) if V % 256 else torch.empty_like(logits)
-    torch.add(top / -temperature, logits, alpha=1 / temperature, out=weights[:, :V]).exp_()
+    torch.sub(logits, top, out=weights[:, :V])
+    weights[:, :V].mul_(1 / temperature).exp_()
     blocks = weights.view(B, -1, 256)
     cdf = blocks.sum(-1).double().cumsum(-1)                                    # [B, V / 256]
     target = uniforms[:, None] * cdf[:, -1:]
@@ -430,7 +438,7 @@ class Generation:
         S, P = len(self.trunks), self.cache.trunks[0][0].shape[-1] if self.trunks else 0
         T = self.cache.rows[0][0].shape[-1]
         trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.model.c.num_kv_heads]
-        biases = {window: bias(window, own, T, trunk_length, P).to(self.model.dtype)
+        biases = {window: bias(window, own, T, trunk_length, P, self.model.dtype)
                   for window in set(self.model.c.windows)}
 
         def attend(layer, q, k, v):
@@ -479,15 +487,15 @@ class Generation:
         return tuple(torch.tensor(x, dtype=torch.long, device=self.model.device) for x in (length, to_grid, from_grid))
 
 
-def bias(window: int, own: Tensor, T: int, trunk_length: Tensor, P: int) -> Tensor:
-    """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T] fp32."""
+def bias(window: int, own: Tensor, T: int, trunk_length: Tensor, P: int, dtype: torch.dtype) -> Tensor:
+    """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T]."""
     key = torch.arange(T, device=own.device)
     back = own[:, None] - key                                                   # query position - key position
     if P:
         key, length = torch.arange(P, device=own.device), trunk_length[:, None]
         back = torch.cat([torch.where(key < length, length + own[:, None] - key, -1), back], -1)
     hidden = (back < 0) | (back >= window) if window else back < 0
-    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None, None]
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
 def batches(items: list, size_of) -> Iterator[list]:

@@ -61,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
     add("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the limit")
     add("inner-epochs", 1, "optimizer steps on each batch")
     add("truncated", "zero", "completions cut off: no reward, no loss, or kept", choices=["zero", "mask", "keep"])
-    add("correction", "none", "importance weights sampler -> trainer", choices=["none", "truncate", "mask"])
+    add("correction", None, "importance weights sampler -> trainer (default: none; truncate with --overlap)",
+        choices=["none", "truncate", "mask"])
     add("kl-coef", 0.0, "weight of the KL to the start model under the same persona")
     add("kl", "k3", "its estimator", choices=["k1", "k2", "k3"])
     add("kl-in", "loss", "where it acts", choices=["loss", "reward"])
@@ -130,12 +131,14 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     if not (args.temperature > 0 and args.learning_rate > 0):
         raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
+    if args.correction is None:                         # with --overlap the samples are of the weights before
+        args.correction = "truncate" if args.overlap else "none"
     if args.overlap and args.dynamic_sampling:
-        raise ValueError("--overlap cannot go with --dynamic-sampling: both want the ranks' collectives at once")
+        raise ValueError("--overlap cannot go with --dynamic-sampling, which counts over all ranks while they train")
     if args.overlap and args.method in ("sft", "distill"):
         raise ValueError(f"--overlap is for a policy that samples; {args.method} imitates others' completions")
-    if args.overlap and args.correction == "none":      # the samples are of the weights before
-        args.correction = "truncate"
+    if args.overlap and args.profile:
+        raise ValueError("--profile tells sampling from training, and --overlap does both at once: choose one")
     if args.shard < 0 or args.shard and ranks()[1] % args.shard:
         raise ValueError(f"--shard {args.shard} must divide the {ranks()[1]} processes")
     if args.prompts % ranks()[1]:

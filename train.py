@@ -8,7 +8,8 @@ PerMix-RLVR (arXiv 2604.08986): with probability rho a training persona opens a 
 completions are sampled under it, the verifier says which are correct, and GRPO moves the policy towards those.
 rho = 0 is plain RLVR. Mixing scheme, rho, pool and all numbers below are ours: the paper's abstract names none.
 
-Step s is a function of (seed, s) and the weights alone, so a resumed run is the same run.
+Step s is a function of (seed, s) and the weights alone, so a resumed run is the same run. (`--overlap` trains on the
+batch that the weights before have sampled; see `batches`.)
 
 `sft` and `distill` are the same step with other authors: completions written by the task's gold answers, or by a
 teacher and kept when verified, trained with advantage 1 (the policy gradient is then the cross-entropy's).
@@ -16,7 +17,7 @@ teacher and kept when verified, trained with advantage 1 (the policy gradient is
 Under torchrun each rank samples and trains its own share of a step's problems; rewards, token counts and gradients are
 summed over ranks in the same places whatever the ranks have drawn.
 
-Left out: a critic, a replay buffer and asynchronous rollouts.
+Left out: a critic, a replay buffer, and rollouts that lag by more than a step.
 """
 
 import copy
@@ -49,7 +50,7 @@ import weights
 from anchor import Anchor
 from model import Transformer, completion_logprobs, pack
 from policy import Policy, check_disk, fitted, gathered, join, load_checkpoint, memory, ranks, save_checkpoint, wait
-from rollout import Completion, generate
+from rollout import Completion, generate, prefilled
 from settings import run_folder, settings
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         "sampler_trainer_gap": None if imitates else gap,
         "errors": sum(c.error is not None for c in batch.completions),
         **{name: int(sums[name]) for name in ("packed_tokens", "trained_tokens")}, "sampled_tokens": int(lengths.sum()),
-        "prompt_tokens": sum(len(prompt) for prompt, _ in batch.groups) * ranks()[1]}
+        "prefilled_tokens": int(gathered(torch.tensor([prefilled([prompt for prompt, _ in batch.groups])])).sum())}
 
 
 def micro_loss(model: Transformer, start: Transformer | None, groups, sampled: Tensor, old: Tensor | None,
@@ -342,8 +343,8 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
         if ended and step + 1 < args.steps:
             raise Terminated
     if rank == 0:
-        if args.profile and first < args.steps:
-            print(monitor.profile(watch.history[first:], model, ranks()[1]), file=sys.stderr)
+        if args.profile:                                # without the first step, and the one that was recorded
+            print(monitor.profile(watch.history[first + 2:], model, ranks()[1], author is model), file=sys.stderr)
         weights.save(model, tokenizer, out / "model")
         figure = report.curves({args.method: watch.history})
         figure.savefig(out / "curves.png", dpi=120)
@@ -353,21 +354,21 @@ def batches(roll, author: Transformer | None, first: int, args):
     """(batch, lag) of every step: lag is how many steps old the weights are that have sampled it.
 
     `--overlap`: a copy of the author samples the next batch while this one is trained on, so its lag is 1. The first
-    one after a checkpoint is sampled with the weights of that checkpoint: a resumed run is the same run. (After SIGTERM
-    it is not: that saves where no checkpoint was due.)
+    one after a checkpoint that `--save-every` asks for is sampled with its very weights: resumed from there, a run is
+    the same run. Resumed after SIGTERM, or where a shorter run had ended, it samples one batch more that way.
     """
     if not args.overlap:
         yield from ((roll(author, step), 0) for step in range(first, args.steps))
         return
     earlier, ahead = copy.deepcopy(author), None
-    with ThreadPoolExecutor(1) as thread:
-        for step in range(first, args.steps):
-            batch, lag = (ahead.result(), 1) if ahead else (roll(author, step), 0)
-            ahead = None
-            if step + 1 < args.steps and (step + 1) % args.save_every:
-                earlier.load_state_dict(author.state_dict())
-                ahead = thread.submit(roll, earlier, step + 1)
-            yield batch, lag
+    thread = ThreadPoolExecutor(1)                      # not `with`: Ctrl-C would wait for the whole batch
+    for step in range(first, args.steps):
+        batch, lag = (ahead.result(), 1) if ahead else (roll(author, step), 0)
+        ahead = None
+        if step + 1 < args.steps and (step + 1) % args.save_every:
+            earlier.load_state_dict(author.state_dict())
+            ahead = thread.submit(roll, earlier, step + 1)
+        yield batch, lag
 
 
 def plan_memory(policy: Policy, tokenizer, problems, pool, args) -> None:
@@ -375,10 +376,11 @@ def plan_memory(policy: Policy, tokenizer, problems, pool, args) -> None:
     persona = max(pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     prompt = len(prompt_of(tokenizer, max(problems, key=lambda p: len(p.question)), persona, args))
     group = prompt, args.group_size if args.mix == "prompt" else 1, args.max_new_tokens
+    flags = {"overlap": args.overlap, "background": args.async_save}
     if args.memory:
-        args.micro_tokens = fitted(policy, args.memory * 1e9, args.slots, *group)
+        args.micro_tokens = fitted(policy, args.memory * 1e9, args.slots, *group, **flags)
     if ranks()[0] == 0:
-        parts = memory(policy, args.slots, args.micro_tokens, *group)
+        parts = memory(policy, args.slots, args.micro_tokens, *group, **flags)
         print("memory, estimated GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
               file=sys.stderr)
 

@@ -3,10 +3,12 @@
     python results/length.py                                # after results/run.py, from its run folders
 
 A reply that is shorter tells less of who speaks, in whatever voice. So the frozen start model names the persona again,
-with the same rivals as in `evaluate.fidelity`, from the first 4, 8, ... tokens of each reply (shorter ones whole,
-without the end token). Where arms differ already at a cut that nearly all replies reach, the voice differs.
+with the same rivals as in `evaluate.fidelity`, from the first 4, 8, ... tokens of each reply (shorter ones whole).
+Where arms differ already at a cut that nearly all replies reach, the voice differs. The replies are tokenised from
+their text again, without the end token: the ids that were sampled are not kept.
 
-Kept: results/NAME/by_length.json (every run's share of replies traced, by question), and by_length.md, the table.
+Kept: results/NAME/by_length.json (every run's share of replies traced, by question, and of replies that reach a cut),
+and by_length.md, the table. Runs that are in it are not scored again.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import personas  # noqa: E402
 import weights  # noqa: E402
 from evaluate import blocks  # noqa: E402
 from model import completion_logprobs, pack  # noqa: E402
+from report import write_atomically  # noqa: E402
 
 CUTS = (4, 8, 16, 24, 48)                               # tokens; a reply has at most 48
 DIFFERENCES = (("rlvr", "permix"), ("rlvr", "permix+anchor"), ("permix", "permix+anchor"))
@@ -45,12 +48,14 @@ def sums(scorer, groups: list[tuple[list[int], list[list[int]]]]) -> np.ndarray:
 def traced(scorer, tokenizer, replies: list[dict], people: list, k: int = 8, seed: int = 0) -> dict[int, list[float]]:
     """{cut: share of the replies to each question whose persona the scorer names from so many tokens}."""
     n, rng = len(people), np.random.default_rng(seed)
+    if [row["persona"] for row in replies[:n]] != [p.name for p in people]:
+        raise SystemExit("the replies are of other personas: give their file as --personas")
     tables = {cut: np.zeros((len(replies) // n, n)) for cut in CUTS}
     for q in range(len(replies) // n):
         rows = replies[q * n:(q + 1) * n]
         prompts = [personas.prompt_ids(tokenizer, rows[0]["question"], persona) for persona in people]
         ys = [tokenizer(row["answer"], add_special_tokens=False).input_ids for row in rows]
-        for members, candidates in blocks(n, k, rng):
+        for members, candidates in blocks(n, min(k, n), rng):
             read = sums(scorer, [(prompts[c], [ys[p] for p in members]) for c in candidates])
             for cut, table in tables.items():
                 table[q, members] = measures.identification(read[:, :, min(cut, read.shape[2] - 1)].T)[0]
@@ -80,6 +85,8 @@ def table(runs: dict[str, dict]) -> str:
         cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, drawn in got.values()
                  for low, high in [np.clip(measures.interval(drawn), 0, 1)]]
         lines.append([arm, f"{np.mean([run['tokens'] for run in arms[arm]]):.0f}", *cells])
+        reach = [np.mean([run["reach"][str(cut)] for run in arms[arm]]) for cut in CUTS]
+        lines.append([f"{arm}: so long", "", *(f"{share:.0%}" for share in reach)])
     for a, b in [pair for pair in DIFFERENCES if set(pair) <= set(arms)]:
         cells = [f"{found[b][cut][0] - found[a][cut][0]:+.3f} [{low:+.3f}, {high:+.3f}]" for cut in found[a]
                  for low, high in [measures.interval(found[b][cut][1] - found[a][cut][1])]]
@@ -98,20 +105,23 @@ def main() -> None:
     args = p.parse_args()
     scorer, tokenizer = weights.load(args.start_model)
     people, kept = personas.load(args.personas), ROOT / "results" / args.name / "by_length.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(kept.read_text()) if kept.is_file() else {}
     for arm in args.arms:
         for folder in sorted(args.out.glob("start" if arm == "start" else f"{arm}-seed*/evaluation")):
             name = "start" if arm == "start" else folder.parent.name
-            if name in runs:                            # made before
-                continue
             replies = [row for row in compare.read_lines(folder / "transcripts.jsonl") if row["kind"] == "roleplay"]
-            runs[name] = {"arm": arm, "training_seed": compare.read_arm(folder)[1].get("training_seed"),
-                          "tokens": np.mean([row["tokens"] for row in replies]),
-                          "traced": {str(cut): x for cut, x in traced(scorer, tokenizer, replies, people).items()}}
-            kept.write_text(json.dumps(runs) + "\n")
-            print(name, {cut: f"{np.mean(x):.3f}" for cut, x in runs[name]["traced"].items()}, flush=True)
-    kept.with_suffix(".md").write_text(table(runs))
-    print(table(runs))
+            lengths = np.array([row["tokens"] for row in replies])
+            run = runs.setdefault(name, {"arm": arm, "training_seed": compare.read_arm(folder)[1].get("training_seed")})
+            run["tokens"], run["reach"] = lengths.mean(), {str(cut): (lengths >= cut).mean() for cut in CUTS}
+            if "traced" not in run:
+                found = traced(scorer, tokenizer, replies, people)
+                run["traced"] = {str(cut): shares for cut, shares in found.items()}
+            write_atomically(kept, json.dumps(runs) + "\n")
+            print(name, {cut: f"{np.mean(x):.3f}" for cut, x in run["traced"].items()}, flush=True)
+    markdown = table(runs)
+    write_atomically(kept.with_suffix(".md"), markdown)
+    print(markdown)
 
 
 if __name__ == "__main__":

@@ -298,8 +298,9 @@ def interrupt(folder, out, how, *more) -> tuple[int, str]:
     return process.wait(), process.stderr.read()
 
 
-def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_path):
-    code, errors = interrupt(tiny_folder, tmp_path / "run", signal.SIGINT, "--steps", "2000")
+@pytest.mark.parametrize("more", [[], ["--async-save", "--overlap", "--save-every", "2"]])
+def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_path, more):
+    code, errors = interrupt(tiny_folder, tmp_path / "run", signal.SIGINT, "--steps", "2000", *more)
     assert code == 130 and f"--resume {tmp_path / 'run'}" in errors and "Traceback" not in errors
     assert len(metrics(tmp_path / "run")) >= 2 and (tmp_path / "run" / "config.json").stat().st_size > 0
 
@@ -330,10 +331,11 @@ def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_fol
     assert (out / shards).read_bytes() == (tmp_path / "whole" / shards).read_bytes()
 
 
-def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(tiny_folder, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--async-save"]])
+def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(tiny_folder, tmp_path, more):
     assert run(tiny_folder, tmp_path / "whole", "--steps", "30") == 0
     out = tmp_path / "terminated"
-    code, errors = interrupt(tiny_folder, out, signal.SIGTERM, "--steps", "30")
+    code, errors = interrupt(tiny_folder, out, signal.SIGTERM, "--steps", "30", *more)
     assert code == 143 and f"--resume {out}" in errors and "Traceback" not in errors
     done = len(metrics(out))
     assert 2 <= done < 30 and (out / "checkpoints" / f"step-{done:06d}").is_dir()
@@ -379,9 +381,11 @@ def torchrun(folder, out, *more, reward="tests.test_train:word_reward", nproc=2)
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_two_ranks_take_the_same_step_as_one(tiny_folder, tmp_path):
-    assert run(tiny_folder, tmp_path / "one", "--steps", "1", "--max-grad-norm", "1e9") == 0
-    assert torchrun(tiny_folder, tmp_path / "two", "--steps", "1", "--max-grad-norm", "1e9").returncode == 0
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
+    flags = ["--steps", "1", "--max-grad-norm", "1e9", "--prompts", "4"]
+    assert run(tiny_folder, tmp_path / "one", *flags) == 0
+    assert torchrun(tiny_folder, tmp_path / "two", *flags, nproc=nproc).returncode == 0
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert one["reward"] == two["reward"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
     for name, tensor in tensors(tmp_path / "one").items():
@@ -512,7 +516,8 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
     (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "above 0"),
     (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"), (["--dual-clip", "1"], "above 1 + clip_high"),
-    (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--method", "sft"], "imitates")])
+    (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--profile"], "choose one"),
+    (["--overlap", "--method", "sft"], "imitates")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
     assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
