@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import compare
+import evaluate
 import personas
 import settings
 
@@ -27,6 +28,21 @@ def test_the_tables_follow_from_the_raw_results_that_are_kept(run):
         arms.setdefault(role, []).append(results)
     comparison = compare.side_by_side({role: arms[role] for role in sorted(arms, key=compare.ARMS.index)})
     assert run.tables(comparison) == (RESULTS / "main" / "tables.md").read_text()
+
+
+def test_identification_by_length_follows_from_what_is_kept():
+    length, kept = runpy.run_path(str(RESULTS / "length.py")), RESULTS / "main" / "by_length.json"
+    assert length["table"](json.loads(kept.read_text())) == kept.with_suffix(".md").read_text()
+
+
+def test_a_reply_is_read_from_its_first_tokens(tiny):
+    """The sums that length.py cuts are those of the plain log-probs of shorter replies."""
+    sums, groups = runpy.run_path(str(RESULTS / "length.py"))["sums"], [([5, 9, 2], [[7, 8, 4], [1]])]
+    got = sums(tiny[0], groups)
+    assert got.shape == (1, 2, 4) and (got[..., 0] == 0).all() and (got[0, 1, 1:] == got[0, 1, 1]).all()
+    for cut in (1, 2, 3):
+        want = evaluate.total_logprobs(tiny[0], [([5, 9, 2], [[7, 8, 4][:cut]])])[0]
+        assert got[0, 0, cut] == pytest.approx(want, abs=1e-5)
 
 
 def test_every_loss_has_learnt_the_sanity_problems():
