@@ -1,10 +1,13 @@
 """The words against the code: links, files and commands that the documents name."""
 
 import re
+import shlex
 from pathlib import Path
 
+import settings
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md",
+PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md",
          *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
 
 
@@ -37,6 +40,16 @@ def test_every_flag_of_the_readmes_commands_exists():
     for script, flags in commands:
         for flag in re.findall(r"--([a-z-]+)", flags):
             assert f'"--{flag}"' in sources[script] or f'add("{flag}"' in sources[script], f"{script} --{flag}"
+
+
+def test_every_training_command_of_the_pages_is_one_that_train_py_takes():
+    """Read as the shell and train.py would, and not refused. docs/modify.md's flags come with its diffs."""
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "modify.md")
+    commands = {flags for flags in re.findall(r"(?:python|\d) train\.py((?: --[^`\n]*)?)", text)
+                if "$" not in flags and "--resume" not in flags}
+    assert len(commands) > 8
+    for flags in commands:
+        settings.settings(shlex.split(flags, comments=True))
 
 
 def test_the_results_that_the_pages_show_are_those_that_were_measured():
