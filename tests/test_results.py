@@ -20,14 +20,16 @@ def run():
     return SimpleNamespace(**runpy.run_path(str(RESULTS / "run.py")))
 
 
-def test_the_tables_follow_from_the_raw_results_that_are_kept(run):
+@pytest.mark.parametrize("name", ["main", "ablations"])
+def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     """From each run's answers to intervals and verdicts, as `python results/run.py` computed them."""
     arms = {}
-    for folder in sorted((RESULTS / "main").glob("*/results.json")):
+    for folder in sorted((RESULTS / name).glob("*/results.json")):
         role, results = compare.read_arm(folder.parent)
         arms.setdefault(role, []).append(results)
-    comparison = compare.side_by_side({role: arms[role] for role in sorted(arms, key=compare.ARMS.index)})
-    assert run.tables(comparison) == (RESULTS / "main" / "tables.md").read_text()
+    order = json.loads((RESULTS / name / "compared" / "comparison.json").read_text())["arms"]
+    comparison = compare.side_by_side({role: arms[role] for role in order})
+    assert run.tables(comparison) == (RESULTS / name / "tables.md").read_text()
 
 
 def test_identification_by_length_follows_from_what_is_kept():
