@@ -139,13 +139,14 @@ def messages(question: str, persona: Persona | None, system_role: bool = True) -
 def prompt_ids(tokenizer, question: str, persona: Persona | None) -> list[int]:
     """Token ids up to where the answer begins, as the model's chat template gives them: never text encoded again,
     which would put a second BOS in front. Without a persona the template's own default stays: SmolLM2's inserts "You
-    are a helpful AI assistant named SmolLM ...", and that is what "no persona" means for it. Raises ValueError if the
-    tokenizer has no chat template.
+    are a helpful AI assistant named SmolLM ...", and that is what "no persona" means for it. Models that can think
+    before they answer (Qwen3, SmolLM3) are asked not to: length limits like ours would cut them off while they do.
+    Raises ValueError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
     chat = messages(question, persona, persona is None or has_system_role(tokenizer))
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,9 @@
 
     python results/run.py                                   # the main table
     python results/run.py --arms rlvr permix --seeds 0 1    # part of it; what is there already is not run again
-    python results/run.py --task problems.jsonl --out runs/other --steps 60
+    python results/run.py --task problems.jsonl --out runs/other --steps 60 --learning-rate 1e-4
+
+Flags that are not its own go to train.py, for every arm.
 
 All arms see the same problems in the same order, with as many steps and completions; only who speaks (and for `sft`
 and `distill` who writes) differs. Evaluation: greedy accuracy on 50 held-out problems under 24 test personas, and
@@ -14,10 +16,13 @@ arm's results.json, and the comparison of all as JSON, tables and plots.
 
 import argparse
 import json
+import os
+import queue
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +48,23 @@ ABLATIONS = {
     **{f"personas={n}": ["--method", "permix", "--personas", n] for n in ("1", "4", "16", "64")},
 }
 KEPT = ("results.json", "comparison.json", "stability_against_fidelity.png", "learning_curves.png")
+
+
+def workers(jobs: int) -> ThreadPoolExecutor:
+    """Threads that start processes, each with its own share of the cores. One core does a model of 135M more good than
+    half of two does (the small operations between the matmuls do not split), and shared cores are the worst of all."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+    shares = queue.SimpleQueue()
+    for job in range(jobs):
+        shares.put(cores[job::jobs])
+
+    def pin():
+        share = shares.get()
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, share)              # of this thread, and of the processes it starts
+
+    os.environ["OMP_NUM_THREADS"] = str(len(cores) // jobs)
+    return ThreadPoolExecutor(jobs, initializer=pin)
 
 
 def call(script: str, *flags) -> None:
@@ -78,7 +100,7 @@ def trained(arm: str, seed: int, args) -> Path:
     if not (run / "model" / "config.json").is_file():
         goes_on = ["--resume", run] if (run / "config.json").is_file() else [
             *flags(arm, args.out), "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
-            "--eval-problems", 0, "--keep", 1, "--out", run]
+            "--eval-problems", 0, "--keep", 1, "--out", run, *args.rest]
         call("train.py", *goes_on)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return run
@@ -117,15 +139,31 @@ def main() -> None:
     p.add_argument("--questions", type=int, default=8, help="open questions for fidelity")
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders")
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
-    args = p.parse_args()
-    args.out = args.out.resolve()
-    folders, began = [evaluated(args.model, "start", args.out / "start", args)], time.time()
-    keep(folders[0], "start", args)
-    for seed in args.seeds:                             # all arms of a seed first: stopped early, arms are comparable
-        for arm in args.arms:
-            run = trained(arm, seed, args)
-            folders.append(evaluated(run / "model", arm, run / "evaluation", args))
-            keep(folders[-1], run.name, args)
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, 5.6 GB each, on its share of the cores")
+    args, args.rest = p.parse_known_args()
+    try:
+        settings(args.rest)                             # train.py's flags: a mistyped one is told before anything runs
+    except ValueError as error:
+        p.error(str(error))
+    args.out, began = args.out.resolve(), time.time()
+
+    def run(arm: str, seed: int | None) -> Path:
+        if arm == "start":
+            model, name, folder = args.model, "start", args.out / "start"
+        else:
+            model = trained(arm, seed, args) / "model"
+            name, folder = model.parent.name, model.parent / "evaluation"
+        keep(evaluated(model, arm, folder, args), name, args)
+        return folder
+
+    # All arms of a seed first: stopped early, arms are comparable.
+    todo = [("start", None), *((arm, seed) for seed in args.seeds for arm in args.arms)]
+    with workers(args.jobs) as pool:
+        try:
+            folders = [future.result() for future in [pool.submit(run, *one) for one in todo]]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     call("evaluate.py", "--compare", *folders, "--out", args.out / "compared")
     keep(args.out / "compared", "compared", args)
     comparison = json.loads((args.out / "compared" / "comparison.json").read_text())

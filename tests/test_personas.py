@@ -251,6 +251,12 @@ def test_p6_where_a_template_has_no_system_role_the_persona_opens_the_first_user
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_model_that_thinks_unless_told_otherwise_is_told_otherwise():
+    template = LLAMA + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    ids = personas.prompt_ids(tokenizer_with(template), "2 + 2?", None)
+    assert tokenizer_with(template).decode(ids) == "<s><|user|>2 + 2?</s><|assistant|><think></think>"
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line():
     with pytest.raises(ValueError, match="no chat template: use an instruction-tuned model"):
         personas.prompt_ids(tokenizer_with(None), "2 + 2?", None)
