@@ -1,22 +1,25 @@
 """The sampler against transformers.generate and against its own matmul floor, on the embedded model.
 
-    python benchmarks/rollout.py [--repeats 3]
+    python benchmarks/rollout.py [--repeats 3] [--vllm PYTHON]
 
 Two settings, log-probs on for both engines. `equal`: 8 prompts x 8 samples, 64 new tokens, nothing stops. `longtail`:
 32 prompts x 4 samples, up to 128 new tokens, stop tokens that make the mean length about 0.3 of that and half of the
 completions shorter than 20; only tokens of completions count. transformers runs in its better dtype of fp32 and bf16.
 The floor is the time of the linear layers' matmuls alone for the same live rows, in our layout, in the same run.
-Engines alternate; medians are reported.
+Engines alternate; medians are reported. vLLM runs in a virtual environment of its own: vllm_peer.py.
 
-The last line is JSON: vs_transformers_equal, vs_transformers_longtail, vs_vllm (null: not measured), floor_fraction.
+The last line is JSON: vs_transformers_equal, vs_transformers_longtail, vs_vllm (equal lengths; null: not measured),
+vs_vllm_longtail, floor_fraction.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,6 +67,19 @@ def theirs(model, prompts, n, new_tokens, stops, batch=64) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
+@contextmanager
+def vllm(python: str, folder: str):
+    """vLLM in another process, as a function like `ours`; it waits for work on stdin, and takes no time meanwhile."""
+    command = [python, Path(__file__).with_name("vllm_peer.py"), folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
+        def run(_, prompts, n, new_tokens, stops) -> tuple[int, float]:
+            asked = {"prompts": prompts, "n": n, "new_tokens": new_tokens, "stops": stops}
+            print(json.dumps(asked), file=peer.stdin, flush=True)
+            return tuple(json.loads(peer.stdout.readline()))
+        yield run
+        peer.stdin.close()
+
+
 def inputs(model, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What `matmuls` multiplies, drawn before the clock starts."""
     return tuple(torch.randn(tokens, size, dtype=model.dtype) for size in
@@ -98,31 +114,39 @@ def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--vllm", metavar="PYTHON", help="the Python of a virtual environment with vLLM")
     args = p.parse_args()
     model, tokenizer = weights.load(weights.EMBEDDED)
-    with tempfile.TemporaryDirectory() as folder:
-        weights.save(model, tokenizer, folder)
-        peers = {str(d): AutoModelForCausalLM.from_pretrained(folder, dtype=d).eval()
-                 for d in (torch.float32, torch.bfloat16)}
     stops = sorted({tokenizer(s).input_ids[-1] for s in STOPS} | set(model.c.stop_ids))
     settings = {"equal": (prompts_of(tokenizer, 8), 8, 64, []), "longtail": (prompts_of(tokenizer, 32), 4, 128, stops)}
-    speed: dict = {}
-    for name, setting in settings.items():
-        engines = {"ours": (ours, model)} | {f"transformers {d}": (theirs, peer) for d, peer in peers.items()}
-        for _ in range(args.repeats):
-            for engine, (run, m) in engines.items():
-                tokens, seconds = run(m, *setting)
-                speed.setdefault((name, engine), []).append(tokens / seconds)
-                print(f"{name:9} {engine:28} {tokens / seconds:7.1f} tok/s  {tokens} tokens", file=sys.stderr)
-            if name == "equal" and model.dtype == torch.bfloat16:
-                seconds = floor(model, sum(map(len, setting[0])), 64, 63)
-                speed.setdefault(("equal", "floor"), []).append(64 * 64 / seconds)
+    engines, speed = {"ours": (ours, model)}, {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        weights.save(model, tokenizer, folder)
+        for dtype in (torch.float32, torch.bfloat16):
+            engines[f"transformers {dtype}"] = theirs, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        if args.vllm:
+            engines["vllm"] = stack.enter_context(vllm(args.vllm, folder)), None
+            for setting in settings.values():           # its first batches are slow
+                engines["vllm"][0](None, *setting)
+        for name, setting in settings.items():
+            for _ in range(args.repeats):
+                for engine, (run, m) in engines.items():
+                    tokens, seconds = run(m, *setting)
+                    speed.setdefault((name, engine), []).append(tokens / seconds)
+                    print(f"{name:9} {engine:28} {tokens / seconds:7.1f} tok/s  {tokens} tokens", file=sys.stderr)
+                if name == "equal" and model.dtype == torch.bfloat16:
+                    seconds = floor(model, sum(map(len, setting[0])), 64, 63)
+                    speed.setdefault(("equal", "floor"), []).append(64 * 64 / seconds)
     best = {key: statistics.median(values) for key, values in speed.items()}
-    peer = {name: max(best[name, f"transformers {d}"] for d in peers) for name in settings}
-    fraction = best["equal", "ours"] / best["equal", "floor"] if ("equal", "floor") in best else None
-    print(json.dumps({"vs_transformers_equal": round(best["equal", "ours"] / peer["equal"], 2),
-                      "vs_transformers_longtail": round(best["longtail", "ours"] / peer["longtail"], 2),
-                      "vs_vllm": None, "floor_fraction": fraction and round(fraction, 3)}))
+
+    def against(name: str, *peers: str) -> float | None:
+        found = [best[name, peer] for peer in peers if (name, peer) in best]
+        return round(best[name, "ours"] / max(found), 3) if found else None
+
+    peers = [engine for engine in engines if engine.startswith("transformers")]
+    print(json.dumps({"vs_transformers_equal": against("equal", *peers),
+                      "vs_transformers_longtail": against("longtail", *peers), "vs_vllm": against("equal", "vllm"),
+                      "vs_vllm_longtail": against("longtail", "vllm"), "floor_fraction": against("equal", "floor")}))
 
 
 if __name__ == "__main__":
