@@ -38,9 +38,10 @@ class Anchor:
     def __call__(self, policy: Policy, step: int, coefficient: float, count: int) -> float:
         """Adds the gradient of coefficient * mean KL over the step's `count` answers; returns the mean KL per token."""
         chosen = [(step * count + i) % len(self.groups) for i in range(count)]
-        hidden = self.hidden_states(policy.model, [self.groups[i] for i in chosen])
-        start = (torch.cat([self.hidden[i] for i in chosen]) @ self.head.T).float().log_softmax(-1)
-        now = (hidden @ policy.model.head_weight.T).float().log_softmax(-1)
+        model = policy.model
+        hidden = self.hidden_states(model, [self.groups[i] for i in chosen])
+        start = model.capped(torch.cat([self.hidden[i] for i in chosen]) @ self.head.T).log_softmax(-1)
+        now = model.logits(hidden).log_softmax(-1)
         divergence = (start.exp() * (start - now)).sum(-1).mean()
         policy.backward(coefficient * divergence / ranks()[1])          # every rank computes it; ranks are summed
         return divergence.item()

@@ -248,8 +248,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] fp32, for the sampler's few rows; training uses kernels.linear_logprob, which never holds them."""
-        logits = self.raw_logits(hidden).float()
-        return logits if self.c.softcap is None else self.c.softcap * torch.tanh(logits / self.c.softcap)
+        return self.capped(self.raw_logits(hidden))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Raw logits as the model means them: fp32, soft-capped where its family does that."""
+        logits, cap = logits.float(), self.c.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @contextmanager
     def packed(self):

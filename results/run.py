@@ -41,6 +41,7 @@ ARMS = {
     "permix+anchor": ["--method", "permix", "--anchor-coef", "0.5"],
 }
 ABLATIONS = {
+    "rlvr+anchor": ["--method", "rlvr", "--anchor-coef", "0.5"],
     **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "0.75", "1.0")},
     "per rollout": ["--method", "permix", "--mix", "rollout"],
     "per rollout, persona baseline": ["--method", "permix", "--mix", "rollout", "--advantage", "persona"],
