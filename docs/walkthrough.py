@@ -171,8 +171,8 @@ def learning(s) -> str:
     terms = " ".join(f"{a:+.2f} * {n}" for a, n in zip(advantages, lengths, strict=True))
     out = ["## 9. The loss", "$$L = -\\sum_t w_t \\min\\big(\\rho_t A,\\ \\mathrm{clip}(\\rho_t, 1 - \\epsilon, "
            "1 + \\epsilon) A\\big), \\qquad \\rho_t = \\frac{\\pi(y_t)}{\\pi_{old}(y_t)}, \\quad w_t = \\frac{1}{N}$$",
-           "The ratio rho_t has nothing to do with the share rho of section 2. The clip is PPO's (arXiv 1707.06347), the "
-           "weight DAPO's (arXiv 2503.14476): N counts the tokens of the whole batch, those of the group without "
+           "The ratio rho_t has nothing to do with the share rho of section 2. The clip is PPO's (arXiv 1707.06347), "
+           "the weight DAPO's (arXiv 2503.14476): N counts the tokens of the whole batch, those of the group without "
            "variance too.", code(grpo.token_weights, "total_tokens) *"),
            code(grpo.policy_loss, "log_ratio = logprobs", "ratio = log_ratio.clamp", "loss = -(weights"),
            code(grpo.clipped_surrogate, "surrogate = torch.min"),

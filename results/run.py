@@ -42,6 +42,7 @@ ARMS = {
 }
 ABLATIONS = {
     "rlvr+anchor": ["--method", "rlvr", "--anchor-coef", "0.5"],
+    "permix+anchor, 1 a step": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-count", "1"],
     **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "0.75", "1.0")},
     "per rollout": ["--method", "permix", "--mix", "rollout"],
     "per rollout, persona baseline": ["--method", "permix", "--mix", "rollout", "--advantage", "persona"],

@@ -20,7 +20,7 @@ def run():
     return SimpleNamespace(**runpy.run_path(str(RESULTS / "run.py")))
 
 
-@pytest.mark.parametrize("name", ["main", "ablations"])
+@pytest.mark.parametrize("name", ["main", "ablations", "pushed", "anchors"])
 def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     """From each run's answers to intervals and verdicts, as `python results/run.py` computed them."""
     arms = {}
@@ -30,6 +30,15 @@ def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     order = json.loads((RESULTS / name / "compared" / "comparison.json").read_text())["arms"]
     comparison = compare.side_by_side({role: arms[role] for role in order})
     assert run.tables(comparison) == (RESULTS / name / "tables.md").read_text()
+
+
+def test_the_page_shows_how_far_rlvr_was_pushed_as_it_was_measured():
+    page = (RESULTS / "README.md").read_text().splitlines()
+    for label, folder in {"3e-5, 34": "main/rlvr-seed0", "3e-5, 102": "probes/rlvr-102-steps",
+                          "6e-5, 68": "pushed/rlvr-seed0", "1e-4, 34": "probes/rlvr-1e-4"}.items():
+        got = json.loads((RESULTS / folder / "results.json").read_text())
+        numbers = got["mean_accuracy"], got["pss"], got["fidelity"]["persona_identification"]
+        assert f"| {label} | {' | '.join(f'{x:.3f}' for x in numbers)} |" in page
 
 
 def test_identification_by_length_follows_from_what_is_kept():
