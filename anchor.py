@@ -22,7 +22,8 @@ class Anchor:
 
     def __init__(self, model: Transformer, tokenizer, pool: list[personas.Persona], args):
         questions = personas.load_roleplay("train")
-        pairs = [(pool[i * 7 % len(pool)], questions[i % len(questions)]) for i in range(args.anchor_answers)]
+        stride = 7 if len(pool) % 7 else 1              # through the strata, and every persona
+        pairs = [(pool[i * stride % len(pool)], questions[i % len(questions)]) for i in range(args.anchor_answers)]
         prompts = [personas.prompt_ids(tokenizer, question, persona) for persona, question in pairs]
         outs = generate(model, prompts, 1, args.anchor_tokens, seed=args.seed, slots=args.slots)
         self.groups = [(prompts[out.index], [out.tokens]) for out in sorted(outs, key=lambda out: out.index)]

@@ -34,6 +34,7 @@ from model import Transformer, Tree, flash_attn_with_kvcache, uses_flash
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
 MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
 SAMPLE_ROWS = 8                                         # rows of logits drawn from at once
+CHAT = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}    # as in training
 WIDTH = 32                                              # the cache grows by this many tokens
 
 
@@ -545,7 +546,7 @@ def read_prompts(path: str, tokenizer) -> list[list[int]]:
             try:
                 row = json.loads(line)
                 if "messages" in row:
-                    ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
+                    ids = tokenizer.apply_chat_template(row["messages"], **CHAT)
                 elif isinstance(row["prompt"], str):
                     ids = tokenizer(row["prompt"]).input_ids
                 else:
@@ -574,7 +575,7 @@ def chat(model, tokenizer, args, sampling: dict) -> None:
     print("(end with Ctrl-D)", file=sys.stderr)
     for number, line in enumerate(sys.stdin):
         messages.append({"role": "user", "content": line.strip()})
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(messages, **CHAT)
         shown = ""
 
         def show(tokens):

@@ -126,11 +126,17 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
                  "save_every", "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef", "memory"):
+    for name in ("seed", "dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef", "memory"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     if not (args.temperature > 0 and args.learning_rate > 0):
         raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
+    if not args.max_grad_norm > 0:
+        raise ValueError(f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)")
+    if args.personas in ("test", "all"):
+        raise ValueError(f"--personas {args.personas} would train on those of the evaluation: give train or a file")
+    if args.dynamic_sampling and args.method in ("sft", "distill"):
+        raise ValueError(f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones")
     if args.correction is None:                         # with --overlap the samples are of the weights before
         args.correction = "truncate" if args.overlap else "none"
     if args.overlap and args.dynamic_sampling:

@@ -180,7 +180,7 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not gold_of(str(answer)):
         raise ValueError(f"{where}: no `answer`; give it the gold as text or number, or remove the line")
     kind = str(row.get("kind") or row.get("type") or row.get("subject") or stem)
-    name = str(row.get("id") or row.get("unique_id") or number)
+    name = str(next(x for x in (row.get("id"), row.get("unique_id"), number) if x not in (None, "")))
     return Problem(question.strip(), gold_of(str(answer)), name, kind)
 
 

@@ -416,7 +416,8 @@ def evaluated(model: Transformer, tokenizer, held, args, folder: Path, steps: in
         if done.get("steps") == steps:
             return done
     return evaluate.evaluate(model, tokenizer, *held, args.seed, args.max_new_tokens, folder, {
-        "model": args.model, "task": args.eval_task or args.task, "method": args.method, "steps": steps})
+        "model": args.model, "task": args.eval_task or args.task, "method": args.method, "prompt": args.prompt,
+        "steps": steps})
 
 
 def before_after(before: dict, after: dict) -> str:

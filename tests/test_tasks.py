@@ -260,3 +260,10 @@ def test_batches_of_another_size_cut_the_same_stream_even_across_epochs():
     small = [p for step in range(12) for p in tasks.batch(problems, step, 2, seed=0)]
     large = [p for step in range(2) for p in tasks.batch(problems, step, 12, seed=0)]
     assert small == large
+
+
+def test_an_id_of_zero_is_an_id(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(3)))
+    both = tasks.load(str(path), "train", 0) + tasks.load(str(path), "test", 0)
+    assert sorted(problem.id for problem in both) == ["0", "1", "2"]

@@ -517,6 +517,8 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
     (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"), (["--dual-clip", "1"], "above 1 + clip_high"),
     (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--profile"], "choose one"),
+    (["--max-grad-norm", "-1"], "above 0"), (["--seed", "-1"], "at least 0"),
+    (["--personas", "test"], "of the evaluation"), (["--method", "sft", "--dynamic-sampling", "1"], "unequal"),
     (["--overlap", "--method", "sft"], "imitates")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
     assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
