@@ -56,7 +56,7 @@ def workers(jobs: int) -> ThreadPoolExecutor:
     """Threads that start processes, each with its own share of the cores. One core does a model of 135M more good than
     half of two does (the small operations between the matmuls do not split), and shared cores are the worst of all."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-    shares = queue.SimpleQueue()
+    jobs, shares = min(jobs, len(cores)), queue.SimpleQueue()
     for job in range(jobs):
         shares.put(cores[job::jobs])
 
@@ -143,6 +143,8 @@ def main() -> None:
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, 5.6 GB each, on its share of the cores")
     args, args.rest = p.parse_known_args()
+    if args.jobs < 1:
+        p.error(f"--jobs must be at least 1, not {args.jobs}")
     try:
         settings(args.rest)                             # train.py's flags: a mistyped one is told before anything runs
     except ValueError as error:
