@@ -20,7 +20,6 @@ and tasks without one verifiable answer.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 import zlib
@@ -31,18 +30,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import compare
-import judge
-import measures
+import files
 import personas as pool
-import report
 import rewards
 import rollout
 import tasks
 import weights
-from compare import run_of
+from evaluation import compare, judge, measures, report
+from evaluation.compare import run_of
+from files import write_atomically
 from model import completion_logprobs, pack
-from report import write_atomically
 
 NONE = "none"  # the name of the prompt without a persona in every result
 
@@ -58,7 +55,7 @@ def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
     That changes nothing: a sample depends on the model, its prompt, the settings and its place, not on the batch.
     """
     table, call = [[None] * n for _ in prompts], fingerprint(model, prompts, n, sampling) if log else None
-    for row in judge.known(log) if log else ():
+    for row in files.rows(log) if log else ():
         if row["call"] == call:
             table[row["index"]][row["sample"]] = rollout.Completion(row["index"], row["sample"], row["tokens"], [],
                                                                     row["truncated"])
@@ -68,7 +65,7 @@ def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
             done = replace(done, index=todo[done.index])
             table[done.index][done.sample] = done
             if file:
-                judge.append(file, {"call": call, "index": done.index, "sample": done.sample, "tokens": done.tokens,
+                files.append(file, {"call": call, "index": done.index, "sample": done.sample, "tokens": done.tokens,
                                     "truncated": done.truncated})
     return [[(tokenizer.decode(done.tokens, skip_special_tokens=True), done) for done in row] for row in table]
 
@@ -116,7 +113,7 @@ def evaluate(model, tokenizer, problems, personas, seed=0, max_new_tokens=32, ou
         raise ValueError(f"evaluation needs problems, and personas with different names (none of them '{NONE}')")
     n_items, sampling, log = len(problems), {"max_new_tokens": max_new_tokens, "seed": seed}, log_in(out)
     rows = ask(model, tokenizer, problems, [None, *personas], log=log, temperature=0.0, **sampling)
-    results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv), "commit": commit()}
+    results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv), "commit": files.commit()}
     results |= (info or {}) | sampling | summary(as_table(rows, n_items), problems, personas, seed)
     results |= {key: sum(row[k] for row in rows) / len(rows)
                 for key, k in (("tokens_per_answer", "tokens"), ("truncated_fraction", "truncated"))}
@@ -293,12 +290,6 @@ def personagym(model, tokenizer, questions, grader, name, folder, price=(0.0, 0.
 # Files
 
 
-def commit():
-    """The git commit of this checkout, or "" outside one."""
-    got = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return got.stdout.strip() if got.returncode == 0 else ""
-
-
 def write(results, transcripts, folder):
     """transcripts.jsonl, report.html, PNG plots, and last results.json: where that exists, the rest is complete."""
     folder = Path(folder)
@@ -336,7 +327,7 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int, help="longest answer (default: that of the model's run, else 32)")
     add("--prompt", choices=sorted(tasks.PROMPTS), help="how a problem is put (default: as in the model's run)")
-    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--method", help="the arm's role, for --compare (default: of the run that the model lies in, else start)")
     add("--samples", type=int, default=0, help="answers a prompt, for pass@k")
@@ -362,6 +353,10 @@ def put(problems, prompt):
 
 def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
+    for name, least in (("max_new_tokens", 1), ("samples", 0), ("fidelity", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     run, fidelity_args, gym_args = run_of(args.model)[0], None, None
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, max_new_tokens = args.prompt or trained.get("prompt", "plain"), trained.get("max_new_tokens", 32)

@@ -334,15 +334,6 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def quantiles(values: Tensor, at: tuple[float, ...] = (0.0, 0.01, 0.5, 0.99, 1.0)) -> Tensor:
-    """Nearest-rank quantiles [len(at)] of `values` [N], N >= 1: log ratios, sampler/trainer gaps, lengths.
-
-    Not additive: pass the values of the whole batch. (torch.quantile stops at 2^24 elements.)
-    """
-    ranks = [round(fraction * (len(values) - 1)) for fraction in at]
-    return values.detach().sort().values[ranks]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings that contradict each other
 
@@ -350,16 +341,14 @@ def quantiles(values: Tensor, at: tuple[float, ...] = (0.0, 0.01, 0.5, 0.99, 1.0
 def check(
     *, loss: str, advantage: str, normaliser: str, group_size: int, clip_low: float, clip_high: float,
     dual_clip: float | None = None, inner_epochs: int = 1, kl_coef: float = 0.0, kl_kind: str = "k3",
-    kl_in: str = "loss", kl_corrected: bool = False, correction: str | None = None, correction_level: str = "token",
-    correction_low: float = 0.5, correction_high: float = 2.0, dynamic_sampling: bool = False, mix: str = "prompt",
-    max_tokens: int = 1, overlong_buffer: int = 0,
+    kl_in: str = "loss", dynamic_sampling: bool = False, mix: str = "prompt", max_tokens: int = 1,
+    overlong_buffer: int = 0,
 ) -> None:
     """Raises ValueError, with the reason, where a combination cannot do what its names say.
 
-    kl_in: loss | reward; kl_corrected: `kl` gets `old_logprobs`; correction: None | truncate | mask; mix: see personas.
+    kl_in: loss | reward; mix: see personas.
     """
-    no_ratio, sequence_ratio = loss == "reinforce", loss == "gspo"
-    in_loss, in_reward = kl_coef > 0 and kl_in == "loss", kl_coef > 0 and kl_in == "reward"
+    no_ratio = loss == "reinforce"
     refusals = (
         (group_size < 1, "group size must be at least 1"),
         (group_size == 1 and advantage != "batch",
@@ -380,19 +369,13 @@ def check(
          "dr_grpo leaves out the std: use advantage mean, or loss grpo"),
         (loss == "dr_grpo" and normaliser == "sequence",
          "dr_grpo leaves out the division by length: use normaliser constant, or loss grpo"),
-        (sequence_ratio and normaliser != "sequence",
+        (loss == "gspo" and normaliser != "sequence",
          "gspo has one ratio a completion: any normaliser but sequence would weigh it by the length"),
-        (sequence_ratio and correction is not None and correction_level == "token",
-         "gspo's ratio is a sequence's, so the sampler correction must be one too: use correction level sequence"),
         (dual_clip is not None and loss in ("reinforce", "cispo"), f"{loss} has no clipped minimum for a dual clip"),
         (dual_clip is not None and not dual_clip > 1 + clip_high, "dual clip must lie above 1 + clip_high"),
-        (not 0 <= correction_low <= 1 <= correction_high, "the sampler correction's bounds must enclose 1"),
         (not kl_coef >= 0, "kl_coef must be at least 0"),
-        (in_reward and kl_kind != "k1", f"{kl_kind} in the reward does not give the gradient of the KL: only k1 does"),
-        (in_reward and kl_corrected, "a KL in the reward has no gradient of its own to correct"),
-        (in_loss and kl_kind == "k1" and not kl_corrected,
-         "k1 in the loss has a gradient of 0 on average: use k2 or k3, correct it, or put it in the reward"),
-        (in_loss and kl_kind == "k2" and kl_corrected, "k2's gradient is the KL's as it is: correct k1 or k3"),
+        (kl_coef > 0 and kl_in == "reward" and kl_kind != "k1",
+         f"{kl_kind} in the reward does not give the gradient of the KL: only k1 does"),
     )
     for refused, reason in refusals:
         if refused:

@@ -14,7 +14,7 @@ from statistics import fmean, median
 
 import torch
 
-from report import write_atomically
+from files import rows, write_atomically
 
 # What TensorBoard, Weights & Biases and Trackio are called as packages; the last two share their interface.
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -47,10 +47,9 @@ def resumed(out: Path, step: int) -> list[dict]:
     """Drops the lines of `step` and later, which a resumed run writes again; returns the metrics before it."""
     kept = []
     for name in ("samples.jsonl", "metrics.jsonl"):
-        lines = (out / name).read_text().split("\n")[:-1] if (out / name).is_file() else []     # the last may be torn
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        write_atomically(out / name, "".join(line + "\n" for line in kept))
-    return [json.loads(line) for line in kept]
+        kept = [row for row in rows(out / name) if row["step"] < step]
+        write_atomically(out / name, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 class Clock:

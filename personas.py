@@ -16,9 +16,11 @@ compare arms, and personas made by a model, since nobody would have read them.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +28,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from tasks import json_lines
+from files import numbered
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "test")
@@ -57,7 +59,7 @@ def load(which: str = "test") -> list[Persona]:
     path = DATA / "personas.jsonl" if builtin else Path(which)
     if not path.is_file():
         raise ValueError(f"no personas called {which!r}: give train, test, all, or a .jsonl file")
-    for _, where, row in json_lines(path, "name, text and stratum"):
+    for _, where, row in numbered(path, "name, text and stratum"):
         persona = from_row(where, row)
         if persona.name in found:
             raise ValueError(f"{where}: a second persona named {persona.name!r}; names must differ")
@@ -71,7 +73,16 @@ def load_roleplay(split: str) -> list[str]:
     """Open questions to answer in character, no mathematics in them; train feeds the anchor, test the evaluation."""
     if split not in SPLITS:
         raise ValueError(f"no role-play split {split!r}; choose from {', '.join(SPLITS)}")
-    return [row["question"] for _, _, row in json_lines(DATA / "roleplay.jsonl", "question") if row["split"] == split]
+    return [row["question"] for _, _, row in numbered(DATA / "roleplay.jsonl", "question") if row["split"] == split]
+
+
+def few(pool: list[Persona], count: int) -> list[Persona]:
+    """`count` personas, evenly from the strata, in the pool's order within each."""
+    by_stratum = defaultdict(list)
+    for persona in pool:
+        by_stratum[persona.stratum].append(persona)
+    turns = [p for row in itertools.zip_longest(*by_stratum.values()) for p in row if p]
+    return turns[:count]
 
 
 def from_row(where: str, row: dict) -> Persona:
@@ -137,21 +148,26 @@ def messages(question: str, persona: Persona | None, system_role: bool = True) -
 
 
 def prompt_ids(tokenizer, question: str, persona: Persona | None) -> list[int]:
+    """Token ids of a question under a persona. Without one the template's own default stays: SmolLM2's inserts "You are
+    a helpful AI assistant named SmolLM ...", and that is what "no persona" means for it."""
+    return chat_ids(tokenizer, messages(question, persona, persona is None or has_system_role(tokenizer)))
+
+
+def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     """Token ids up to where the answer begins, as the model's chat template gives them: never text encoded again,
-    which would put a second BOS in front. Without a persona the template's own default stays: SmolLM2's inserts "You
-    are a helpful AI assistant named SmolLM ...", and that is what "no persona" means for it. Models that can think
-    before they answer (Qwen3, SmolLM3) are asked not to: length limits like ours would cut them off while they do.
-    Raises ValueError if the tokenizer has no chat template.
+    which would put a second BOS in front. Models that can think before they answer (Qwen3, SmolLM3) are asked not to:
+    length limits like ours would cut them off while they do. Raises ValueError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
-    chat = messages(question, persona, persona is None or has_system_role(tokenizer))
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
 
 @lru_cache(maxsize=8)
 def has_system_role(tokenizer) -> bool:
     """Whether a system message shows in the rendered prompt. Some templates refuse it, some drop it silently."""
+    if not tokenizer.chat_template:
+        return True                                     # `chat_ids` says what is wrong
     probe = Persona("probe", "xyzzy", "probe", "test")
     try:
         return probe.text in tokenizer.apply_chat_template(messages("Hello", probe), tokenize=False)

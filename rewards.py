@@ -4,6 +4,7 @@ An RLVR policy is an optimiser pointed at its verifier, so this file has to be r
   verifier/extract.py  the answer out of a completion: last box, `####`, "the answer is", else the last number
   verifier/parse.py    text.py and it read the answer into a tree; no `eval`, no `parse_expr` on what a model wrote
   verifier/equal.py    value.py and it compare two trees, cheap steps first, each bounded
+  verifier/verdict.py  takes these steps, for one pair
   Verifier (below)     decides easy pairs at once in `submit`, and sends the rest to worker processes that can be killed
 Workers are `python rewards.py --worker` children talking JSON lines over pipes. Not fork: the parent may hold torch,
 its threads and a GPU context. Not multiprocessing spawn: it imports the parent's __main__ again, which is the trainer.
@@ -22,168 +23,18 @@ import contextlib
 import importlib
 import json
 import queue
-import re
 import resource
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
 
-from verifier.equal import same
-from verifier.extract import BOX, MAX_ANSWER, extract, last_box
-from verifier.parse import parse
-from verifier.text import NotMath, TooBig, plain_text
-from verifier.value import Effort, Undecided
-
-
-class Verdict(NamedTuple):
-    """`verdict`: "correct", "wrong" or "unverifiable"; `rule`: how found and compared; `extracted`: the answer."""
-
-    verdict: str
-    rule: str
-    extracted: str = ""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two texts
-
-_COSTUME = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm)\s*\{([^{}]*)\}")
-_CHOICE = re.compile(r"\(?([A-J])\)?|\(([a-j])\)")
-_CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"
-                     r"(?:\)|[.:](?=\s|$)|,?(?=\s+(?:because|since|as)\b)|$)", re.I)  # fmt: skip
-_CHOSEN_LAST = re.compile(r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
-_DENIAL = re.compile(r"\b(?:or|not?|nor|either|never|if|whether|may|might|doubt)\b|n't", re.I)
-_TIME = re.compile(r"\d{1,2}:\d\d")
-_CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*(?:am|pm)|\d{1,2}:\d\d:\d\d", re.I)
-
-
-def verify(gold: str, answer: str, deep: bool = False) -> Verdict:
-    """Compare a completion (or a bare answer) with a gold answer, in this process. Never raises; every step is bounded.
-
-    `deep` allows what only a killable worker should do: more evaluations, sympy. `Verifier` arranges that.
-    """
-    try:
-        return _judge(gold, answer, deep)
-    except Undecided as error:
-        return Verdict("unverifiable", f"undecided: {error}")
-
-
-def _judge(gold: str, answer: str, deep: bool) -> Verdict:
-    """As verify; raises Undecided where a deep look might still tell."""
-    goal = extract(gold)[0] if BOX.search(gold[-MAX_ANSWER:]) or "####" in gold[-MAX_ANSWER:] else gold
-    found, rule = extract(answer)
-    if not goal.strip():
-        return Verdict("unverifiable", "empty gold", found)
-    if not found.strip():
-        return Verdict("wrong", f"{rule}: no answer", found)
-    try:
-        right, how = _compare(goal.strip(), found.strip(), deep)
-    except (TooBig, RecursionError, OverflowError, MemoryError) as error:
-        return Verdict("unverifiable", f"{rule}: {type(error).__name__} {error}"[:100], found)
-    return Verdict("correct" if right else "wrong", f"{rule}: {how}", found)
-
-
-def _compare(gold: str, found: str, deep: bool) -> tuple[bool, str]:
-    """(equal?, by what): as text, as a choice, as words, else as trees."""
-    if gold == found:
-        return True, "same text"
-    found = re.sub(r"^[A-Za-z][A-Za-z' ]{3,40}=(?!=)", "", found.strip("*_` \n")).strip()  # Total cost = 5
-    choice = _CHOICE.fullmatch(_bare(gold))
-    if choice:
-        return _same_choice(choice[0].strip("()").upper(), _bare(found)), "choice"
-    if _TIME.fullmatch(gold) and _TIME.fullmatch(found):
-        return False, "time of day"  # 3:30 may be a ratio, but beside 1:10 both are times
-    goal = _tree(gold)
-    if goal is None or goal[0] == "text" or re.fullmatch("[A-Z]{2,}", gold) or _CLOCK.fullmatch(_words(gold)):
-        return _same_text(gold, found), "text"
-    tree = _tree(found.rstrip("."))
-    if tree is None:
-        return False, "not mathematics"
-    if _is_rational(goal) and _left_to_do(tree):
-        return False, "sum left to do"
-    effort = Effort(zlib.crc32(f"{gold}\0{found}".encode("utf-8", "replace")), deep)
-    try:
-        return same(goal, tree, effort), tree[0]
-    except (TooBig, Undecided):
-        raise
-    except (ValueError, ZeroDivisionError) as error:  # NotMath, a digit outside its base, 1/0
-        return False, f"not comparable: {error}"[:80]
-
-
-def _plain(tree):
-    """Without sign, unit and percent."""
-    while tree[0] in ("neg", "unit", "percent"):
-        tree = tree[1]
-    return tree
-
-
-def _is_rational(tree) -> bool:
-    """A number written out: integer, decimal, fraction, with sign, unit or percent."""
-    tree = _plain(tree)
-    return tree[0] == "num" or tree[0] == "div" and all(_is_rational(side) for side in tree[1:])
-
-
-def _left_to_do(tree) -> bool:
-    """Whether an answer is the exercise: 12 - 9, 6 * 8, 48 / 8, where the gold is a number.
-
-    Equal in value, but it costs a policy nothing to copy the question's numbers, and one that may will learn no other
-    answer. Fractions that are no whole number, 5 + 1/2, 1 million, powers and roots are forms of a number and count; so
-    does "8 + 3 = 11", where the number stands beside the exercise.
-    """
-    tree = _plain(tree)
-    if tree[0] == "rel":
-        undone = [_left_to_do(side) for side in tree[2:]]
-        return any(undone) and not any(_is_rational(t) and not u for t, u in zip(tree[2:], undone, strict=True))
-    if tree[0] not in ("add", "sub", "mul", "div") or not all(_is_rational(t) or _left_to_do(t) for t in tree[1:]):
-        return False
-    left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])
-    kinds = left[0], right[0]
-    if tree[0] == "div" and kinds == ("num", "num"):
-        return right[1] not in (0, 1) and left[1] != 0 and (left[1] / right[1]).denominator == 1
-    if tree[0] == "add" and kinds == ("num", "div"):
-        return _left_to_do(right)
-    return not (tree[0] == "mul" and kinds == ("num", "num") and right[1] in (10**3, 10**6, 10**9, 10**12))
-
-
-def _tree(text: str) -> tuple | None:
-    inner = _COSTUME.fullmatch(text)
-    try:
-        return parse(inner[1] if inner and re.search(r"\d", inner[1]) else text)
-    except NotMath:
-        return None
-
-
-def _bare(text: str) -> str:
-    return _COSTUME.sub(r"\1", text[:300]).strip(" .$*\n")
-
-
-def _words(text: str) -> str:
-    """A text answer in the form in which texts are compared."""
-    return plain_text(re.sub(r"\\[,;:! ]|[$~]", " ", _COSTUME.sub(r" \1 ", text)))
-
-
-def _same_text(gold: str, found: str) -> bool:
-    """The same words; or a sentence that ends in "is <gold>", with no "or" and no "not" in it."""
-    if len(found) > 2000:
-        return False
-    goal, said = _words(gold), _words(found)
-    if _CLOCK.fullmatch(goal):
-        goal, said = (re.sub(r":00|[. ]", "", t) for t in (goal, said))
-    ending = rf"\b(?:is|are|was|be|on|it's) (?:the |an? )?{re.escape(goal)}"
-    return goal == said or bool(re.search(ending + "$", said)) and not _DENIAL.search(said)
-
-
-def _same_choice(letter: str, found: str) -> bool:
-    """(B), B, b, "B) 12", "Option B", "I say it's B" name choice B; "A or B" does not."""
-    match = _CHOSEN.match(found) or not _DENIAL.search(found) and _CHOSEN_LAST.search(found)
-    rest = found[match.end() :] if match else ""
-    return bool(match) and match[1].upper() == letter and not re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
-
+from verifier.extract import MAX_ANSWER
+from verifier.value import Undecided
+from verifier.verdict import Verdict, judged, verify
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Worker processes
@@ -194,12 +45,11 @@ class Verifier:
 
     Easy pairs are decided in `submit` itself. The rest goes to `workers` child processes, started at the first submit
     and re-used; one that exceeds `timeout_s` is killed and replaced, and its pair is "unverifiable". Safe to use from
-    threads. `counts` has the number of each verdict so far.
+    threads.
     """
 
     def __init__(self, workers: int = 2, timeout_s: float = 0.7, memory_mb: int = 512):
         self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
-        self.counts = {"correct": 0, "wrong": 0, "unverifiable": 0}
         self._lock, self._queue, self._threads = threading.Lock(), queue.SimpleQueue(), []
         self._closed = False
 
@@ -220,9 +70,8 @@ class Verifier:
                     thread.start()
         future: Future = Future()
         future.set_running_or_notify_cancel()  # from here on nobody can cancel it
-        future.add_done_callback(self._count)
         try:
-            future.set_result(_judge(gold, answer, deep=False))
+            future.set_result(judged(gold, answer, deep=False))
         except Undecided:
             with self._lock:                            # not behind the Nones of close()
                 if self._closed:
@@ -232,10 +81,6 @@ class Verifier:
 
     def verify(self, gold: str, answer: str) -> Verdict:
         return self.submit(gold, answer).result()
-
-    def _count(self, future: Future) -> None:
-        with self._lock:
-            self.counts[future.result().verdict] += 1
 
     def _serve(self) -> None:
         """One thread per worker process: takes pairs, waits, replaces the process when it had to be killed."""
@@ -346,12 +191,6 @@ def limit(kind: int, value: int) -> None:
 def correctness(problem, completion: str) -> float:
     """1 for a correct completion, else 0 (wrong and unverifiable alike; training logs them apart)."""
     return float(verify(problem.answer, completion).verdict == "correct")
-
-
-def boxed_format(problem, completion: str) -> float:
-    """Example of a user's reward: correctness, and a tenth of it for showing exactly one non-empty box."""
-    boxes = len(BOX.findall(completion))
-    return correctness(problem, completion) + 0.1 * (boxes == 1 and bool((last_box(completion) or "").strip()))
 
 
 def load_reward(spec: str) -> Callable[[object, str], float]:

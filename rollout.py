@@ -4,15 +4,14 @@
 takes its place. Live rows are kept contiguous (the last row moves into the hole): matmuls run on live rows only.
 
 **A prompt is computed once.** Prompts that open alike (a persona's system message) share one *trunk* in the cache, and
-so do the n samples of a prompt. A row's own cache holds only what is not shared. The decode step reads a trunk's keys
-once for all its rows, as one matmul.
+so do the n samples of a prompt; a row holds only what is its own. The cache and the attention to it are in cache.py.
 
 **A sample depends on (seed, key, sample index), not on the batch around it.** Each row draws its uniforms from its own
 counter-based stream (Philox) and inverts the CDF; torch's global generator is not touched.
 
 On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.packed`).
 
-Left out: beam search, speculative decoding, paged memory (the cache grows instead).
+Left out: beam search, speculative decoding.
 """
 
 import argparse
@@ -29,13 +28,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Transformer, Tree, flash_attn_with_kvcache, uses_flash
+import personas
+import weights
+from attention import Tree
+from cache import Cache, Trunk, shared_openings
+from model import Transformer, runs
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
-MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
 SAMPLE_ROWS = 8                                         # rows of logits drawn from at once
-CHAT = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}    # as in training
-WIDTH = 32                                              # the cache grows by this many tokens
 
 
 @dataclass
@@ -49,68 +49,6 @@ class Completion:
     truncated: bool = True
     model_logprobs: list[float] | None = None
     error: str | None = None                            # the row was given up (logits not finite); others go on
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cache: trunks and rows
-
-
-class Cache:
-    """Per layer keys [entries, kv_heads, D, T], transposed as the decode matmul wants them, and values [.., T, D].
-
-    For flash-attn both lie in memory as it wants them, [entries, T, kv_heads, D], under the same shapes.
-    """
-
-    def __init__(self, model: Transformer):
-        self.c, self.dtype, self.device = model.c, model.dtype, model.device
-        self.flash = uses_flash(model.head_weight)
-        self.trunks, self.rows = self.empty(0, 0), self.empty(0, 0)
-
-    def empty(self, count: int, width: int) -> list[tuple[Tensor, Tensor]]:
-        K, D = self.c.num_kv_heads, self.c.head_dim
-
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-        if self.flash:
-            return [(zeros(count, width, K, D).permute(0, 2, 3, 1), zeros(count, width, K, D).transpose(1, 2))
-                    for _ in range(self.c.num_layers)]
-        return [(zeros(count, K, D, width), zeros(count, K, width, D)) for _ in range(self.c.num_layers)]
-
-    def grown(self, store: list, count: int, width: int) -> list:
-        """The same contents with room for `count` entries of `width` tokens, if need be.
-
-        Widths grow by steps, not by doubling: a decode step reads all of it, so copying it every WIDTH steps is cheap.
-        """
-        have, wide = store[0][1].shape[0], store[0][1].shape[2]
-        if count <= have and width <= wide:
-            return store
-        new = self.empty(max(count, 2 * have) if count > have else have, max(wide, -(-width // WIDTH) * WIDTH))
-        for (k, v), (new_k, new_v) in zip(store, new, strict=True):
-            new_k[:have, ..., :wide], new_v[:have, :, :wide] = k, v
-        return new
-
-    @staticmethod
-    def write(store: list, at: int, start: int, layers: list[tuple[Tensor, Tensor]], tokens: slice) -> None:
-        """Copies the packed keys and values [N, kv_heads, D] of `tokens` behind the first `start` of entry `at`."""
-        for (k, v), (new_k, new_v) in zip(store, layers, strict=True):
-            new_k, new_v = new_k[tokens], new_v[tokens]
-            k[at, :, :, start:start + len(new_k)] = new_k.permute(1, 2, 0)
-            v[at, :, start:start + len(new_v)] = new_v.transpose(0, 1)
-
-    @staticmethod
-    def copy(source: list, at: int, target: list, to: int, tokens: int | None = None) -> None:
-        """The first `tokens` (default: all) of entry `at` of one store into entry `to` of the same or the other."""
-        for (k, v), (new_k, new_v) in zip(source, target, strict=True):
-            new_k[to, ..., :tokens], new_v[to, :, :tokens] = k[at, ..., :tokens], v[at, :, :tokens]
-
-
-@dataclass
-class Trunk:
-    """A run of tokens that several rows open with."""
-    ids: list[int]
-    users: int                                          # rows and waiting prompts that need it
-    at: int = -1                                        # its place in the cache; -1: not there
 
 
 @dataclass
@@ -128,30 +66,6 @@ class Row:
     hidden: Tensor                                      # the prompt's, for the first token
     out: Completion
     uniforms: np.ndarray                                # one a token
-
-
-def shared_openings(prompts: list[list[int]]) -> list[Trunk]:
-    """A trunk for each prompt, one object for all that open alike; a prompt's last token is never in it.
-
-    In sorted order a prompt joins the group before it while at least half of the group's opening remains shared.
-    """
-    trunks, group = [Trunk([], 0)] * len(prompts), Trunk([], 0)
-    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
-        room = min(len(group.ids), len(prompts[i]) - 1)
-        common = next((j for j in range(room) if group.ids[j] != prompts[i][j]), room)
-        if common >= max(MIN_SHARED, len(group.ids) / 2 if group.users > 1 else 0):
-            group.ids, group.users = group.ids[:common], group.users + 1
-        else:
-            group = Trunk(prompts[i][:-1], 1)
-        trunks[i] = group
-    return [t if t.users > 1 else Trunk([], 1) for t in trunks]
-
-
-def prefilled(prompts: list[list[int]]) -> int:
-    """How many tokens `generate` computes before it decodes: shared openings once."""
-    trunks = shared_openings(prompts)
-    return (sum(len(prompt) - len(trunk.ids) for prompt, trunk in zip(prompts, trunks, strict=True))
-            + sum(len(trunk.ids) for trunk in {id(t): t for t in trunks}.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,10 +174,7 @@ class Generation:
         self.waiting = [Prompt(i, prompts[i], trunks[i]) for i in order]
         self.started: list[Prompt] = []
         self.rows: list[Row] = []                       # row i of the cache
-        self.trunks: list[Trunk] = []                   # trunk i of the cache
-        self.cache = Cache(model)
-        self.own = torch.zeros(slots, dtype=torch.long, device=model.device)            # tokens in each row's own cache
-        self.where: tuple | None = None                 # which trunk each row reads; rebuilt when rows or trunks change
+        self.cache = Cache(model, slots)
 
     def run(self, draw, stops: set[int], stop_strings, tokenizer, on_token) -> Iterator[Completion]:
         def ended(out: Completion) -> bool:
@@ -313,16 +224,15 @@ class Generation:
         while self.waiting and planned < free:
             new.append(self.waiting.pop())
             planned += self.n
-        openings = {id(p.trunk): p.trunk for p in new if p.trunk.ids and p.trunk.at < 0}
-        for batch in batches(list(openings.values()), lambda trunk: len(trunk.ids)):
-            self.prefill_openings(batch)
-        for batch in batches(new, lambda p: len(p.ids) - len(p.trunk.ids)):
-            self.prefill(batch)
+        openings = list({id(p.trunk): p.trunk for p in new if p.trunk.ids and p.trunk.at < 0}.values())
+        for first, last in runs([len(trunk.ids) for trunk in openings], PREFILL_TOKENS):
+            self.prefill_openings(openings[first:last])
+        for first, last in runs([len(p.ids) - len(p.trunk.ids) for p in new], PREFILL_TOKENS):
+            self.prefill(new[first:last])
         for prompt in self.started:
             while prompt.samples < self.n and len(self.rows) < self.slots:
                 self.start(prompt)
         self.started = [p for p in self.started if p.samples < self.n]
-        self.where = None
 
     def prefill_openings(self, trunks: list[Trunk]) -> None:
         tree = Tree([len(t.ids) for t in trunks], [[] for _ in trunks], self.model.c, self.model.device, keep=True)
@@ -330,7 +240,7 @@ class Generation:
         end = 0
         for trunk in trunks:
             start, end = end, end + len(trunk.ids)
-            self.place(trunk)
+            self.cache.place(trunk)
             self.cache.write(self.cache.trunks, trunk.at, 0, tree.kept, slice(start, end))
 
     def prefill(self, prompts: list[Prompt]) -> None:
@@ -357,27 +267,14 @@ class Generation:
             if self.n == 1:
                 self.start(prompt, tree.kept, slice(start, end))
             else:
-                self.whole_trunk(prompt, tree.kept, slice(start, end))
+                opening, prompt.trunk = prompt.trunk, Trunk(prompt.ids, self.n)
+                self.cache.extend(prompt.trunk, opening, tree.kept, slice(start, end))
+                self.cache.release(opening)
                 self.started.append(prompt)
-
-    def whole_trunk(self, prompt: Prompt, kept: list, tokens: slice) -> None:
-        opening, prompt.trunk = prompt.trunk, Trunk(prompt.ids, self.n)
-        self.place(prompt.trunk)
-        if opening.ids:
-            self.cache.copy(self.cache.trunks, opening.at, self.cache.trunks, prompt.trunk.at)
-        self.cache.write(self.cache.trunks, prompt.trunk.at, len(opening.ids), kept, tokens)
-        self.release(opening)
 
     def start(self, prompt: Prompt, kept: list | None = None, tokens: slice = slice(0, 0)) -> None:
         """A new row for the prompt's next sample, with the prompt tokens that are not in its trunk."""
-        at, own = len(self.rows), tokens.stop - tokens.start
-        copied = len(prompt.trunk.ids) if self.cache.flash else 0               # flash-attn reads one cache a row
-        self.cache.rows = self.cache.grown(self.cache.rows, self.slots, copied + own + 1)
-        if copied:
-            self.cache.copy(self.cache.trunks, prompt.trunk.at, self.cache.rows, at, copied)
-        if kept:
-            self.cache.write(self.cache.rows, at, copied, kept, tokens)
-        self.own[at] = copied + own
+        self.cache.start_row(len(self.rows), prompt.trunk, kept, tokens)
         counter = [0, 0, prompt.samples, self.keys[prompt.index] % 2**64]
         stream = np.random.Philox(key=self.seed % 2**64, counter=counter)
         out = Completion(prompt.index, prompt.samples, model_logprobs=[] if self.model_logprobs else None)
@@ -390,25 +287,9 @@ class Generation:
         row, last = self.rows[i], self.rows.pop()
         if last is not row:
             self.rows[i] = last
-            self.cache.copy(self.cache.rows, len(self.rows), self.cache.rows, i)
-            self.own[i] = self.own[len(self.rows)]
-        self.release(row.trunk)
-        self.where = None
+            self.cache.move_row(len(self.rows), i)
+        self.cache.release(row.trunk)
         return row.out
-
-    def place(self, trunk: Trunk) -> None:
-        trunk.at = len(self.trunks)
-        self.trunks.append(trunk)
-        self.cache.trunks = self.cache.grown(self.cache.trunks, len(self.trunks), len(trunk.ids))
-
-    def release(self, trunk: Trunk) -> None:
-        trunk.users -= 1
-        if trunk.users or trunk.at < 0:
-            return
-        last = self.trunks.pop()
-        if last is not trunk:
-            self.cache.copy(self.cache.trunks, last.at, self.cache.trunks, trunk.at)
-            self.trunks[trunk.at], last.at = last, trunk.at
 
     def ids(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor([t for row in rows for t in row], device=self.model.device)
@@ -422,95 +303,12 @@ class Generation:
         added are not live, and what they write is overwritten before it is read.
         """
         B = min(self.slots, -(-count // 8) * 8)
-        self.cache.rows = self.cache.grown(self.cache.rows, self.slots, int(self.own[:B].max()) + 1)
         tokens = [row.out.tokens[-1] if row.out.tokens else 0 for row in self.rows[:B]]
         tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
-        position_ids, attend = (self.own[:B], self.flash) if self.cache.flash else self.on_trunks(count, B)
+        position_ids, attend = self.cache.attention([row.trunk for row in self.rows[:count]], B)
         hidden = self.model(tokens, position_ids, attend)
-        self.own[:count] += 1
+        self.cache.own[:count] += 1
         return hidden[:count]
-
-    def on_trunks(self, count: int, B: int):
-        """(position_ids [B], attend) of a decode step that reads each trunk once for all its rows."""
-        rows, own = torch.arange(B, device=self.model.device), self.own[:B]
-        if self.where is None or self.where[0] != count:
-            self.where = count, *self.trunk_cells(count)
-        _, trunk_length, to_grid, from_grid = self.where
-        S, P = len(self.trunks), self.cache.trunks[0][0].shape[-1] if self.trunks else 0
-        T = self.cache.rows[0][0].shape[-1]
-        trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.model.c.num_kv_heads]
-        biases = {window: bias(window, own, T, trunk_length, P, self.model.dtype)
-                  for window in set(self.model.c.windows)}
-
-        def attend(layer, q, k, v):
-            (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
-            own_k, own_v = (x[:B] for x in self.cache.rows[layer])
-            own_k[rows, :, :, own], own_v[rows, :, own] = k, v
-            q = (q * self.model.c.scale).reshape(B * K, g, D)
-            scores = q @ own_k.flatten(0, 1)                                    # [B * K, g, T]
-            if S:                                       # one matmul a trunk and kv head: all its rows' queries at once
-                trunk_k, trunk_v = (x[:S].flatten(0, 1) for x in self.cache.trunks[layer])
-                grid = q.index_select(0, to_grid).view(S * K, -1, D)
-                on_trunk = (grid @ trunk_k).view(-1, g, P).index_select(0, from_grid)
-                scores = torch.cat([on_trunk, scores], -1)
-            weights = scores.view(B, K, g, -1).add_(biases[self.model.c.windows[layer]]).softmax(-1).view(B * K, g, -1)
-            out = weights[..., P:] @ own_v.flatten(0, 1)
-            if S:
-                grid = weights[..., :P].index_select(0, to_grid).view(S * K, -1, P)
-                out += (grid @ trunk_v).view(-1, g, D).index_select(0, from_grid)
-            return out.view(B, K * g, D)
-
-        return trunk_length + own, attend
-
-    def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One call that appends k and v to the rows' caches and attends to them (flash-attn 2, arXiv 2307.08691)."""
-        B, (own_k, own_v) = len(q), self.cache.rows[layer]
-        return flash_attn_with_kvcache(
-            q[:, None], own_k[:B].permute(0, 3, 1, 2), own_v[:B].transpose(1, 2), k[:, None], v[:, None],
-            cache_seqlens=self.own[:B].int(), **self.model.c.flash(layer))[:, 0]
-
-    def trunk_cells(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's trunk length [slots], and where (row, kv head) and (trunk, kv head, member) find each other: the
-        row of every cell of a grid [trunks, kv_heads, widest], and the cell of every row [slots * kv_heads].
-
-        A row without a trunk sits at the first one, all of which it is hidden from. Empty cells point at row 0 and
-        rows that are not live at cell 0; what comes of that is not read.
-        """
-        members: list[list[int]] = [[] for _ in self.trunks]
-        length, cell = [0] * self.slots, [(0, 0)] * self.slots
-        for i, row in enumerate(self.rows[:count] if self.trunks else ()):
-            at = max(row.trunk.at, 0)
-            length[i], cell[i] = len(row.trunk.ids), (at, len(members[at]))
-            members[at].append(i)
-        heads, widest = range(self.model.c.num_kv_heads), max(map(len, members), default=0)
-        to_grid = [i * len(heads) + h for rows in members for h in heads for i in rows + [0] * (widest - len(rows))]
-        from_grid = [(at * len(heads) + h) * widest + j for at, j in cell for h in heads]
-        return tuple(torch.tensor(x, dtype=torch.long, device=self.model.device) for x in (length, to_grid, from_grid))
-
-
-def bias(window: int, own: Tensor, T: int, trunk_length: Tensor, P: int, dtype: torch.dtype) -> Tensor:
-    """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T]."""
-    key = torch.arange(T, device=own.device)
-    back = own[:, None] - key                                                   # query position - key position
-    if P:
-        key, length = torch.arange(P, device=own.device), trunk_length[:, None]
-        back = torch.cat([torch.where(key < length, length + own[:, None] - key, -1), back], -1)
-    hidden = (back < 0) | (back >= window) if window else back < 0
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
-
-
-def batches(items: list, size_of) -> Iterator[list]:
-    """Splits items into runs of at most PREFILL_TOKENS tokens (or of one item that is longer)."""
-    batch, size = [], 0
-    for item in items:
-        if batch and size + size_of(item) > PREFILL_TOKENS:
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += size_of(item)
-    if batch:
-        yield batch
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: batch sampling, and a chat in the terminal
@@ -546,7 +344,7 @@ def read_prompts(path: str, tokenizer) -> list[list[int]]:
             try:
                 row = json.loads(line)
                 if "messages" in row:
-                    ids = tokenizer.apply_chat_template(row["messages"], **CHAT)
+                    ids = personas.chat_ids(tokenizer, row["messages"])
                 elif isinstance(row["prompt"], str):
                     ids = tokenizer(row["prompt"]).input_ids
                 else:
@@ -575,7 +373,7 @@ def chat(model, tokenizer, args, sampling: dict) -> None:
     print("(end with Ctrl-D)", file=sys.stderr)
     for number, line in enumerate(sys.stdin):
         messages.append({"role": "user", "content": line.strip()})
-        prompt = tokenizer.apply_chat_template(messages, **CHAT)
+        prompt = personas.chat_ids(tokenizer, messages)
         shown = ""
 
         def show(tokens):
@@ -593,8 +391,6 @@ def chat(model, tokenizer, args, sampling: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        import weights  # here, since only the command line needs files
-
         if args.prompts and not Path(args.prompts).is_file():
             raise ValueError(f"no file {args.prompts}")
         if args.persona and args.prompts:

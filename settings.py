@@ -15,9 +15,8 @@ import grpo
 import monitor
 import tasks
 import weights
-from evaluate import commit
+from files import commit, write_atomically
 from policy import ranks
-from report import write_atomically
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +102,8 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         before = json.loads(path.read_text()).get("settings")
         if not before:
             raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
+        if first.out and Path(first.out) != Path(first.resume):
+            raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
         p.set_defaults(**before)
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
@@ -151,11 +152,9 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
     grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser, group_size=args.group_size,
                clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
-               kl_kind=args.kl, kl_in=args.kl_in, kl_corrected=args.kl == "k1" and args.kl_in == "loss", mix=args.mix,
-               dual_clip=args.dual_clip, dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,
-               overlong_buffer=args.overlong_buffer,
-               correction=None if args.correction == "none" else args.correction,
-               correction_level="sequence" if args.loss == "gspo" else "token")
+               kl_kind=args.kl, kl_in=args.kl_in, mix=args.mix, dual_clip=args.dual_clip,
+               dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,
+               overlong_buffer=args.overlong_buffer)
     return args
 
 

@@ -12,14 +12,15 @@ Left out: tasks without one verifiable answer, and multiple choice.
 
 import argparse
 import difflib
-import json
 import logging
 import random
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from files import numbered
+from verifier.extract import last_box
 
 
 @dataclass(frozen=True)
@@ -158,21 +159,6 @@ def gold_of(text: str) -> str:
     return text.rsplit("####", 1)[-1].strip()
 
 
-def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
-    """(number, "file, line n", object) for each line that is not blank; ValueError at the first that is no object."""
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):           # of bytes: U+2028 ends no line
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:                     # broken JSON, or not UTF-8
-            raise ValueError(f"{where}: not JSON ({error}); give an object with {wanted}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not an object; give one with {wanted}")
-        yield number, where, row
-
-
 def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     question, answer = row.get("question") or row.get("problem"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
@@ -186,7 +172,7 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
 
 def from_file(path: Path, split: str) -> list[Problem]:
     rows = [(from_row(where, row, path.stem, number), row.get("split"))
-            for number, where, row in json_lines(path, "question and answer")]
+            for number, where, row in numbered(path, "question and answer")]
     if not rows:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")
     if split == "all":
@@ -234,10 +220,7 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
         return Problem(row["question"], gold_of(row["answer"]), str(index), task)
     if task == "math500":
         return Problem(row["problem"], row["answer"], row["unique_id"], row["subject"])
-    from rewards import last_box
-
-    # MATH's gold is the last box of its solution
-    answer = last_box(row["solution"])
+    answer = last_box(row["solution"])                  # MATH's gold
     return Problem(row["problem"], answer, str(index), row["type"]) if answer else None
 
 

@@ -21,14 +21,12 @@ Left out: a critic, a replay buffer, and rollouts that lag by more than a step.
 """
 
 import copy
-import itertools
 import json
 import math
 import signal
 import sys
 import time
 import zlib
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,14 +41,16 @@ import evaluate
 import grpo
 import monitor
 import personas
-import report
 import rewards
 import tasks
 import weights
 from anchor import Anchor
-from model import Transformer, completion_logprobs, pack
+from cache import prefilled
+from evaluation import report
+from files import one_line
+from model import Transformer, completion_logprobs, pack, runs
 from policy import Policy, check_disk, fitted, gathered, join, load_checkpoint, memory, ranks, save_checkpoint, wait
-from rollout import Completion, generate, prefilled
+from rollout import Completion, generate
 from settings import run_folder, settings
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,6 +208,8 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         norm = policy.step(args.max_grad_norm)
     totals = gathered(torch.tensor([list(sums.values())], dtype=torch.float64)).sum(0)
     sums = dict(zip(SUMS, totals.tolist(), strict=True))
+    counted = [batch.verdicts.count("unverifiable"), sum(c.error is not None for c in batch.completions)]
+    unverifiable, errors = gathered(torch.tensor([counted])).sum(0).tolist()
     tokens = sums["trained_tokens"]
     entropy, divergence, gap = (sums[name] / tokens if tokens else None for name in ("entropy", "kl", "gap"))
     return {
@@ -216,7 +218,7 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         "completion_length": lengths.float().mean().item(), "truncated_fraction": truncated.float().mean().item(),
         "zero_variance_fraction": None if imitates else 1 - grpo.informative(rewards).float().mean().item(),
         "sampler_trainer_gap": None if imitates else gap,
-        "errors": sum(c.error is not None for c in batch.completions),
+        "unverifiable_fraction": unverifiable / rewards.numel(), "errors": errors,
         **{name: int(sums[name]) for name in ("packed_tokens", "trained_tokens")}, "sampled_tokens": int(lengths.sum()),
         "prefilled_tokens": int(gathered(torch.tensor([prefilled([prompt for prompt, _ in batch.groups])])).sum())}
 
@@ -265,22 +267,14 @@ def penalties(start: Transformer | None, batch: Batch, args) -> Tensor:
     return total
 
 
+def micro_batches(groups: list, limit: int):
+    """Runs of whole groups of at most `limit` packed tokens (or of one longer group), as (first, last + 1)."""
+    return runs([len(prompt) + sum(map(len, completions)) for prompt, completions in groups], limit)
+
+
 def persona_ids(batch: Batch) -> Tensor:
     """[B, G]: a number for each persona text, 0 for none."""
     return torch.tensor([[zlib.crc32(p.text.encode()) if p else 0 for p in row] for row in batch.personas])
-
-
-def micro_batches(groups: list, limit: int):
-    """Runs of whole groups of at most `limit` packed tokens (or of one longer group), as (first, last + 1)."""
-    start = size = 0
-    for i, (prompt, completions) in enumerate(groups):
-        tokens = len(prompt) + sum(map(len, completions))
-        if i > start and size + tokens > limit:
-            yield start, i
-            start, size = i, 0
-        size += tokens
-    if groups:
-        yield start, len(groups)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +311,6 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
                     metrics = learn(policy, start, batch, anchor, step, args)
             speed = metrics["sampled_tokens"] / clock.seconds["step" if lag else "sample"]
             metrics = {"step": step, **metrics, "lag": lag, "accuracy_by_stratum": monitor.strata(batch),
-                       "unverifiable_fraction": batch.verdicts.count("unverifiable") / len(batch.verdicts),
                        "tokens_per_second": speed, "seconds": clock.seconds}
             broken = 0 if math.isfinite(metrics["grad_norm"]) else broken + 1
             if rank == 0:
@@ -406,18 +399,20 @@ def terminated():
 def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The fixed problems and personas of the evaluation: the same for every seed and arm, asked as in training."""
     problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
-    return evaluate.put(problems, args.prompt), few(personas.load("test"), args.eval_personas)
+    return evaluate.put(problems, args.prompt), personas.few(personas.load("test"), args.eval_personas)
 
 
 def evaluated(model: Transformer, tokenizer, held, args, folder: Path, steps: int) -> dict:
-    """On what `held_out` gave, as evaluate.py does it; read back where it has been done after as many steps."""
+    """On what `held_out` gave, as evaluate.py does it; read back where that has been done after as many steps."""
+    info = {"task": args.eval_task or args.task, "prompt": args.prompt, "steps": steps}
+    asked = info | {"items": [{"id": problem.id, "kind": problem.kind} for problem in held[0]]}
     if (folder / "results.json").is_file():
         done = json.loads((folder / "results.json").read_text())
-        if done.get("steps") == steps:
+        names = [row["name"] for row in done["personas"][1:]]
+        if names == [persona.name for persona in held[1]] and all(done.get(key) == asked[key] for key in asked):
             return done
-    return evaluate.evaluate(model, tokenizer, *held, args.seed, args.max_new_tokens, folder, {
-        "model": args.model, "task": args.eval_task or args.task, "method": args.method, "prompt": args.prompt,
-        "steps": steps})
+    info |= {"model": args.model, "method": args.method}
+    return evaluate.evaluate(model, tokenizer, *held, args.seed, args.max_new_tokens, folder, info)
 
 
 def before_after(before: dict, after: dict) -> str:
@@ -433,15 +428,6 @@ def before_after(before: dict, after: dict) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-def few(pool: list[personas.Persona], count: int) -> list[personas.Persona]:
-    """`count` personas, evenly from the strata, in the pool's order within each."""
-    by_stratum = defaultdict(list)
-    for persona in pool:
-        by_stratum[persona.stratum].append(persona)
-    turns = [p for row in itertools.zip_longest(*by_stratum.values()) for p in row if p]
-    return turns[:count]
 
 
 def run(args) -> None:
@@ -483,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(settings(argv))
     except (ValueError, OSError) as error:
-        print(f"train.py: {weights.one_line(error)}", file=sys.stderr)
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import gguf_weights
+from files import one_line, whole_folder
 from model import Config, Transformer, inverse_frequencies
 
 EMBEDDED = "smollm2-135m"
@@ -67,11 +67,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                       # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)                 # M_TRIM_THRESHOLD
-
-
-def one_line(error: Exception) -> str:
-    text = f"missing {error}" if isinstance(error, KeyError) else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
@@ -262,25 +257,6 @@ def safetensors(folder: Path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Out
-
-
-@contextmanager
-def whole_folder(target: Path):
-    """Yields an empty folder that takes the target's place when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def state(model: Transformer) -> dict[str, torch.Tensor]:

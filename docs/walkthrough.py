@@ -100,7 +100,7 @@ def prompts(s) -> str:
                  for i, row in enumerate(s.batch.personas))]
     out += ["## 3. The prompt", "The chat template gives token ids, which nobody encodes again. Where there is no "
             "persona, the template's own default stands between `<|im_start|>system` and `<|im_end|>`.",
-            code(personas.prompt_ids, "apply_chat_template")]
+            code(personas.chat_ids, "apply_chat_template")]
     for i, (ids, _) in enumerate(s.batch.groups):
         out.append(block([f"problem {i}, {len(ids)} ids: {ids[:8]} ... {ids[-4:]}", s.tokenizer.decode(ids)]))
     return "\n\n".join(out)

@@ -22,13 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import compare  # noqa: E402
-import measures  # noqa: E402
 import personas  # noqa: E402
 import weights  # noqa: E402
 from evaluate import blocks  # noqa: E402
+from evaluation import compare, measures  # noqa: E402
+from files import rows, write_atomically  # noqa: E402
 from model import completion_logprobs, pack  # noqa: E402
-from report import write_atomically  # noqa: E402
 
 CUTS = (4, 8, 16, 24, 48)                               # tokens; a reply has at most 48
 DIFFERENCES = (("rlvr", "permix"), ("rlvr", "permix+anchor"), ("permix", "permix+anchor"))
@@ -110,7 +109,7 @@ def main() -> None:
     for arm in args.arms:
         for folder in sorted(args.out.glob("start" if arm == "start" else f"{arm}-seed*/evaluation")):
             name = "start" if arm == "start" else folder.parent.name
-            replies = [row for row in compare.read_lines(folder / "transcripts.jsonl") if row["kind"] == "roleplay"]
+            replies = [row for row in rows(folder / "transcripts.jsonl") if row["kind"] == "roleplay"]
             lengths = np.array([row["tokens"] for row in replies])
             run = runs.setdefault(name, {"arm": arm, "training_seed": compare.read_arm(folder)[1].get("training_seed")})
             run["tokens"], run["reach"] = lengths.mean(), {str(cut): (lengths >= cut).mean() for cut in CUTS}

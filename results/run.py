@@ -29,9 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
-import report  # noqa: E402
+from evaluation import report  # noqa: E402
 from settings import settings  # noqa: E402
-from train import few  # noqa: E402
 
 ARMS = {
     "sft": ["--method", "sft"],
@@ -91,7 +90,7 @@ def flags(arm: str, out: Path) -> list[str]:
     if rest[-1] != "--personas":
         return [*rest, last]
     file = out / f"{last}-personas.jsonl"
-    chosen = few(personas.load("train"), int(last))
+    chosen = personas.few(personas.load("train"), int(last))
     file.write_text("".join(json.dumps(vars(persona)) + "\n" for persona in chosen))
     return [*rest, str(file)]
 

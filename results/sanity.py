@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
-import report  # noqa: E402
 import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
+from evaluation import report  # noqa: E402
 from rollout import generate  # noqa: E402
 
 LOSSES = {name: ["--loss", name] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")}

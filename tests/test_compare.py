@@ -1,4 +1,4 @@
-"""compare.py: arms that were made to differ get the verdicts they were made for; folders find their arm and seed."""
+"""evaluation/compare.py: arms that were made to differ get the verdicts they were made for; folders find their seed."""
 
 import json
 from collections import namedtuple
@@ -6,9 +6,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-import compare
 import evaluate
-import measures
+from evaluation import compare, measures
 from tests.test_evaluate import persona_tables
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py and measures.py: every measure against a hand-computed table, brute force, or simulation."""
+"""evaluate.py and evaluation/measures.py: every measure against a hand-computed table, brute force, or simulation."""
 
 import itertools
 import json
@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-import compare
 import evaluate
-import measures
 import model as model_module
 import personas
 import rollout
 import tasks
 import weights
+from evaluation import compare, measures
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,7 +393,8 @@ def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(em
 @pytest.mark.parametrize("flags, said", [
     (["--task", "nowhere.jsonl"], "nowhere.jsonl"), (["--personas", "no.jsonl"], "no.jsonl"),
     (["--limit", "0"], "problem"), (["--compare", "one"], "at least two"),
-    (["--compare", "a", "b", "--roles", "x"], "one name"),
+    (["--compare", "a", "b", "--roles", "x"], "one name"), (["--max-new-tokens", "0"], "at least 1"),
+    (["--fidelity", "-1"], "at least 0"), (["--samples", "-2"], "at least 0"),
     (["--compare", "no_a", "no_b"], "no_a"), (["--model", "/nowhere/model"], "nowhere")])
 def test_a_users_mistake_is_one_line_and_exit_2(flags, said, capsys, tmp_path):
     assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 2

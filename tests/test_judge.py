@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-import judge
+from evaluation import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 GYM = ROOT.parent / "shared/data/personagym_half.jsonl"
@@ -133,8 +133,8 @@ def test_faults_are_retried_and_change_nothing(undisturbed, served, tmp_path):
     assert set(server.good.values()) == {1} and server.requests == got["calls"] + sum(f != "none" for f in faults)
 
 
-CHILD = "import sys, json; sys.path.insert(0, sys.argv[1]); import judge; rows = json.loads(sys.argv[4]); " \
-        "judge.grade(rows, judge.endpoint(sys.argv[2], 'm'), 'm', sys.argv[3])"
+CHILD = "import sys, json; sys.path.insert(0, sys.argv[1]); from evaluation import judge; " \
+        "judge.grade(json.loads(sys.argv[4]), judge.endpoint(sys.argv[2], 'm'), 'm', sys.argv[3])"
 
 
 def test_an_evaluation_killed_half_way_goes_on_without_judging_anything_twice(undisturbed, served, tmp_path):

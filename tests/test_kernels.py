@@ -265,8 +265,8 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB 
 @outside
 @pytest.mark.parametrize("chip", list(SHARED_LIMIT))
 def test_p22_triton_kernels_compile_ahead_of_time_without_spills(chip):
-    triton = pytest.importorskip("kernels.triton_linear_logprob", exc_type=ImportError)
-    for kernel, dtype in itertools.product((triton.forward_kernel, triton.backward_kernel), ("bf16", "fp32")):
-        for tile in triton.tiles(kernel, dtype != "fp32", chip):
-            registers, spilled, shared = triton.resources(triton.compile_kernel(kernel, chip, dtype, tile))
+    ahead = pytest.importorskip("benchmarks.compile_kernels", exc_type=ImportError)
+    for kernel, dtype in itertools.product((ahead.forward_kernel, ahead.backward_kernel), ("bf16", "fp32")):
+        for tile in ahead.tiles(kernel, dtype != "fp32", chip):
+            registers, spilled, shared = ahead.resources(ahead.compile_kernel(kernel, chip, dtype, tile))
             assert spilled == 0 and shared <= SHARED_LIMIT[chip] * 1024 and 0 < registers <= 256, (kernel, dtype, tile)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import attention
+import cache
 import model as model_module
 import personas
-import rollout
 import tasks
 import weights
 from model import Transformer, completion_logprobs, pack
@@ -240,8 +241,8 @@ def flash(monkeypatch):
         return varlen_stand_in(*args, **kwargs)
 
     def switch(on):
-        monkeypatch.setattr(model_module, "flash_attn_varlen_func", counted)
-        monkeypatch.setattr(model_module, "uses_flash", lambda q: on)
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", counted)
+        monkeypatch.setattr(attention, "uses_flash", lambda q: on)
         return calls
 
     return switch
@@ -273,8 +274,8 @@ def kvcache_stand_in(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotar
     assert cache_seqlens.max() + new <= k_cache.shape[1]
     out = torch.empty_like(q)
     for i, length in enumerate(cache_seqlens.tolist()):
-        for cache, x in ((k_cache, k), (v_cache, v)):
-            cache[i, length:length + new] = x[i]
+        for kept, x in ((k_cache, k), (v_cache, v)):
+            kept[i, length:length + new] = x[i]
         ends = [torch.tensor([0, x], dtype=torch.int32) for x in (new, length + new)]
         out[i] = varlen_stand_in(q[i], k_cache[i, :length + new].contiguous(), v_cache[i, :length + new].contiguous(),
                                  *ends, new, length + new, softmax_scale=softmax_scale, causal=causal,
@@ -295,8 +296,8 @@ def test_sampling_through_flash_attn_gives_the_same_tokens(family, flash, monkey
 
     for on in (False, True):
         calls = flash(on)
-        monkeypatch.setattr(rollout, "uses_flash", lambda q, on=on: on)
-        monkeypatch.setattr(rollout, "flash_attn_with_kvcache", counted)
+        monkeypatch.setattr(cache, "uses_flash", lambda q, on=on: on)
+        monkeypatch.setattr(cache, "flash_attn_with_kvcache", counted)
         done = list(generate(family[0], prompts, n=n, max_new_tokens=12, temperature=1.0, stop_ids=range(20), slots=3))
         found.append({(c.index, c.sample): c for c in done})
     plain, flashed = found
@@ -310,11 +311,11 @@ def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):
     def tensor(is_cuda, dtype):
         return SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
 
-    assert not model_module.uses_flash(tensor(True, torch.bfloat16)) or model_module.flash_attn_varlen_func
-    monkeypatch.setattr(model_module, "flash_attn_varlen_func", varlen_stand_in)
-    assert model_module.uses_flash(tensor(True, torch.bfloat16)) and model_module.uses_flash(tensor(True, torch.half))
-    assert not model_module.uses_flash(tensor(True, torch.float32))
-    assert not model_module.uses_flash(tensor(False, torch.bfloat16))
+    assert not attention.uses_flash(tensor(True, torch.bfloat16)) or attention.flash_attn_varlen_func
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen_stand_in)
+    assert attention.uses_flash(tensor(True, torch.bfloat16)) and attention.uses_flash(tensor(True, torch.half))
+    assert not attention.uses_flash(tensor(True, torch.float32))
+    assert not attention.uses_flash(tensor(False, torch.bfloat16))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""report.py: one file that opens offline, shows every number it was given, and shows text as text."""
+"""evaluation/report.py: one file that opens offline, shows every number it was given, and shows text as text."""
 
 import html
 import json
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 
-import compare
 import evaluate
-import report
+from evaluation import compare, report
 
 Problem = namedtuple("Problem", "question answer id kind")
 Persona = namedtuple("Persona", "name stratum")

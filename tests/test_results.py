@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import compare
 import evaluate
 import personas
 import settings
+from evaluation import compare
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

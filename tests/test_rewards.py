@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import Verifier, Worker, extract, load_reward, verify
+from rewards import Verifier, Worker, load_reward, verify
+from verifier.extract import extract
 from verifier.parse import parse
 from verifier.text import NotMath, TooBig
 
@@ -183,7 +184,6 @@ def test_p24_workers_decide_what_is_too_long_or_undecidable_for_the_trainers_pro
     with Verifier(workers=1, timeout_s=20.0) as verifier:
         futures = [verifier.submit(*long_list), verifier.submit(*never_real)]
         assert [f.result(60).verdict for f in futures] == ["correct", "correct"]
-        assert verifier.counts == {"correct": 2, "wrong": 0, "unverifiable": 0}
 
 
 def test_p24_no_future_is_left_waiting_where_no_worker_can_be_started(monkeypatch):
@@ -288,23 +288,20 @@ def test_p25_the_verdict_names_the_rule_that_found_the_answer(text, expected):
     assert verify("1", text).rule.startswith(expected[1])
 
 
-def test_p25_an_answer_that_cannot_be_checked_is_counted_apart_from_a_wrong_one():
+def test_p25_an_answer_that_cannot_be_checked_is_told_apart_from_a_wrong_one():
     with Verifier(workers=1) as verifier:
-        for answer in (r"\boxed{7}", r"\boxed{8}", r"\boxed{5^{5^{5^{5^5}}}}"):
-            verifier.verify("7", answer)
-    assert verifier.counts == {"correct": 1, "wrong": 1, "unverifiable": 1}
+        answers = (r"\boxed{7}", r"\boxed{8}", r"\boxed{5^{5^{5^{5^5}}}}")
+        assert [verifier.verify("7", text).verdict for text in answers] == ["correct", "wrong", "unverifiable"]
 
 
 # -- rewards and doors -------------------------------------------------------------------------------------------------
 
 
-def test_correctness_is_1_or_0_and_the_format_reward_adds_a_tenth_for_exactly_one_box():
+def test_correctness_is_1_or_0_whatever_the_form():
     problem = SimpleNamespace(question="3+4", answer="7")
-    for answer, correct, with_format in [("7", 1.0, 1.0), ("8", 0.0, 0.0), (r"\boxed{5^{5^{5^{5^5}}}}", 0.0, 0.1),
-                                         (r"\boxed{7}", 1.0, 1.1), (r"\boxed{8}\boxed{7}", 1.0, 1.0),
-                                         (r"\boxed{}", 0.0, 0.0)]:  # fmt: skip
+    for answer, correct in [("7", 1.0), ("8", 0.0), (r"\boxed{5^{5^{5^{5^5}}}}", 0.0), (r"\boxed{7}", 1.0),
+                            (r"\boxed{8}\boxed{7}", 1.0), (r"\boxed{}", 0.0)]:  # fmt: skip
         assert rewards.correctness(problem, answer) == correct
-        assert rewards.boxed_format(problem, answer) == with_format
 
 
 def test_a_users_reward_is_found_by_module_and_function(tmp_path, monkeypatch):

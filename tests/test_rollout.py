@@ -12,8 +12,9 @@ import torch
 
 import rollout
 import weights
+from cache import Trunk, prefilled, shared_openings
 from model import completion_logprobs, pack
-from rollout import Generation, Trunk, filtered, generate, sample, shared_openings
+from rollout import Generation, filtered, generate, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,7 +192,7 @@ def test_each_distinct_prompt_token_is_prefilled_once(tiny, monkeypatch):
     for n in (1, 3):
         tokens.clear()
         list(generate(model, prompts, n=n, max_new_tokens=1, slots=8))     # one new token: prefill is all there is
-        assert sum(tokens) == rollout.prefilled(prompts) == 60 + 40 * 2
+        assert sum(tokens) == prefilled(prompts) == 60 + 40 * 2
 
 
 def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
@@ -269,4 +270,4 @@ def test_a_broken_prompt_line_is_named(tiny_folder, tmp_path):
 def test_a_trunk_is_dropped_with_its_last_user(tiny):
     generation = Generation(tiny[0], [[3] * 12, [3] * 11 + [4]], 1, 2, 0, [0, 1], 4, False)
     list(generation.run(lambda logits, u: sample(logits, u, 1.0), set(), (), None, None))
-    assert generation.trunks == [] and isinstance(generation.rows, list) and Trunk([], 0).at == -1
+    assert generation.cache.placed == [] and isinstance(generation.rows, list) and Trunk([], 0).at == -1

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 import train
 import weights
-from policy import activation_bytes, whole
+from policy import Policy, activation_bytes, check_disk, whole
 from settings import parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -540,6 +541,31 @@ def test_a_disk_too_full_for_the_checkpoints_is_refused(tiny_folder, tmp_path, c
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     assert run(tiny_folder, tmp_path / "run") == 2
     assert "make room" in capsys.readouterr().err
+
+
+def test_the_checkpoints_that_a_resumed_run_has_already_need_no_more_room(tiny_folder, tmp_path, monkeypatch):
+    assert run(tiny_folder, tmp_path / "run", "--save-every", "1", "--keep", "3", "--steps", "3") == 0
+    usage, policy = shutil.disk_usage(tmp_path), Policy(weights.load(str(tiny_folder), "float32")[0], 1e-3, 1)
+    room = 17 * sum(p.numel() for p in policy.parameters)                       # for one more checkpoint and the model
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=room))
+    check_disk(tmp_path / "run", policy, 3)
+    with pytest.raises(ValueError, match="make room"):
+        check_disk(tmp_path, policy, 3)
+
+
+def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(tiny_folder, tmp_path, capsys):
+    few = ["--eval-problems", "2", "--eval-personas", "2"]
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1", *few) == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2", "--eval-problems", "3"]) == 0
+    before, after = (json.loads((tmp_path / "run" / "evaluation" / when / "results.json").read_text())
+                     for when in ("before", "after"))
+    assert before["items"] == after["items"] and len(after["items"]) == 3 and before["steps"] == 0
+
+
+def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--steps", "2"]) == 2
+    assert "its own folder" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tiny_folder, tmp_path, capsys,

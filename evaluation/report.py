@@ -9,7 +9,6 @@ results.json.
 
 import html
 import io
-import os
 import re
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from files import write_atomically
 
 PALETTE = {  # name: (light, dark)
     "ink": ("#1f2428", "#e4e7ea"), "soft": ("#66707a", "#9aa4ae"), "line": ("#d9dee3", "#363d45"),
@@ -364,13 +365,6 @@ def page(arms, transcripts, figures, comparison=None):
 <h2>Transcripts</h2>{cards(arms, transcripts)}
 <p class=meta>{html.escape(results['command'])} {html.escape(results['commit'][:12])}</p></body></html>
 """
-
-
-def write_atomically(path, text):
-    """Write a file whole or not at all: an interrupted evaluation leaves no half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def write(arms, transcripts, folder, metrics=None, comparison=None):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-import measures
-import report
+import files
+from evaluation import measures, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # their order in a comparison; others follow
 
@@ -195,17 +195,12 @@ def averaged(runs, scores):
 # Folders in, a report out
 
 
-def read_lines(path):
-    """The rows of a .jsonl file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def run_of(folder):
     """(config, metrics) of the run that a folder (its model, one of its evaluations) lies in; ({}, []) outside a
     run."""
-    for parent in list(Path(folder).resolve().parents)[:2]:
+    for parent in list(Path(folder).resolve().parents)[:2] if Path(folder).exists() else ():
         if (parent / "config.json").exists() and (parent / "metrics.jsonl").exists():
-            return json.loads((parent / "config.json").read_text()), read_lines(parent / "metrics.jsonl")
+            return json.loads((parent / "config.json").read_text()), list(files.rows(parent / "metrics.jsonl"))
     return {}, []
 
 
@@ -253,7 +248,8 @@ def folders(paths, out, roles=None, seed=0):
         if number is not None and number in [run.get("training_seed") for run in arms.get(role, [])]:
             raise ValueError(f"two folders hold {role} with training seed {number}: tell them apart with --roles")
         arms.setdefault(role, []).append(results)
-        transcripts.setdefault(role, read_lines(folder / "transcripts.jsonl"))  # an arm's first seed speaks for it
+        if role not in transcripts:  # an arm's first seed speaks for it
+            transcripts[role] = list(files.rows(folder / "transcripts.jsonl"))
         if role != "start" and run_of(folder)[1]:
             metrics.setdefault(role, []).append(run_of(folder)[1])
     comparison, out = side_by_side(arms, seed), Path(out)
@@ -261,7 +257,7 @@ def folders(paths, out, roles=None, seed=0):
     out.mkdir(parents=True, exist_ok=True)
     curves = {role: mean_curve(runs) for role, runs in metrics.items()}
     report.write(shown, list(transcripts.values()), out, curves, comparison)
-    report.write_atomically(out / "comparison.json", json.dumps(comparison, indent=1))
+    files.write_atomically(out / "comparison.json", json.dumps(comparison, indent=1))
     return comparison
 
 

@@ -26,9 +26,10 @@ import numpy as np
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
-import measures
+import files
 import personas
 import rollout
+from evaluation import measures
 
 TASKS = {  # task: what is asked for, what earns a 1, what earns a 5; the file's key for the last one is "Toxicity"
     "Expected Action": ("What the character does in the situation is what this character would do.",
@@ -131,30 +132,15 @@ def local(model, tokenizer):
     return ask
 
 
-def append(file, row):
-    """One more line at the end of an open .jsonl file, on disk before anything else happens."""
-    file.write("\n" + json.dumps(row))  # the newline comes first, so that it also ends a line torn by a kill
-    file.flush()
-
-
-def known(path):
-    """The whole rows of a file that `append` wrote; none where there is no file."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # torn by a kill, or empty
-
-
 def remember(ask, name, path, prompts):
     """The replies to prompts: from the file at `path` where known, else from `ask`, and then added to it at once."""
-    replies = {row["key"]: row for row in known(path)}
+    replies = {row["key"]: row for row in files.rows(path)}
     keys = [hashlib.sha256(f"{name}\n{text}".encode()).hexdigest() for text in prompts]
     todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in replies}
     with path.open("a", encoding="utf-8") as file:
         for index, text, tokens_in, tokens_out in ask(list(todo.values())):
             row = {"key": list(todo)[index], "text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
-            append(file, row)
+            files.append(file, row)
             replies[row["key"]] = row
     return [replies[key] for key in keys]
 
