@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import evaluate
+import files
 import model as model_module
 import personas
 import rollout
 import tasks
 import weights
-from evaluation import compare, measures
+from evaluation import measures
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,7 +302,7 @@ def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny
         with torch.no_grad():
             weight.add_(change)
         evaluate.sample(model, tokenizer, prompts, log=tmp_path / "log", seed=seed, max_new_tokens=3)
-        seen.append(len(list(evaluate.judge.known(tmp_path / "log"))))
+        seen.append(len(list(files.rows(tmp_path / "log"))))
     with torch.no_grad():
         weight.sub_(1e-3)
     assert seen == [3, 6, 9]
@@ -425,7 +426,7 @@ def test_the_few_shot_examples_are_right_and_of_no_task_that_is_evaluated():
         assert all(eval(left) == int(right) for left, right in re.findall(r"([\d+*/ -]+) = (\d+)", answer))
     asked = {problem.question for problem in tasks.load("arithmetic", "all", 0, 300)}
     for file in SHARED.glob("*.jsonl") if SHARED.exists() else ():
-        asked |= {row.get("question") or row.get("problem") for row in compare.read_lines(file)}
+        asked |= {row.get("question") or row.get("problem") for row in files.rows(file)}
     assert not asked & {question for question, _ in tasks.EXAMPLES}
 
 
@@ -433,6 +434,6 @@ def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny,
     asked = [{"persona": persona, "task": task, "question": "Well?"} for persona in ("A nurse", "A pirate")
              for task in evaluate.judge.TASKS]
     got = evaluate.personagym(*tiny, asked, evaluate.judge.local(*tiny), "tiny", tmp_path / "new", max_new_tokens=3)
-    rows = compare.read_lines(tmp_path / "new/personagym.jsonl")
+    rows = list(files.rows(tmp_path / "new/personagym.jsonl"))
     assert [row["question"] for row in rows] == ["Well?"] * 10 and {row["score"] for row in rows} == {1}
     assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"

@@ -177,13 +177,6 @@ def test_the_transcripts_shown_are_the_greedy_answers_not_the_samples_for_pass_a
     assert shown == report.cards({"rlvr": results}, [rows]) and "drawn" not in shown
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
-    (tmp_path / "a.json").write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        report.write_atomically(tmp_path / "a.json", "x" * 10_000 + "\ud800")
-    assert (tmp_path / "a.json").read_text() == "old"
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desktop"])
 def test_chromium_opens_the_report_without_an_error_and_nothing_runs_over_the_edge(single, width, tmp_path):

@@ -96,13 +96,3 @@ def test_a_half_written_model_in_the_cache_is_not_trusted(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="cannot fetch"):
         weights.embedded_model()
     assert sorted(p.name for p in tmp_path.iterdir()) == [weights.GGUF_FILE]
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "out"
-    with weights.whole_folder(target) as part:
-        (part / "a").write_text("1")
-    with pytest.raises(KeyboardInterrupt), weights.whole_folder(target) as part:
-        (part / "a").write_text("2")
-        raise KeyboardInterrupt
-    assert (target / "a").read_text() == "1" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]

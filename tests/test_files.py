@@ -1,0 +1,43 @@
+"""files.py: what a kill leaves behind, and where a user's line is wrong."""
+
+import pytest
+
+import files
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_atomically(tmp_path / "a.json", "x" * 10_000 + "\ud800")
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with files.whole_folder(target) as part:
+        (part / "a").write_text("1")
+    with pytest.raises(KeyboardInterrupt), files.whole_folder(target) as part:
+        (part / "a").write_text("2")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "1" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_log_torn_in_the_middle_of_a_line_goes_on_behind_it(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for rows in ([{"a": 1}, {"a": 2}], [{"a": 3}]):
+        with log.open("a") as file:
+            for row in rows:
+                files.append(file, row)
+        log.write_text(log.read_text()[:-3])            # a kill in the last write
+    with log.open("a") as file:
+        files.append(file, {"a": 4})
+    assert list(files.rows(log)) == [{"a": 1}, {"a": 4}] and list(files.rows(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize(("line", "says"), [("{", "line 3: not JSON"), ("[1]", "line 3: not an object"),
+                                            ('"\u2028"', "line 3: not an object")])
+def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, says):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one\u2028line"}}\n\n{line}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        list(files.numbered(path, "text"))
