@@ -71,8 +71,8 @@ def theirs(model, prompts, n, new_tokens, stops, batch=64) -> tuple[int, float]:
 
 @contextmanager
 def vllm(python: str, folder: str):
-    """vLLM in processes of its own, as a function like `ours`. They are stopped while others run: waiting for work, they
-    took a third of our speed."""
+    """vLLM in processes of its own, as a function like `ours`. They are stopped while others run: waiting for work,
+    they took a third of our speed."""
     command = [python, Path(__file__).with_name("vllm_peer.py"), folder]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           start_new_session=True) as peer:
