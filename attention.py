@@ -3,7 +3,7 @@
 A branch token sees the trunk and what precedes it in its own branch. The trunk is computed once for its n branches, in
 the gradient as well; nothing is padded but in here. On a CPU, and where flash-attn is not installed, trunks and
 branches are padded for two matmuls; on CUDA in bf16 or fp16 it is one call of flash-attn. This is the attention of
-training and prefill; the sampler's, on its cache, is in rollout.py.
+training and prefill; the sampler's, on its cache, is in cache.py.
 """
 
 from functools import cached_property

@@ -8,8 +8,9 @@ verifier, so that nothing differs from training but the weights. The prompt with
 asked too. It is the reference, not a ticket of the lottery: PSS and the other scores range over the P personas alone.
 
 Fidelity needs no judge: a frozen start model names the persona that wrote an answer (`persona_identification`), and
-the policy says how far the persona moved it (`style_shift`). Measures, intervals and hypotheses are in measures.py,
-PersonaGym with a judge model in judge.py, pictures in report.py.
+the policy says how far the persona moved it (`style_shift`). In evaluation/ are the measures and their intervals
+(measures.py), arms side by side with the hypotheses (compare.py), pictures (report.py) and PersonaGym with a judge
+model (judge.py).
 
 Answers are kept in `--out` as they come, so the command that was interrupted, given again, goes on where it was.
 
@@ -274,7 +275,7 @@ def total_logprobs(model, groups):
 
 def personagym(model, tokenizer, questions, grader, name, folder, price=(0.0, 0.0), seed=0, max_new_tokens=128,
                log=None):
-    """PersonaGym: answers in character at temperature 0.9, top-p 0.9, graded by a judge (see judge.py) -> dict."""
+    """PersonaGym: answers in character at temperature 0.9, top-p 0.9, graded by evaluation/judge.py -> dict."""
     speakers = [pool.from_row("", {"persona": row["persona"]}) for row in questions]
     prompts = [pool.prompt_ids(tokenizer, row["question"], p) for row, p in zip(questions, speakers, strict=True)]
     outs = sample(model, tokenizer, prompts, log=log, temperature=0.9, top_p=0.9, seed=seed,

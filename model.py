@@ -10,7 +10,7 @@ numbers and switches of `Config`, which weights.py reads from the Hugging Face c
 
 **Tokens are packed**: the linear layers see [N, H], every token once and no padding. Attention is handed in as a
 function `attend(layer, q, k, v)`, so the model knows nothing of batches or caches: attention.py for training and
-prefill, rollout.py for the sampler's cache.
+prefill, cache.py for the sampler.
 
 Left out: mixture of experts, multimodal towers, tensor parallelism.
 
