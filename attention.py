@@ -89,19 +89,15 @@ class Tree:
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def mask(self, dtype: torch.dtype, window: int, branch: bool) -> Tensor:
-        """0 where a query sees a key, -inf elsewhere. Trunk: [P, P]. Branch: [B, 1, 1, 1, C, P + C].
+        """0 where a query sees a key, -inf elsewhere. Trunk: [1, 1, 1, 1, P, P]. Branch: [B, 1, 1, 1, C, P + C].
 
         Padding is on the right, so a real query never meets it under the causal rule, and no row is empty.
         """
         if (window, branch) not in self.masks:
-            B, n, P, C = self.shape
-            at = torch.arange(C if branch else P, device=self.trunk_lengths.device)
-            back = at[:, None] - at                                             # query position - key position
-            if branch:
-                length, key = self.trunk_lengths[:, None, None], torch.arange(P, device=at.device)
-                to_trunk = torch.where(key < length, length + at[:, None] - key, -1)
-                back = torch.cat([to_trunk, back.expand(B, C, C)], -1)[:, None, None, None]
-            self.masks[window, branch] = seen(back, window, dtype)
+            (_, _, P, C), trunks = self.shape, self.trunk_lengths
+            width, trunks, P = (C, trunks, P) if branch else (P, torch.zeros_like(trunks[:1]), 0)
+            at = torch.arange(width, device=trunks.device)[None]
+            self.masks[window, branch] = bias(at, width, trunks, P, window, dtype)[:, None, None, None]
         return self.masks[window, branch]
 
     def flash(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,8 +138,16 @@ def uses_flash(q: Tensor) -> bool:
     return flash_attn_varlen_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def seen(back: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where a key lies 0 <= `back` (< window, if there is one) positions behind its query, -inf elsewhere."""
+def bias(at: Tensor, T: int, trunk: Tensor, P: int, window: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key of its trunk or its own, -inf elsewhere: [B, C, P + T].
+
+    at [B or 1, C]: the queries' places among the T keys of their own; trunk [B]: lengths, of P at most. A key is seen
+    from its own position on, and less than `window` positions behind, if there is one.
+    """
+    length, key = trunk[:, None, None], torch.arange(P, device=at.device)
+    back = torch.where(key < length, length + at[..., None] - key, -1)         # query position - key position
+    own = (at[..., None] - torch.arange(T, device=at.device)).expand(*back.shape[:2], T)
+    back = torch.cat([back, own], -1)
     hidden = (back < 0) | (back >= window) if window else back < 0
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention import flash_attn_with_kvcache, seen, uses_flash
+from attention import bias, flash_attn_with_kvcache, uses_flash
 from model import Transformer
 
 MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
@@ -145,9 +145,9 @@ class Cache:
 
     # -- what a decode step reads ----------------------------------------------------------------------------------
 
-    def attention(self, trunks: list[Trunk], B: int):
-        """(position_ids [B], attend) of a decode step: attend(layer, q, k, v) stores the new token's k and v and
-        attends to all before it. trunks: of the live rows; the others up to B are there for the shape alone."""
+    def decode_step(self, trunks: list[Trunk], B: int):
+        """(position_ids [B], attend): attend(layer, q, k, v) stores the new token's k and v and attends to all before
+        it. trunks: of the rows that decode; the others up to B are there for the shape alone."""
         self.rows = self.grown(self.rows, self.slots, int(self.own[:B].max()) + 1)
         if self.flash:
             return self.own[:B], self.flash_attention
@@ -157,7 +157,8 @@ class Cache:
         _, trunk_length, to_grid, from_grid = self.cells
         S, P, T = len(self.placed), self.trunks[0][0].shape[-1] if self.placed else 0, self.rows[0][0].shape[-1]
         trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.c.num_kv_heads]
-        biases = {window: bias(window, own, T, trunk_length, P, self.dtype) for window in set(self.c.windows)}
+        biases = {window: bias(own[:, None], T, trunk_length, P, window, self.dtype)[:, None]
+                  for window in set(self.c.windows)}                            # [B, 1, 1, P + T]
 
         def attend(layer, q, k, v):
             (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
@@ -203,13 +204,3 @@ class Cache:
         to_grid = [i * len(heads) + h for rows in members for h in heads for i in rows + [0] * (widest - len(rows))]
         from_grid = [(at * len(heads) + h) * widest + j for at, j in cell for h in heads]
         return tuple(torch.tensor(x, dtype=torch.long, device=self.device) for x in (length, to_grid, from_grid))
-
-
-def bias(window: int, own: Tensor, T: int, trunk_length: Tensor, P: int, dtype: torch.dtype) -> Tensor:
-    """0 where a row sees a key of its trunk or its own, -inf elsewhere: [B, 1, 1, P + T]."""
-    key = torch.arange(T, device=own.device)
-    back = own[:, None] - key                                                   # query position - key position
-    if P:
-        key, length = torch.arange(P, device=own.device), trunk_length[:, None]
-        back = torch.cat([torch.where(key < length, length + own[:, None] - key, -1), back], -1)
-    return seen(back, window, dtype)[:, None, None]

@@ -347,11 +347,6 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def put(problems, prompt):
-    """The problems with their question in one of tasks.PROMPTS."""
-    return [replace(problem, question=tasks.format_question(problem, prompt)) for problem in problems]
-
-
 def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
     for name, least in (("max_new_tokens", 1), ("samples", 0), ("fidelity", 0)):
@@ -361,7 +356,7 @@ def one_arm(args):
     run, fidelity_args, gym_args = run_of(args.model)[0], None, None
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, max_new_tokens = args.prompt or trained.get("prompt", "plain"), trained.get("max_new_tokens", 32)
-    problems = put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
+    problems = tasks.put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
     personas = pool.load(args.personas)
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     if args.fidelity:

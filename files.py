@@ -1,7 +1,7 @@
 """Files: written whole or not at all, read line by line with the line's number where one is wrong.
 
 A run may be killed at any moment. What was there before is then still there; of what was being written there is
-nothing, but for a log that grows by lines (`append`), whose torn last line is passed over (`rows`).
+nothing, but for logs that grow by lines, whose torn last line is passed over (`rows`).
 """
 
 import json
@@ -47,10 +47,10 @@ def append(file, row: dict) -> None:
 
 def rows(path: Path) -> Iterator[dict]:
     """The whole lines of a .jsonl file; none where there is no file."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():        # of bytes: U+2028 ends no line
         try:
             yield json.loads(line)
-        except ValueError:
+        except ValueError:                              # not UTF-8 is one of them
             continue                                    # torn by a kill, or empty
 
 

@@ -166,12 +166,10 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
 @lru_cache(maxsize=8)
 def has_system_role(tokenizer) -> bool:
     """Whether a system message shows in the rendered prompt. Some templates refuse it, some drop it silently."""
-    if not tokenizer.chat_template:
-        return True                                     # `chat_ids` says what is wrong
     probe = Persona("probe", "xyzzy", "probe", "test")
     try:
         return probe.text in tokenizer.apply_chat_template(messages("Hello", probe), tokenize=False)
-    except TemplateError:
+    except (TemplateError, ValueError):                 # ValueError: there is none at all, as `chat_ids` will say
         return False
 
 

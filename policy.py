@@ -282,8 +282,9 @@ def finished(checkpoint: Path) -> int | None:
 def check_disk(out: Path, policy: Policy, keep: int) -> None:
     """Raises ValueError where the run's checkpoints and model would not fit."""
     parameters = sum(p.numel() for p in policy.parameters)
-    more = keep + 1 - min(keep, len(list((out / "checkpoints").glob("step-*"))))         # one more while it is written
+    there = sum(finished(checkpoint) is not None for checkpoint in (out / "checkpoints").glob("step-*"))
+    more = keep + 1 - min(keep, there)                  # one more while it is written
     needed, free = (12 * more + 4) * parameters, shutil.disk_usage(out).free
     if free < needed:
-        raise ValueError(f"{out}: {keep} checkpoints need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make "
-                         f"room, or lower --keep")
+        raise ValueError(f"{out}: its checkpoints and model need {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB "
+                         "are free: make room, or lower --keep")

@@ -92,10 +92,10 @@ def sample_rows(logits, uniforms, temperature, top_k, top_p, min_p) -> tuple[Ten
         logits = filtered(logits / temperature, top_k, top_p, min_p) * temperature
     B, V = logits.shape
     top = logits.amax(-1, keepdim=True)
-    weights = logits.new_zeros(B, -(-V // 256) * 256) if V % 256 else torch.empty_like(logits)
-    torch.sub(logits, top, out=weights[:, :V])
-    weights[:, :V].mul_(1 / temperature).exp_()
-    blocks = weights.view(B, -1, 256)
+    mass = logits.new_zeros(B, -(-V // 256) * 256) if V % 256 else torch.empty_like(logits)
+    torch.sub(logits, top, out=mass[:, :V])
+    mass[:, :V].mul_(1 / temperature).exp_()
+    blocks = mass.view(B, -1, 256)
     cdf = blocks.sum(-1).double().cumsum(-1)                                    # [B, V / 256]
     target = uniforms[:, None] * cdf[:, -1:]
     block = (cdf <= target).sum(-1, keepdim=True).clamp(max=cdf.shape[1] - 1)
@@ -240,8 +240,7 @@ class Generation:
         end = 0
         for trunk in trunks:
             start, end = end, end + len(trunk.ids)
-            self.cache.place(trunk)
-            self.cache.write(self.cache.trunks, trunk.at, 0, tree.kept, slice(start, end))
+            self.cache.extend(trunk, Trunk([], 0), tree.kept, slice(start, end))
 
     def prefill(self, prompts: list[Prompt]) -> None:
         """Runs what the openings do not cover. n = 1: into the row's own cache; n > 1: a trunk of the whole prompt."""
@@ -300,12 +299,12 @@ class Generation:
         """Feeds the last token of the first `count` rows; returns their hidden states [count, H].
 
         The batch is rounded up to a multiple of 8 (a new shape may cost the matmul library a new kernel); the rows
-        added are not live, and what they write is overwritten before it is read.
+        added do not count, and what they write is overwritten before it is read.
         """
         B = min(self.slots, -(-count // 8) * 8)
         tokens = [row.out.tokens[-1] if row.out.tokens else 0 for row in self.rows[:B]]
         tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
-        position_ids, attend = self.cache.attention([row.trunk for row in self.rows[:count]], B)
+        position_ids, attend = self.cache.decode_step([row.trunk for row in self.rows[:count]], B)
         hidden = self.model(tokens, position_ids, attend)
         self.cache.own[:count] += 1
         return hidden[:count]

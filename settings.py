@@ -102,7 +102,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         before = json.loads(path.read_text()).get("settings")
         if not before:
             raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
-        if first.out and Path(first.out) != Path(first.resume):
+        if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
             raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
         p.set_defaults(**before)
     if first.loss:

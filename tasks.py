@@ -16,7 +16,7 @@ import logging
 import random
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from files import numbered
@@ -26,7 +26,7 @@ from verifier.extract import last_box
 @dataclass(frozen=True)
 class Problem:
     question: str
-    answer: str                                         # the gold, as rewards.verify reads it
+    answer: str                                         # the gold, as the verifier reads it
     id: str
     kind: str                                           # what it asks for, for tables: add, two-step, Algebra ...
 
@@ -53,6 +53,11 @@ PROMPTS = {
 def format_question(problem: Problem, prompt: str = "plain") -> str:
     """The problem's question in one of PROMPTS."""
     return PROMPTS[prompt].format(question=problem.question)
+
+
+def put(problems: list[Problem], prompt: str) -> list[Problem]:
+    """The problems with their question in one of PROMPTS."""
+    return [replace(problem, question=format_question(problem, prompt)) for problem in problems]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

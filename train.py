@@ -174,7 +174,7 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
     lengths, truncated = gathered(batch.lengths), gathered(batch.truncated)     # [B, G] of all ranks
     rewards, kept = grpo.truncation(gathered(batch.rewards), truncated, args.truncated)
     mine, device = slice(ranks()[0] * len(batch.rewards), (ranks()[0] + 1) * len(batch.rewards)), policy.model.device
-    batch.rewards = rewards[mine]
+    batch.rewards = rewards[mine]                       # what was truncated is logged as it is trained
     if args.dynamic_sampling:                           # DAPO: the others count as not drawn
         kept = kept & grpo.informative(rewards)[:, None]
     imitates = args.method in ("sft", "distill")
@@ -241,7 +241,8 @@ def micro_loss(model: Transformer, start: Transformer | None, groups, sampled: T
     if args.kl_coef:
         with torch.no_grad():
             reference, _ = completion_logprobs(start, packed, args.temperature)
-        divergence = grpo.kl(logprobs, reference, args.kl, old if args.kl == "k1" else None)
+        corrected = old if args.kl == "k1" else None    # without it k1's gradient is 0 on average
+        divergence = grpo.kl(logprobs, reference, args.kl, corrected)
     if args.kl_coef and args.kl_in == "loss":
         loss = loss + args.kl_coef * (weight * divergence).sum()
     if args.entropy_coef:
@@ -399,12 +400,13 @@ def terminated():
 def held_out(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The fixed problems and personas of the evaluation: the same for every seed and arm, asked as in training."""
     problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
-    return evaluate.put(problems, args.prompt), personas.few(personas.load("test"), args.eval_personas)
+    return tasks.put(problems, args.prompt), personas.few(personas.load("test"), args.eval_personas)
 
 
 def evaluated(model: Transformer, tokenizer, held, args, folder: Path, steps: int) -> dict:
     """On what `held_out` gave, as evaluate.py does it; read back where that has been done after as many steps."""
-    info = {"task": args.eval_task or args.task, "prompt": args.prompt, "steps": steps}
+    info = {"task": args.eval_task or args.task, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens,
+            "steps": steps}
     asked = info | {"items": [{"id": problem.id, "kind": problem.kind} for problem in held[0]]}
     if (folder / "results.json").is_file():
         done = json.loads((folder / "results.json").read_text())

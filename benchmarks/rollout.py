@@ -83,9 +83,11 @@ def vllm(python: str, folder: str):
             answer = json.loads(peer.stdout.readline())
             os.killpg(peer.pid, signal.SIGSTOP)
             return tuple(answer)
-        yield run
-        os.killpg(peer.pid, signal.SIGCONT)
-        peer.stdin.close()
+        try:
+            yield run
+        finally:
+            os.killpg(peer.pid, signal.SIGCONT)
+            peer.stdin.close()
 
 
 def inputs(model, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,7 @@ def questions(path, per_task=1):
     if path.is_dir():
         sheets = [{"persona": f.stem, "questions": json.loads(f.read_text())} for f in sorted(path.glob("*.json"))]
     else:
-        sheets = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        sheets = [sheet for *_, sheet in files.numbered(path, "persona and questions")]
     rows = []
     for number, sheet in enumerate(sheets, start=1):
         if not isinstance(sheet, dict) or not {"persona", "questions"} <= set(sheet):

@@ -414,7 +414,7 @@ def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two():
 @pytest.mark.parametrize("prompt", tasks.PROMPTS)
 def test_a_problem_is_put_as_the_prompt_style_says(prompt):
     problem = tasks.Problem(question="1 + {1}?", answer="2", id="1", kind="sum")
-    (got,) = evaluate.put([problem], prompt)
+    (got,) = tasks.put([problem], prompt)
     assert got.question == tasks.PROMPTS[prompt].replace("{question}", "1 + {1}?").replace("{{}}", "{}")
     assert (got.answer, got.id, got.kind) == ("2", "1", "sum")
 

@@ -31,6 +31,7 @@ def test_a_log_torn_in_the_middle_of_a_line_goes_on_behind_it(tmp_path):
         log.write_text(log.read_text()[:-3])            # a kill in the last write
     with log.open("a") as file:
         files.append(file, {"a": 4})
+    log.write_bytes(log.read_bytes() + b'\n{"a": "\xe2\x80')                    # and one inside a character
     assert list(files.rows(log)) == [{"a": 1}, {"a": 4}] and list(files.rows(tmp_path / "none")) == []
 
 

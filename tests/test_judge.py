@@ -1,4 +1,4 @@
-"""judge.py against an OpenAI-compatible server on loopback, which serves the embedded model and fails on request."""
+"""evaluation/judge.py against an OpenAI-compatible server on loopback: the embedded model, and failures on request."""
 
 import json
 import os

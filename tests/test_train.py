@@ -556,10 +556,12 @@ def test_the_checkpoints_that_a_resumed_run_has_already_need_no_more_room(tiny_f
 def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(tiny_folder, tmp_path, capsys):
     few = ["--eval-problems", "2", "--eval-personas", "2"]
     assert run(tiny_folder, tmp_path / "run", "--steps", "1", *few) == 0
-    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2", "--eval-problems", "3"]) == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2", "--eval-problems", "3",
+                       "--max-new-tokens", "5"]) == 0
     before, after = (json.loads((tmp_path / "run" / "evaluation" / when / "results.json").read_text())
                      for when in ("before", "after"))
     assert before["items"] == after["items"] and len(after["items"]) == 3 and before["steps"] == 0
+    assert before["max_new_tokens"] == after["max_new_tokens"] == 5
 
 
 def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
