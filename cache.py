@@ -1,7 +1,7 @@
 """The sampler's cache: keys and values of the tokens so far, and the decode step's attention to them.
 
 Prompts that open alike (a persona's system message) share one *trunk*, and so do the n samples of a prompt; an entry of
-`rows` holds what a row has of its own. Live rows are contiguous, row i of the batch in entry i. The decode step reads
+`row_kv` holds what a row has of its own. Live rows are contiguous, row i of the batch in entry i. The decode step reads
 a trunk's keys once for all its rows, as one matmul; flash-attn, which reads one cache a row, gets a copy instead.
 
 Left out: paged memory. The cache grows by whole entries and by WIDTH tokens.
@@ -60,7 +60,7 @@ class Cache:
     def __init__(self, model: Transformer, slots: int):
         self.c, self.dtype, self.device, self.slots = model.c, model.dtype, model.device, slots
         self.flash = uses_flash(model.head_weight)
-        self.trunks, self.rows = self.empty(0, 0), self.empty(0, 0)
+        self.trunk_kv, self.row_kv = self.empty(1, 0), self.empty(0, 0)
         self.placed: list[Trunk] = []                   # the trunk in each entry
         self.own = torch.zeros(slots, dtype=torch.long, device=model.device)    # tokens in each row's entry
         self.cells: tuple | None = None                 # which trunk each row reads; None: rows or trunks have changed
@@ -109,7 +109,7 @@ class Cache:
         """An entry for a trunk, to be written."""
         trunk.at, self.cells = len(self.placed), None
         self.placed.append(trunk)
-        self.trunks = self.grown(self.trunks, len(self.placed), len(trunk.ids))
+        self.trunk_kv = self.grown(self.trunk_kv, len(self.placed), len(trunk.ids))
 
     def release(self, trunk: Trunk) -> None:
         """One user less; without any the trunk's entry goes to the last one."""
@@ -118,56 +118,67 @@ class Cache:
             return
         last = self.placed.pop()
         if last is not trunk:
-            self.copy(self.trunks, last.at, self.trunks, trunk.at)
+            self.copy(self.trunk_kv, last.at, self.trunk_kv, trunk.at)
             self.placed[trunk.at], last.at = last, trunk.at
 
     def extend(self, trunk: Trunk, opening: Trunk, kept: list, tokens: slice) -> None:
         """Places a trunk that opens with another one and goes on with `tokens` of the packed keys and values `kept`."""
         self.place(trunk)
         if opening.ids:
-            self.copy(self.trunks, opening.at, self.trunks, trunk.at)
-        self.write(self.trunks, trunk.at, len(opening.ids), kept, tokens)
+            self.copy(self.trunk_kv, opening.at, self.trunk_kv, trunk.at)
+        self.write(self.trunk_kv, trunk.at, len(opening.ids), kept, tokens)
 
     def start_row(self, at: int, trunk: Trunk, kept: list | None, tokens: slice) -> None:
         """Entry `at` becomes a row on a trunk, with `tokens` of `kept` of its own."""
         own = tokens.stop - tokens.start
         copied = len(trunk.ids) if self.flash else 0
-        self.rows = self.grown(self.rows, self.slots, copied + own + 1)
+        self.row_kv = self.grown(self.row_kv, self.slots, copied + own + 1)
         if copied:
-            self.copy(self.trunks, trunk.at, self.rows, at, copied)
+            self.copy(self.trunk_kv, trunk.at, self.row_kv, at, copied)
         if kept:
-            self.write(self.rows, at, copied, kept, tokens)
+            self.write(self.row_kv, at, copied, kept, tokens)
         self.own[at], self.cells = copied + own, None
 
     def move_row(self, source: int, target: int) -> None:
-        self.copy(self.rows, source, self.rows, target)
+        self.copy(self.row_kv, source, self.row_kv, target)
         self.own[target] = self.own[source]
+
+    def reader(self, trunks: list[Trunk]):
+        """layer -> keys and values [trunks, kv_heads, P, D], P the longest's length. An empty trunk, not in the
+        cache, gets those of entry 0: its length hides them all."""
+        at, P = torch.tensor([max(t.at, 0) for t in trunks], device=self.device), max(len(t.ids) for t in trunks)
+
+        def read(layer: int) -> tuple[Tensor, Tensor]:
+            k, v = self.trunk_kv[layer]
+            return k[at, :, :, :P].transpose(-1, -2), v[at, :, :P]
+
+        return read
 
     # -- what a decode step reads ----------------------------------------------------------------------------------
 
     def decode_step(self, trunks: list[Trunk], B: int):
         """(position_ids [B], attend): attend(layer, q, k, v) stores the new token's k and v and attends to all before
         it. trunks: of the rows that decode; the others up to B are there for the shape alone."""
-        self.rows = self.grown(self.rows, self.slots, int(self.own[:B].max()) + 1)
+        self.row_kv = self.grown(self.row_kv, self.slots, int(self.own[:B].max()) + 1)
         if self.flash:
             return self.own[:B], self.flash_attention
         rows, own = torch.arange(B, device=self.device), self.own[:B]
         if self.cells is None or self.cells[0] != len(trunks):
             self.cells = len(trunks), *self.trunk_cells(trunks)
         _, trunk_length, to_grid, from_grid = self.cells
-        S, P, T = len(self.placed), self.trunks[0][0].shape[-1] if self.placed else 0, self.rows[0][0].shape[-1]
+        S, P, T = len(self.placed), self.trunk_kv[0][0].shape[-1] if self.placed else 0, self.row_kv[0][0].shape[-1]
         trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.c.num_kv_heads]
         biases = {window: bias(own[:, None], T, trunk_length, P, window, self.dtype)[:, None]
                   for window in set(self.c.windows)}                            # [B, 1, 1, P + T]
 
         def attend(layer, q, k, v):
             (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
-            own_k, own_v = (x[:B] for x in self.rows[layer])
+            own_k, own_v = (x[:B] for x in self.row_kv[layer])
             own_k[rows, :, :, own], own_v[rows, :, own] = k, v
             q = (q * self.c.scale).reshape(B * K, g, D)
             scores = q @ own_k.flatten(0, 1)                                    # [B * K, g, T]
             if S:                                       # one matmul a trunk and kv head: all its rows' queries at once
-                trunk_k, trunk_v = (x[:S].flatten(0, 1) for x in self.trunks[layer])
+                trunk_k, trunk_v = (x[:S].flatten(0, 1) for x in self.trunk_kv[layer])
                 grid = q.index_select(0, to_grid).view(S * K, -1, D)
                 on_trunk = (grid @ trunk_k).view(-1, g, P).index_select(0, from_grid)
                 scores = torch.cat([on_trunk, scores], -1)
@@ -182,7 +193,7 @@ class Cache:
 
     def flash_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One call that appends k and v to the rows' caches and attends to them (flash-attn 2, arXiv 2307.08691)."""
-        B, (own_k, own_v) = len(q), self.rows[layer]
+        B, (own_k, own_v) = len(q), self.row_kv[layer]
         return flash_attn_with_kvcache(
             q[:, None], own_k[:B].permute(0, 3, 1, 2), own_v[:B].transpose(1, 2), k[:, None], v[:, None],
             cache_seqlens=self.own[:B].int(), **self.c.flash(layer))[:, 0]

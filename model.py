@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -148,13 +149,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = norm(c.hidden_size)
         if c.post_norm:
             self.post_feedforward_layernorm = norm(c.hidden_size)
-        self.packed: dict | None = None                 # weights rearranged for small batches; see Transformer.packed
+        self.blocked: dict | None = None                # weights rearranged for small batches; see Transformer.blocked
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> tuple[Tensor, ...]:
         """x through one or several linear layers that share it (q, k, v; gate, up)."""
-        if self.packed is None or torch.is_grad_enabled():
+        if self.blocked is None or torch.is_grad_enabled():
             return tuple(m(x) for m in modules)
-        y = packed_linear(x, *self.packed[modules[0]])
+        y = blocked_linear(x, *self.blocked[modules[0]])
         return y.split([m.out_features for m in modules], -1) if len(modules) > 1 else (y,)
 
     def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend) -> Tensor:
@@ -197,7 +198,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_eps, c.norm_offset)
         if not c.tied:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.packed_head: tuple | None = None
+        self.blocked_head: tuple | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -224,20 +225,24 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
 
+    @cached_property
+    def frequencies(self) -> list[Tensor | None]:
+        """Of each layer; computed once, since a CUDA graph can't take what comes from the host."""
+        return [rope and inverse_frequencies(self.c.head_dim, rope).to(self.device) for rope in self.c.rope]
+
     def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> dict[int, tuple]:
         """cos and (half negated) sin [N, 1, D] for each distinct set of rope parameters, computed in fp32."""
         tables = {id(None): (None, None)}
         for rope in self.c.rope:
             if id(rope) not in tables:
-                frequencies = inverse_frequencies(self.c.head_dim, rope).to(position_ids.device)
-                angles = position_ids[:, None, None].float() * frequencies
+                angles = position_ids[:, None, None].float() * self.frequencies[self.c.rope.index(rope)]
                 cos, sin = angles.cos(), angles.sin()
                 tables[id(rope)] = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
         return tables
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """The head's matmul alone, [N, V] in the compute dtype."""
-        return packed_linear(hidden, *self.packed_head) if self.packed_head else F.linear(hidden, self.head_weight)
+        return blocked_linear(hidden, *self.blocked_head) if self.blocked_head else F.linear(hidden, self.head_weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] fp32, for the sampler's few rows; training uses kernels.linear_logprob, which never holds them."""
@@ -249,7 +254,7 @@ class Transformer(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @contextmanager
-    def packed(self):
+    def blocked(self):
         """Within it, linear layers run on copies blocked for small batches: 1.4x at 64 rows in bf16 on a CPU, 2x at 8.
 
         The copies are made on entry and dropped on exit, so they can't outlive a weight update. A no-op elsewhere.
@@ -259,24 +264,24 @@ class Transformer(nn.Module):
                 a, m = layer.self_attn, layer.mlp
                 same_input = ((a["q_proj"], a["k_proj"], a["v_proj"]), (a["o_proj"],),
                               (m["gate_proj"], m["up_proj"]), (m["down_proj"],))
-                layer.packed = {modules[0]: packed_weight(modules) for modules in same_input}
-            self.packed_head = torch.ops.mkldnn._reorder_linear_weight(self.head_weight.detach(), 64), None
+                layer.blocked = {modules[0]: blocked_weight(modules) for modules in same_input}
+            self.blocked_head = torch.ops.mkldnn._reorder_linear_weight(self.head_weight.detach(), 64), None
         try:
             yield
         finally:
-            self.packed_head = None
+            self.blocked_head = None
             for layer in self.layers:
-                layer.packed = None
+                layer.blocked = None
 
 
-def packed_weight(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
+def blocked_weight(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
     """The modules' weights stacked, in the blocked layout of the CPU's matmul library, and their biases."""
     weight = torch.cat([m.weight.detach() for m in modules])
     bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])
     return torch.ops.mkldnn._reorder_linear_weight(weight, 64), bias
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def blocked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -318,7 +323,7 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], c: Config, device="cpu
     return Packed(tensor(ids), tree, tensor(hidden_index), tensor(targets), [len(y) for y in completions])
 
 
-def runs(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
+def chunks(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Consecutive items of at most `limit` tokens together, or of one that is longer, as (first, last + 1)."""
     first = total = 0
     for i, size in enumerate(sizes):

@@ -138,28 +138,29 @@ def draw(personas: Sequence[Persona], prob: float, key: str, sample: int, seed: 
 # The prompt
 
 
-def messages(question: str, persona: Persona | None, system_role: bool = True) -> list[dict[str, str]]:
-    """The conversation so far. Without a system role the persona goes before the question, a blank line between."""
-    if persona is None:
-        return [{"role": "user", "content": question}]
-    if not system_role:
-        return [{"role": "user", "content": f"{persona.text}\n\n{question}"}]
-    return [{"role": "system", "content": persona.text}, {"role": "user", "content": question}]
+def messages(question: str, persona: Persona | None) -> list[dict[str, str]]:
+    """The conversation so far."""
+    system = [{"role": "system", "content": persona.text}] if persona else []
+    return [*system, {"role": "user", "content": question}]
 
 
 def prompt_ids(tokenizer, question: str, persona: Persona | None) -> list[int]:
     """Token ids of a question under a persona. Without one the template's own default stays: SmolLM2's inserts "You are
     a helpful AI assistant named SmolLM ...", and that is what "no persona" means for it."""
-    return chat_ids(tokenizer, messages(question, persona, persona is None or has_system_role(tokenizer)))
+    return chat_ids(tokenizer, messages(question, persona))
 
 
 def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     """Token ids up to where the answer begins, as the model's chat template gives them: never text encoded again,
-    which would put a second BOS in front. Models that can think before they answer (Qwen3, SmolLM3) are asked not to:
-    length limits like ours would cut them off while they do. Raises ValueError if the tokenizer has no chat template.
+    which would put a second BOS in front. Where a template has no system role, the system message goes before the first
+    question, a blank line between. Models that can think before they answer (Qwen3, SmolLM3) are asked not to: length
+    limits like ours would cut them off while they do. Raises ValueError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
+    if len(chat) > 1 and chat[0]["role"] == "system" and not has_system_role(tokenizer):
+        (system, first), rest = chat[:2], chat[2:]
+        chat = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
 
@@ -169,7 +170,7 @@ def has_system_role(tokenizer) -> bool:
     probe = Persona("probe", "xyzzy", "probe", "test")
     try:
         return probe.text in tokenizer.apply_chat_template(messages("Hello", probe), tokenize=False)
-    except (TemplateError, ValueError):                 # ValueError: there is none at all, as `chat_ids` will say
+    except TemplateError:
         return False
 
 

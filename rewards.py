@@ -189,7 +189,7 @@ def limit(kind: int, value: int) -> None:
 
 
 def correctness(problem, completion: str) -> float:
-    """1 for a correct completion, else 0 (wrong and unverifiable alike; training logs them apart)."""
+    """1 for a correct completion, else 0. train.py's default reward, which it leaves to a `Verifier`'s processes."""
     return float(verify(problem.answer, completion).verdict == "correct")
 
 

@@ -9,7 +9,7 @@ so do the n samples of a prompt; a row holds only what is its own. The cache and
 **A sample depends on (seed, key, sample index), not on the batch around it.** Each row draws its uniforms from its own
 counter-based stream (Philox) and inverts the CDF; torch's global generator is not touched.
 
-On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.packed`).
+On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.blocked`).
 
 Left out: beam search, speculative decoding.
 """
@@ -32,7 +32,9 @@ import personas
 import weights
 from attention import Tree
 from cache import Cache, Trunk, shared_openings
-from model import Transformer, runs
+from files import numbered, one_line
+from graphs import Graphs
+from model import Transformer, chunks
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
 SAMPLE_ROWS = 8                                         # rows of logits drawn from at once
@@ -131,12 +133,12 @@ def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 def generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
              stop_ids=None, stop_strings=(), tokenizer=None, keys: list[int] | None = None, slots: int = 64,
-             model_logprobs: bool = False, on_token=None) -> Iterator[Completion]:
+             model_logprobs: bool = False, on_token=None, cuda_graphs: bool = False) -> Iterator[Completion]:
     """Yields the n completions of every prompt as they finish.
 
     prompts: token ids. keys: one integer a prompt (default: its index); samples are a function of (seed, key, sample).
     stop_ids: default the model's. stop_strings need the tokenizer. slots: rows decoded together, which bounds memory.
-    on_token: called with a row's tokens after each new one.
+    on_token: called with a row's tokens after each new one. cuda_graphs: see graphs.py.
     Raises ValueError, before anything runs, for settings or prompts that cannot work.
     """
     room = model.c.max_positions - max_new_tokens
@@ -155,7 +157,8 @@ def generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_t
     if wrong:
         raise ValueError(wrong[0])
     stops = set(model.c.stop_ids if stop_ids is None else stop_ids)
-    generation = Generation(model, prompts, n, max_new_tokens, seed, keys or range(len(prompts)), slots, model_logprobs)
+    generation = Generation(model, prompts, n, max_new_tokens, seed, keys or range(len(prompts)), slots, model_logprobs,
+                            cuda_graphs)
 
     def draw(logits, uniforms):
         return sample(logits, uniforms, temperature, top_k, top_p, min_p)
@@ -166,7 +169,7 @@ def generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_t
 class Generation:
     """One call's state: waiting prompts, prefilled prompts with samples still to start, live rows, the cache."""
 
-    def __init__(self, model, prompts, n, max_new_tokens, seed, keys, slots, model_logprobs):
+    def __init__(self, model, prompts, n, max_new_tokens, seed, keys, slots, model_logprobs, cuda_graphs=False):
         self.model, self.n, self.max_new_tokens, self.slots = model, n, max_new_tokens, slots
         self.seed, self.keys, self.model_logprobs = seed, keys, model_logprobs
         trunks = shared_openings(prompts)
@@ -175,6 +178,7 @@ class Generation:
         self.started: list[Prompt] = []
         self.rows: list[Row] = []                       # row i of the cache
         self.cache = Cache(model, slots)
+        self.graphs = Graphs(model, self.cache) if cuda_graphs else None
 
     def run(self, draw, stops: set[int], stop_strings, tokenizer, on_token) -> Iterator[Completion]:
         def ended(out: Completion) -> bool:
@@ -184,7 +188,7 @@ class Generation:
             out.truncated = out.tokens[-1] not in stops and not any(s in text for s in stop_strings)
             return not out.truncated or len(out.tokens) == self.max_new_tokens
 
-        with self.model.packed():
+        with self.model.blocked():
             while self.waiting or self.started or self.rows:
                 decoding = len(self.rows)
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
@@ -225,9 +229,9 @@ class Generation:
             new.append(self.waiting.pop())
             planned += self.n
         openings = list({id(p.trunk): p.trunk for p in new if p.trunk.ids and p.trunk.at < 0}.values())
-        for first, last in runs([len(trunk.ids) for trunk in openings], PREFILL_TOKENS):
+        for first, last in chunks([len(trunk.ids) for trunk in openings], PREFILL_TOKENS):
             self.prefill_openings(openings[first:last])
-        for first, last in runs([len(p.ids) - len(p.trunk.ids) for p in new], PREFILL_TOKENS):
+        for first, last in chunks([len(p.ids) - len(p.trunk.ids) for p in new], PREFILL_TOKENS):
             self.prefill(new[first:last])
         for prompt in self.started:
             while prompt.samples < self.n and len(self.rows) < self.slots:
@@ -247,17 +251,8 @@ class Generation:
         trunks = list({id(p.trunk): p.trunk for p in prompts}.values())
         members = [[p for p in prompts if p.trunk is t] for t in trunks]
         rest = [[p.ids[len(p.trunk.ids):] for p in row] for row in members]
-        at = torch.tensor([max(t.at, 0) for t in trunks], device=self.model.device)
-        longest = max(len(t.ids) for t in trunks)
-
-        def cached(layer):                              # trunks that are not in the cache have length 0: all is masked
-            if not longest:
-                return [x.new_zeros(len(trunks), x.shape[1], 0, self.model.c.head_dim) for x in self.cache.rows[layer]]
-            k, v = self.cache.trunks[layer]
-            return k[at, :, :, :longest].transpose(-1, -2), v[at, :, :longest]
-
         tree = Tree([len(t.ids) for t in trunks], [[len(x) for x in row] for row in rest], self.model.c,
-                    self.model.device, keep=True, cached=cached)
+                    self.model.device, keep=True, cached=self.cache.reader(trunks))
         hidden = self.model(self.ids([x for row in rest for x in row]), tree.position_ids, tree)
         end = 0
         for prompt in (p for row in members for p in row):
@@ -305,7 +300,7 @@ class Generation:
         tokens = [row.out.tokens[-1] if row.out.tokens else 0 for row in self.rows[:B]]
         tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
         position_ids, attend = self.cache.decode_step([row.trunk for row in self.rows[:count]], B)
-        hidden = self.model(tokens, position_ids, attend)
+        hidden = self.graphs(tokens) if self.graphs else self.model(tokens, position_ids, attend)
         self.cache.own[:count] += 1
         return hidden[:count]
 
@@ -331,6 +326,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--slots", type=int, default=64, help="completions decoded together")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    p.add_argument("--cuda-graphs", action="store_true", help="decode steps as CUDA graphs (never run by us)")
     p.add_argument("--progress", action="store_true", help="progress bar even without a terminal")
     return p
 
@@ -338,19 +334,14 @@ def parser() -> argparse.ArgumentParser:
 def read_prompts(path: str, tokenizer) -> list[list[int]]:
     """Token ids of each line. Raises ValueError naming the line that has neither `prompt` nor `messages`."""
     prompts = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if "messages" in row:
-                    ids = personas.chat_ids(tokenizer, row["messages"])
-                elif isinstance(row["prompt"], str):
-                    ids = tokenizer(row["prompt"]).input_ids
-                else:
-                    raise ValueError("prompt must be a string")
-            except Exception as error:                  # whatever is wrong with a line, its number is what helps
-                raise ValueError(f'{path}, line {number}: needs "prompt" or "messages" ({error})') from error
-            prompts.append(ids)
+    for _, where, row in numbered(Path(path), "prompt or messages"):
+        try:
+            if "messages" not in row and not isinstance(row["prompt"], str):
+                raise ValueError("prompt must be a string")
+            prompts.append(personas.chat_ids(tokenizer, row["messages"]) if "messages" in row
+                           else tokenizer(row["prompt"]).input_ids)
+        except Exception as error:                      # whatever is wrong with a line, its number is what helps
+            raise ValueError(f'{where}: needs "prompt" or "messages" ({one_line(error)})') from error
     return prompts
 
 
@@ -399,10 +390,10 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer = weights.load(args.model, args.dtype)
         sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                     "top_p": args.top_p, "min_p": args.min_p, "seed": args.seed, "stop_strings": args.stop,
-                    "tokenizer": tokenizer, "model_logprobs": args.model_logprobs}
+                    "tokenizer": tokenizer, "model_logprobs": args.model_logprobs, "cuda_graphs": args.cuda_graphs}
         (batch if args.prompts else chat)(model, tokenizer, args, sampling)
     except (ValueError, OSError, TemplateError) as error:
-        print(f"rollout.py: {error}", file=sys.stderr)
+        print(f"rollout.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,10 +11,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 import grpo
 import monitor
 import tasks
 import weights
+from attention import flash_attn_with_kvcache
 from files import commit, write_atomically
 from policy import ranks
 
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
     add("personas", "train", "training pool: train, or a .jsonl file")
     add("prompts", None, "problems a step (default: 12 for arithmetic, else 64: fewer of them teach)", type=int)
-    add("group-size", 8, "completions a problem, G")
+    add("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)", type=int)
     add("max-new-tokens", None, "length limit of a completion (default: 32 for arithmetic, else 48)", type=int)
     add("temperature", 0.6, "of sampling, and of the log-probs trained on")
     add("prompt", None, "how a problem is asked (default: plain for arithmetic, else short)",
@@ -76,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
     add("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them")
     add("slots", 96, "completions decoded together")
+    add("cuda-graphs", False, "decode steps as CUDA graphs (never run by us)", action="store_true")
     add("eval-task", None, "task to evaluate on (default: --task's test split)")
     add("eval-problems", 50, "held-out problems before and after; 0: no evaluation")
     add("eval-personas", 9, "how many test personas, evenly from the strata")
@@ -112,6 +116,8 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) != before[name]:
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
     args.loss = args.loss or "grpo"
+    imitates = args.method in ("sft", "distill")
+    args.group_size = (1 if args.method == "sft" else 8) if args.group_size is None else args.group_size
     small = args.task == "arithmetic"                   # what the embedded model solves often, in few words
     args.prompt = args.prompt or ("plain" if small else "short")
     args.prompts = (12 if small else 64) if args.prompts is None else args.prompts
@@ -136,21 +142,24 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)")
     if args.personas in ("test", "all"):
         raise ValueError(f"--personas {args.personas} would train on those of the evaluation: give train or a file")
-    if args.dynamic_sampling and args.method in ("sft", "distill"):
+    if args.dynamic_sampling and imitates:
         raise ValueError(f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones")
     if args.correction is None:                         # with --overlap the samples are of the weights before
         args.correction = "truncate" if args.overlap else "none"
     if args.overlap and args.dynamic_sampling:
         raise ValueError("--overlap cannot go with --dynamic-sampling, which counts over all ranks while they train")
-    if args.overlap and args.method in ("sft", "distill"):
+    if args.overlap and imitates:
         raise ValueError(f"--overlap is for a policy that samples; {args.method} imitates others' completions")
     if args.overlap and args.profile:
         raise ValueError("--profile tells sampling from training, and --overlap does both at once: choose one")
+    if args.cuda_graphs and not (torch.cuda.is_available() and flash_attn_with_kvcache and args.dtype != "float32"):
+        raise ValueError("--cuda-graphs needs a GPU, flash-attn, and bfloat16")
     if args.shard < 0 or args.shard and ranks()[1] % args.shard:
         raise ValueError(f"--shard {args.shard} must divide the {ranks()[1]} processes")
     if args.prompts % ranks()[1]:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
-    grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser, group_size=args.group_size,
+    grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser,
+               group_size=args.group_size + imitates,   # who imitates needs no siblings to compare with
                clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
                kl_kind=args.kl, kl_in=args.kl_in, mix=args.mix, dual_clip=args.dual_clip,
                dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,

@@ -41,15 +41,15 @@ import evaluate
 import grpo
 import monitor
 import personas
-import rewards
 import tasks
 import weights
 from anchor import Anchor
 from cache import prefilled
 from evaluation import report
 from files import one_line
-from model import Transformer, completion_logprobs, pack, runs
+from model import Transformer, chunks, completion_logprobs, pack
 from policy import Policy, check_disk, fitted, gathered, join, load_checkpoint, memory, ranks, save_checkpoint, wait
+from rewards import Verifier, load_reward
 from rollout import Completion, generate
 from settings import run_folder, settings
 
@@ -82,7 +82,7 @@ class Batch:
                      torch.cat([self.rewards, other.rewards]))
 
 
-def roll_outs(author: Transformer | None, tokenizer, problems, pool, judge, args, step: int) -> Batch:
+def roll_outs(author: Transformer | None, tokenizer, problems, pool, grade, args, step: int) -> Batch:
     """This rank's share of a step's problems, each under its drawn persona, sampled and verified.
 
     Dynamic sampling (DAPO): until `--prompts` groups over all ranks have unequal rewards, further problems follow, at
@@ -96,7 +96,7 @@ def roll_outs(author: Transformer | None, tokenizer, problems, pool, judge, args
         chosen = tasks.batch(problems, at, args.prompts, args.seed)
         keys = [f"{at}:{i}" for i in range(args.prompts)]
         drawn = personas.mix(pool, args.persona_prob, args.mix, keys, args.group_size, args.seed)
-        more = roll_out(author, tokenizer, chosen[share], drawn[share], judge, args, at, share.start)
+        more = roll_out(author, tokenizer, chosen[share], drawn[share], grade, args, at, share.start)
         batch = batch.joined(more) if batch else more
         if not args.dynamic_sampling:
             break
@@ -106,7 +106,7 @@ def roll_outs(author: Transformer | None, tokenizer, problems, pool, judge, args
     return batch
 
 
-def roll_out(author: Transformer | None, tokenizer, problems, drawn, judge, args, step: int, first_key: int) -> Batch:
+def roll_out(author: Transformer | None, tokenizer, problems, drawn, grade, args, step: int, first_key: int) -> Batch:
     """Samples from `author` and verifies; early completions are verified while others still decode.
 
     A group under one persona is one prompt sampled G times. Under `--mix rollout` each completion has its own prompt.
@@ -116,19 +116,19 @@ def roll_out(author: Transformer | None, tokenizer, problems, drawn, judge, args
     n = G if args.mix == "prompt" else 1
     asked = [(problem, p) for problem, row in zip(problems, drawn, strict=True) for p in row[::n]]
     prompts = [prompt_of(tokenizer, problem, p, args) for problem, p in asked]
-    completions, texts, judged = [None] * (B * G), [""] * (B * G), [None] * (B * G)
+    completions, texts, grades = [None] * (B * G), [""] * (B * G), [None] * (B * G)
     if author:
         keys = range(first_key * G // n, first_key * G // n + len(asked))       # the same whichever rank samples it
         samples = generate(author, prompts, n, args.max_new_tokens, args.temperature, slots=args.slots, keys=list(keys),
-                           seed=args.seed + 1_000_003 * (step + 1))
+                           seed=args.seed + 1_000_003 * (step + 1), cuda_graphs=args.cuda_graphs)
     else:
         samples = gold_completions(tokenizer, [problem for problem, _ in asked], n)
     for done in samples:
         at = done.index * n + done.sample
         completions[at], texts[at] = done, tokenizer.decode(done.tokens, skip_special_tokens=True)
-        judged[at] = judge(problems[at // G], texts[at])
+        grades[at] = grade(problems[at // G], texts[at])
     groups = [(prompt, [c.tokens for c in completions[i * n:(i + 1) * n]]) for i, prompt in enumerate(prompts)]
-    values, verdicts = zip(*(verdict() for verdict in judged), strict=True)
+    values, verdicts = zip(*(graded() for graded in grades), strict=True)
     return Batch(problems, drawn, groups, completions, texts, list(verdicts), torch.tensor(values).view(B, G))
 
 
@@ -144,12 +144,12 @@ def prompt_of(tokenizer, problem: tasks.Problem, persona: personas.Persona | Non
     return personas.prompt_ids(tokenizer, tasks.format_question(problem, args.prompt), persona)
 
 
-def make_judge(spec: str, verifier: rewards.Verifier):
-    """judge(problem, text) -> a function to call, later, for (reward, verdict). The default works meanwhile in the
+def make_grader(spec: str, verifier: Verifier):
+    """grade(problem, text) -> a function to call, later, for (reward, verdict). The default works meanwhile in the
     verifier's processes; a user's `module:function` runs in this one."""
-    reward = None if spec == "rewards:correctness" else rewards.load_reward(spec)
+    reward = None if spec == "rewards:correctness" else load_reward(spec)
 
-    def judge(problem: tasks.Problem, text: str):
+    def grade(problem: tasks.Problem, text: str):
         if reward:
             value = float(reward(problem, text))
             if not math.isfinite(value):
@@ -157,7 +157,7 @@ def make_judge(spec: str, verifier: rewards.Verifier):
             return lambda: (value, "correct" if value > 0 else "wrong")
         future = verifier.submit(problem.answer, text)
         return lambda: (float(future.result().verdict == "correct"), future.result().verdict)
-    return judge
+    return grade
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def penalties(start: Transformer | None, batch: Batch, args) -> Tensor:
 
 def micro_batches(groups: list, limit: int):
     """Runs of whole groups of at most `limit` packed tokens (or of one longer group), as (first, last + 1)."""
-    return runs([len(prompt) + sum(map(len, completions)) for prompt, completions in groups], limit)
+    return chunks([len(prompt) + sum(map(len, completions)) for prompt, completions in groups], limit)
 
 
 def persona_ids(batch: Batch) -> Tensor:
@@ -297,11 +297,11 @@ def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: li
     check_disk(out, policy, args.keep)
     plan_memory(policy, tokenizer, problems, pool, args)
     broken, saved, ended = 0, None, False               # gradients in a row that were not finite; the last checkpoint
-    with (rewards.Verifier() as verifier, terminated() as stop,
+    with (Verifier() as verifier, terminated() as stop,
           tqdm(total=args.steps, initial=first, unit="step",
                disable=rank > 0 or not (args.progress or sys.stderr.isatty())) as bar):
-        judge = make_judge(args.reward, verifier)
-        rolled_out = batches(lambda by, step: roll_outs(by, tokenizer, problems, pool, judge, args, step), author,
+        grade = make_grader(args.reward, verifier)
+        rolled_out = batches(lambda by, step: roll_outs(by, tokenizer, problems, pool, grade, args, step), author,
                              first, args)
         for step in range(first, args.steps):
             clock = monitor.Clock()
@@ -443,7 +443,7 @@ def run(args) -> None:
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
     held = held_out(args) if args.eval_problems else None
-    make_judge(args.reward, None)
+    make_grader(args.reward, None)
     if not rank:
         wait()
     folder = [run_folder(args) if rank == 0 else None]

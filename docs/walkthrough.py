@@ -54,7 +54,7 @@ def step(model, tokenizer) -> SimpleNamespace:
         return patch.object(module, name, call)
 
     with rewards.Verifier() as verifier:
-        batch = train.roll_outs(model, tokenizer, problems, pool, train.make_judge(args.reward, verifier), args, 0)
+        batch = train.roll_outs(model, tokenizer, problems, pool, train.make_grader(args.reward, verifier), args, 0)
     raw = batch.rewards
     with recorded(grpo, "truncation"), recorded(grpo, "group_advantages"), recorded(train, "pack"), \
             recorded(train, "completion_logprobs"), recorded(grpo, "token_weights"), recorded(grpo, "policy_loss"):
@@ -121,7 +121,7 @@ def samples(s) -> str:
                  zip(s.batch.completions[-1].tokens, s.batch.completions[-1].logprobs, strict=True))]
     judged = [rewards.verify(s.batch.problems[i // G].answer, text) for i, text in enumerate(s.batch.texts)]
     out += ["## 5. The verdicts", "Each is judged while others still decode. The rule says how the answer was found "
-            "and compared.", code(train.make_judge, "verifier.submit", "return lambda: (float(future"),
+            "and compared.", code(train.make_grader, "verifier.submit", "return lambda: (float(future"),
             block(f"{i // G}.{i % G} {verdict:12} {v.extracted!r}, {v.rule}"
                   for i, (verdict, v) in enumerate(zip(s.batch.verdicts, judged, strict=True))),
             "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text says:",

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import files  # noqa: E402
 import personas  # noqa: E402
 import rewards  # noqa: E402
 import tasks  # noqa: E402
@@ -57,7 +58,7 @@ def train(name: str, problems: Path, out: Path, args) -> list[dict]:
                         "--learning-rate", str(args.learning_rate), "--steps", str(args.steps), "--eval-problems", "0",
                         "--save-every", str(args.steps), "--out", str(run)], cwd=ROOT, check=True)
         shutil.rmtree(run / "checkpoints")
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return list(files.rows(run / "metrics.jsonl"))
 
 
 def main() -> None:

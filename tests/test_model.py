@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attention
 import cache
@@ -199,10 +201,10 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
     ids = random_ids(20)
     with torch.no_grad():
         before = logits_of(model, ids)
-        with model.packed():
+        with model.blocked():
             inside = logits_of(model, ids)
         after = logits_of(model, ids)
-    assert torch.equal(before, after) and model.packed_head is None
+    assert torch.equal(before, after) and model.blocked_head is None
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
 
 
@@ -305,6 +307,86 @@ def test_sampling_through_flash_attn_gives_the_same_tokens(family, flash, monkey
     assert {key: c.tokens for key, c in plain.items()} == {key: c.tokens for key, c in flashed.items()}
     for key, c in plain.items():
         assert np.allclose(c.logprobs, flashed[key].logprobs, atol=1e-5)
+
+
+def kvcache_without_host_reads(q, k_cache, v_cache, k, v, cache_seqlens, softmax_scale, causal, window_size):
+    """The stand-in above, for one new token and in operators that a CUDA graph could record."""
+    at, key = cache_seqlens.long()[:, None], torch.arange(k_cache.shape[1])
+    for kept, x in ((k_cache, k), (v_cache, v)):
+        kept.scatter_(1, at[..., None, None].expand_as(x), x)
+    keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k_cache, v_cache))
+    seen = (key <= at) & (key >= at - (window_size[0] if window_size[0] >= 0 else 10 ** 6))
+    scores = torch.einsum("bhd,bthd->bht", q[:, 0], keys) * softmax_scale
+    return torch.einsum("bht,bthd->bhd", scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1), values)[:, None]
+
+
+class RecordedGraph:
+    """What torch.cuda.CUDAGraph does, on a CPU: replays operators on the very memory they were recorded with."""
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        self.replays += 1
+        for operator, args, kwargs, before in self.calls:
+            for old, new in zip(tree_leaves(before), tree_leaves(operator(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():    # views and what was changed in place are there already
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """torch.cuda.graph's part: its operators go into the graph. Reading a value from the GPU is an error."""
+
+    def __init__(self, graph, pool, capture_error_mode):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator is not torch.ops.aten._local_scalar_dense.default, "a recording cannot read from the GPU"
+        out = operator(*args, **(kwargs or {}))
+        self.graph.calls.append((operator, args, kwargs or {}, out))
+        return out
+
+
+def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
+    """As CUDA graphs would: batches of 8 and 16 rows, rows that leave and others in their place, a cache that grows."""
+    opening, made = random_ids(20), []
+    prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3), opening + random_ids(3, 4)]
+    settings = {"n": 5, "max_new_tokens": 40, "stop_ids": range(4), "slots": 16}
+    plain = {(c.index, c.sample): c for c in generate(family[0], prompts, **settings)}
+
+    def graph():
+        made.append(RecordedGraph())
+        return made[-1]
+
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen_stand_in)
+    monkeypatch.setattr(attention, "uses_flash", lambda q: True)
+    monkeypatch.setattr(cache, "uses_flash", lambda q: True)
+    monkeypatch.setattr(cache, "flash_attn_with_kvcache", kvcache_without_host_reads)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    replayed = {(c.index, c.sample): c for c in generate(family[0], prompts, cuda_graphs=True, **settings)}
+    assert {key: c.tokens for key, c in plain.items()} == {key: c.tokens for key, c in replayed.items()}
+    assert len(made) > 2 and max(graph.replays for graph in made) > 5           # two sizes, and again once it had grown
+
+
+def test_cuda_graphs_are_refused_where_they_cannot_be(tiny):
+    with pytest.raises(ValueError, match="needs a GPU, flash-attn"):
+        generate(tiny[0], [[3, 4]], cuda_graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs themselves need one")
+def test_cuda_graphs_give_the_same_tokens_on_a_gpu(tiny):
+    model = Transformer(tiny[0].c).to("cuda", torch.bfloat16)
+    settings = {"n": 5, "max_new_tokens": 40, "temperature": 0, "slots": 16}
+    prompts, found = [random_ids(9, 1), random_ids(30, 2)], []
+    for on in (False, True):
+        done = generate(model, prompts, cuda_graphs=on, **settings)
+        found.append({(c.index, c.sample): c.tokens for c in done})
+    assert found[0] == found[1]
 
 
 def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):

@@ -202,7 +202,7 @@ def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
     class Watched(Generation):
         def admit(self):
             super().admit()
-            widest.append((len(self.cache.rows[0][0]), len(self.cache.trunks[0][0])))
+            widest.append((len(self.cache.row_kv[0][0]), len(self.cache.trunk_kv[0][0])))
 
     original, rollout.Generation = rollout.Generation, Watched
     try:

@@ -70,7 +70,7 @@ def one_batch(folder, *more):
     args = arguments(folder, "--prompts", "4", *more)
     model, tokenizer = weights.load(str(folder), args.dtype)
     problems, pool = train.tasks.load("arithmetic", "train", 0, 50), train.personas.load("train")
-    return args, model, train.roll_outs(model, tokenizer, problems, pool, train.make_judge(args.reward, None), args, 0)
+    return args, model, train.roll_outs(model, tokenizer, problems, pool, train.make_grader(args.reward, None), args, 0)
 
 
 def gradient_of(args, model, batch) -> torch.Tensor:
