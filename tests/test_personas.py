@@ -251,6 +251,16 @@ def test_p6_where_a_template_has_no_system_role_the_persona_opens_the_first_user
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["raises", "drops it"])
+def test_p6_in_a_longer_chat_the_persona_opens_the_first_message_and_what_was_said_stays(template):
+    tokenizer = tokenizer_with(template)
+    chat = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Ahoy"},
+            {"role": "assistant", "content": "Arr"}, {"role": "user", "content": "2 + 2?"}]
+    said = [dict(message) for message in chat]
+    text = "<s><|user|>You are a pirate.\n\nAhoy</s><|assistant|>Arr</s><|user|>2 + 2?</s><|assistant|>"
+    assert tokenizer.decode(personas.chat_ids(tokenizer, chat)) == text and chat == said
+
+
 def test_a_model_that_thinks_unless_told_otherwise_is_told_otherwise():
     template = LLAMA + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
     ids = personas.prompt_ids(tokenizer_with(template), "2 + 2?", None)

@@ -70,7 +70,8 @@ def one_batch(folder, *more):
     args = arguments(folder, "--prompts", "4", *more)
     model, tokenizer = weights.load(str(folder), args.dtype)
     problems, pool = train.tasks.load("arithmetic", "train", 0, 50), train.personas.load("train")
-    return args, model, train.roll_outs(model, tokenizer, problems, pool, train.make_grader(args.reward, None), args, 0)
+    author, grade = None if args.method == "sft" else model, train.make_grader(args.reward, None)
+    return args, model, train.roll_outs(author, tokenizer, problems, pool, grade, args, 0)
 
 
 def gradient_of(args, model, batch) -> torch.Tensor:
@@ -103,6 +104,13 @@ def test_p10_the_gradient_does_not_depend_on_prompt_sharing(tiny_folder):
     batch.groups = [(prompt, [c]) for prompt, cs in batch.groups for c in cs]
     plain = gradient_of(args, model, batch)
     assert (shared - plain).norm() <= 1e-6 * shared.norm()
+
+
+def test_sft_learns_from_one_gold_answer_what_it_learns_from_several(tiny_folder):
+    assert train.settings(["--method", "sft"]).group_size == 1
+    flags = "--method", "sft", "--reward", "tests.test_train:flat_reward", "--group-size"
+    one, several = (gradient_of(*one_batch(tiny_folder, *flags, n)) for n in "14")
+    assert (one - several).norm() <= 1e-6 * one.norm() > 0
 
 
 def write_gradient(folder: str, out: str) -> None:
