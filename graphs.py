@@ -36,8 +36,7 @@ class Graphs:
         B = len(tokens)
         self.tokens[:B] = tokens
         if self.storage is not self.cache.row_kv:       # it has grown: the recorded addresses are the old ones
-            self.recorded.clear()
-            self.storage = self.cache.row_kv
+            self.storage, self.recorded, self.pool = self.cache.row_kv, {}, None    # a pool ends with its last graph
         if B not in self.recorded:
             self.recorded[B] = self.record(B)
         graph, hidden = self.recorded[B]

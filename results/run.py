@@ -100,7 +100,7 @@ def trained(arm: str, seed: int, args) -> Path:
     run = args.out / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
     if not (run / "model" / "config.json").is_file():
         goes_on = ["--resume", run] if (run / "config.json").is_file() else [
-            *flags(arm, args.out), "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
+            *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
             "--eval-problems", 0, "--keep", 1, "--out", run, *args.rest]
         call("train.py", *goes_on)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -149,6 +149,8 @@ def main() -> None:
     except ValueError as error:
         p.error(str(error))
     args.out, began = args.out.resolve(), time.time()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.flags = {arm: flags(arm, args.out) for arm in args.arms}
 
     def run(arm: str, seed: int | None) -> Path:
         if arm == "start":
