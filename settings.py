@@ -115,56 +115,62 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     for name in ("model", "task", "method", "seed", "dtype") if first.resume else ():
         if getattr(args, name) != before[name]:
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
-    args.loss = args.loss or "grpo"
-    imitates = args.method in ("sft", "distill")
-    args.group_size = (1 if args.method == "sft" else 8) if args.group_size is None else args.group_size
     small = args.task == "arithmetic"                   # what the embedded model solves often, in few words
-    args.prompt = args.prompt or ("plain" if small else "short")
-    args.prompts = (12 if small else 64) if args.prompts is None else args.prompts
-    args.learning_rate = (3e-5 if small else 6e-5) if args.learning_rate is None else args.learning_rate
-    args.max_new_tokens = (32 if small else 48) if args.max_new_tokens is None else args.max_new_tokens
-    if args.persona_prob is None:
-        args.persona_prob = 0.7 if args.method == "permix" else 0.0
-    if args.method == "rlvr" and args.persona_prob:
-        raise ValueError("--method rlvr has no personas: use permix with --persona-prob, or leave it out")
-    if not 0 <= args.persona_prob <= 1:
-        raise ValueError(f"--persona-prob must be between 0 and 1, not {args.persona_prob}")
-    for name in ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "micro_tokens", "slots",
-                 "save_every", "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef", "memory"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
-    if not (args.temperature > 0 and args.learning_rate > 0):
-        raise ValueError("--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)")
-    if not args.max_grad_norm > 0:
-        raise ValueError(f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)")
-    if args.personas in ("test", "all"):
-        raise ValueError(f"--personas {args.personas} would train on those of the evaluation: give train or a file")
-    if args.dynamic_sampling and imitates:
-        raise ValueError(f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones")
-    if args.correction is None:                         # with --overlap the samples are of the weights before
-        args.correction = "truncate" if args.overlap else "none"
-    if args.overlap and args.dynamic_sampling:
-        raise ValueError("--overlap cannot go with --dynamic-sampling, which counts over all ranks while they train")
-    if args.overlap and imitates:
-        raise ValueError(f"--overlap is for a policy that samples; {args.method} imitates others' completions")
-    if args.overlap and args.profile:
-        raise ValueError("--profile tells sampling from training, and --overlap does both at once: choose one")
-    if args.cuda_graphs and not (torch.cuda.is_available() and flash_attn_with_kvcache and args.dtype != "float32"):
-        raise ValueError("--cuda-graphs needs a GPU, flash-attn, and bfloat16")
-    if args.shard < 0 or args.shard and ranks()[1] % args.shard:
-        raise ValueError(f"--shard {args.shard} must divide the {ranks()[1]} processes")
-    if args.prompts % ranks()[1]:
-        raise ValueError(f"--prompts {args.prompts} must be a multiple of the {ranks()[1]} processes")
+    unset = {"loss": "grpo", "group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
+             "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
+             "learning_rate": 3e-5 if small else 6e-5, "persona_prob": 0.7 if args.method == "permix" else 0.0,
+             "correction": "truncate" if args.overlap else "none"}   # with --overlap the samples are of weights before
+    for name, value in unset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check(args)
+    return args
+
+
+AT_LEAST = {
+    1: ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "micro_tokens", "slots", "save_every",
+        "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"),
+    0: ("seed", "dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef", "memory", "shard")}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError, with what to do instead, for settings that cannot mean what they say."""
+    imitates, world = args.method in ("sft", "distill"), ranks()[1]
+    for least, names in AT_LEAST.items():
+        for name in names:
+            if not getattr(args, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    refusals = (
+        (args.method == "rlvr" and args.persona_prob,
+         "--method rlvr has no personas: use permix with --persona-prob, or leave it out"),
+        (not 0 <= args.persona_prob <= 1, f"--persona-prob must be between 0 and 1, not {args.persona_prob}"),
+        (not (args.temperature > 0 and args.learning_rate > 0),
+         "--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)"),
+        (not args.max_grad_norm > 0, f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)"),
+        (args.personas in ("test", "all"),
+         f"--personas {args.personas} would train on those of the evaluation: give train or a file"),
+        (args.dynamic_sampling and imitates,
+         f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones"),
+        (args.overlap and args.dynamic_sampling,
+         "--overlap cannot go with --dynamic-sampling, which counts over all ranks while they train"),
+        (args.overlap and imitates,
+         f"--overlap is for a policy that samples; {args.method} imitates others' completions"),
+        (args.overlap and args.profile,
+         "--profile tells sampling from training, and --overlap does both at once: choose one"),
+        (args.cuda_graphs and not (torch.cuda.is_available() and flash_attn_with_kvcache and args.dtype != "float32"),
+         "--cuda-graphs needs a GPU, flash-attn, and bfloat16"),
+        (args.shard and world % args.shard, f"--shard {args.shard} must divide the {world} processes"),
+        (args.prompts % world, f"--prompts {args.prompts} must be a multiple of the {world} processes"),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise ValueError(reason)
     grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser,
                group_size=args.group_size + imitates,   # who imitates needs no siblings to compare with
                clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
                kl_kind=args.kl, kl_in=args.kl_in, mix=args.mix, dual_clip=args.dual_clip,
                dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,
                overlong_buffer=args.overlong_buffer)
-    return args
 
 
 def run_folder(args) -> Path:
