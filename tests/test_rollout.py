@@ -184,15 +184,15 @@ def test_prompts_that_open_alike_share_a_trunk_and_keep_their_last_token():
 
 
 def test_each_distinct_prompt_token_is_prefilled_once(tiny, monkeypatch):
-    model, persona = tiny[0], random_prompts(1, low=60, high=60)[0]
-    prompts = [persona + [3 + i, 4] for i in range(40)]
+    model, persona = tiny[0], random_prompts(1, low=200, high=200)[0]
+    prompts = [persona + [3 + i // 16, 4 + i % 16] for i in range(256)]
     tokens, forward = [], type(model).forward
     monkeypatch.setattr(type(model), "forward",
                         lambda self, ids, *rest: tokens.append(len(ids)) or forward(self, ids, *rest))
     for n in (1, 3):
         tokens.clear()
-        list(generate(model, prompts, n=n, max_new_tokens=1, slots=8))     # one new token: prefill is all there is
-        assert sum(tokens) == prefilled(prompts) == 60 + 40 * 2
+        list(generate(model, prompts, n=n, max_new_tokens=1, slots=64))    # one new token: prefill is all there is
+        assert sum(tokens) == prefilled(prompts) == 200 + 256 * 2
 
 
 def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
