@@ -165,7 +165,7 @@ def summary(table, problems, personas, seed):
     counts = measures.resamples(n, seed=seed)
     values = measures.table_scores(correct) | {"no_persona_accuracy": table[:, 0].mean()}
     draws = measures.bootstrap(correct, counts, seed) | {"no_persona_accuracy": counts @ table[:, 0] / n}
-    return {"personas": rows} | measures.with_intervals(values, draws) | {
+    return {"personas": rows} | measures.with_intervals(values, draws) | measures.no_effect([correct], seed) | {
         "lottery": measures.lottery(correct.mean(axis=0)).tolist(),
         "lottery_held_out": measures.held_out_lottery(correct, seed).tolist() if n > 1 else [],
         "items": [{"id": problem.id, "kind": problem.kind} for problem in problems],
@@ -310,9 +310,12 @@ def table_text(results):
     rows = [[row["name"], *(f"{row['accuracy' + end]:.3f}" for end in ("", "_low", "_high"))]
             for row in report.ranked(results)[::-1]]
     rows += [[name, *(f"{results[name + end]:.3f}" for end in ("", "_low", "_high"))] for name in measures.SCORES]
+    luck = (f"if personas made no difference, pss would be {results['pss_shuffled']:.3f} "
+            f"[{results['pss_shuffled_low']:.3f}, {results['pss_shuffled_high']:.3f}], and as low as it is with "
+            f"p = {results['pss_shuffled_p']:.3f}")
     cut = f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} tokens"
     head = ["persona, then score", "value", "95 % from", "to"]
-    return f"{compare.aligned([head, *rows])}\n{cut} (--max-new-tokens)"
+    return f"{compare.aligned([head, *rows])}\n{luck}\n{cut} (--max-new-tokens)"
 
 
 def parse(argv):

@@ -84,7 +84,9 @@ def read(source: Path):
 
     if source.suffix != ".gguf":
         config = AutoConfig.from_pretrained(source, local_files_only=True)
-        return config, AutoTokenizer.from_pretrained(source, local_files_only=True), safetensors(source)
+        text = config.get_text_config()                 # of Gemma 3 from 4B on, whose images are left out
+        text.eos_token_id = getattr(config, "eos_token_id", None) or text.eos_token_id
+        return text, AutoTokenizer.from_pretrained(source, local_files_only=True), safetensors(source)
     config, tensors = gguf_weights.read(source)
     parsed = source.with_suffix(".parsed")
     if source != cache_folder() / GGUF_FILE:
@@ -241,6 +243,9 @@ def fill(model: Transformer, tensors) -> None:
         raise ValueError(f"{len(waiting)} weights are missing, first {next(iter(waiting))}")
 
 
+OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
+
+
 def safetensors(folder: Path):
     from safetensors import safe_open
 
@@ -252,7 +257,9 @@ def safetensors(folder: Path):
             raise ValueError(f"{folder / file} is missing")
         with safe_open(folder / file, "pt") as archive:
             for name in archive.keys():
-                yield name.removeprefix("model."), archive.get_tensor(name)
+                ours = name.replace("language_model.", "").removeprefix("model.")
+                if not ours.startswith(OF_IMAGES):
+                    yield ours, archive.get_tensor(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -164,7 +164,8 @@ def side_by_side(arms, seed=0):
     scored = {role: arm_draws(runs, seed=seed) for role, runs in arms.items()}
     return {
         "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
-        "arms": {role: arm_scores(got) for role, got in scored.items()},
+        "arms": {role: arm_scores(got) | measures.no_effect([answer_table(run)[:, 1:] for run in arms[role]], seed)
+                 for role, got in scored.items()},
         "differences": {f"{b} - {a}": difference(arms[a], arms[b]) for a, b in combinations(arms, 2)},
         "hypotheses": hypotheses(arms),
     }

@@ -8,7 +8,9 @@ arXiv 2107.03374), turned from samples to personas. Intervals resample items, al
 items then cancel in a comparison. Minimum and maximum of noisy columns are biased; `accuracy_draws` says what is done
 about it. Where an arm was trained with several seeds, `seed_spread` adds what they say.
 
-Left out: significance tests (an interval says more) and anything that needs a model.
+If personas made no difference, PSS would still be below 1, since the worst of P columns is unlucky: `shuffled_pss`.
+
+Left out: other significance tests (an interval says more) and anything that needs a model.
 """
 
 from collections import Counter
@@ -45,6 +47,26 @@ def table_scores(correct):
     """The scores of a table correct [N, P] as a dict of floats."""
     correct = np.asarray(correct, dtype=float)
     return {name: float(value) for name, value in scores(correct.mean(axis=0), correct.prod(axis=1).mean()).items()}
+
+
+def shuffled_pss(correct, n_draws=1000, seed=0):
+    """PSS [n_draws] of correct [N, P] if personas made no difference: each item's answers shuffled among the personas.
+
+    A permutation test (Fisher 1935). Each item is solved as often as before, but no persona is better than another. A
+    PSS like these leaves no lottery to win: which persona solves what is luck, and only answers that agree more raise
+    it further.
+    """
+    rng = np.random.default_rng(seed)
+    return np.array([pss(rng.permuted(correct, axis=1).mean(axis=0)) for _ in range(n_draws)])
+
+
+def no_effect(tables, seed=0):
+    """`shuffled_pss` of an arm, the mean over its runs' tables, as results carry it: `pss_shuffled` with `_low` and
+    `_high` (95 % of the shuffles) and `_p`, the chance of a PSS as low as the arm's without any effect of personas."""
+    seen = np.mean([pss(np.mean(table, axis=0)) for table in tables])
+    drawn = np.mean([shuffled_pss(table, seed=[seed, i]) for i, table in enumerate(tables)], axis=0)
+    out = with_intervals({"pss_shuffled": drawn.mean()}, {"pss_shuffled": drawn})
+    return out | {"pss_shuffled_p": float((1 + (drawn <= seen + 1e-9).sum()) / (1 + len(drawn)))}
 
 
 def draw_weights(n):

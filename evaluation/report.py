@@ -30,7 +30,7 @@ LIGHT = {name: pair[0] for name, pair in PALETTE.items()}
 SERIES = [LIGHT[f"c{i}"] for i in range(7)] * 9  # more arms than colours: they come round again
 MARKERS = "osD^vhp" * 9  # colour is not all that tells two arms apart
 CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
-MAIN = {"pss": "stability (pss)", "pss_at_matched_mean": "pss at equal mean accuracy",
+MAIN = {"pss": "stability (pss)", "pss_shuffled": "pss, shuffled", "pss_at_matched_mean": "pss at equal mean accuracy",
         "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
         "persona_identification": "persona identification"}  # of the tables of a comparison
 RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "font.size": 9, "text.color": LIGHT["ink"],
@@ -39,7 +39,8 @@ RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "font.size": 9, "text.co
       "ytick.color": LIGHT["soft"], "grid.color": LIGHT["line"], "grid.linewidth": 0.6, "legend.frameon": False,
       "legend.fontsize": 8, "lines.linewidth": 1.8}
 SCORES = {  # name in results.json: what the reader is told
-    "pss": "worst over best persona; 1 is no lottery", "pss_mean_minus_std": "mean minus spread over personas",
+    "pss": "worst over best persona; 1 is no lottery",
+    "pss_shuffled": "pss if personas made no difference", "pss_mean_minus_std": "mean minus spread over personas",
     "pss_all_correct": "problems right under every persona", "worst_persona_accuracy": "the unlucky ticket",
     "mean_accuracy": "a persona at random", "no_persona_accuracy": "no system prompt",
     "persona_identification": "answers traced to their persona", "log_posterior": "log posterior of that persona",

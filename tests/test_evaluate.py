@@ -123,6 +123,31 @@ def test_the_paired_interval_of_a_difference_covers_and_is_narrower_than_the_unp
     assert 0.9 <= covered / 300 <= 0.99 and narrower == 300
 
 
+def test_shuffled_pss_has_the_distribution_of_all_ways_to_hand_out_each_items_answers():
+    table = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=float)
+    ways = [np.mean(rows, axis=0) for rows in itertools.product(*(itertools.permutations(row) for row in table))]
+    exact = np.array([measures.pss(way) for way in ways])
+    drawn = measures.shuffled_pss(table, 20_000)
+    assert set(drawn.round(9)) == set(exact.round(9))
+    for value in set(exact):
+        assert np.isclose(drawn, value).mean() == pytest.approx(np.isclose(exact, value).mean(), abs=0.015)
+
+
+def test_the_p_value_of_no_persona_effect_is_uniform_without_one_and_small_with_one():
+    rng = np.random.default_rng(4)
+    same = [measures.no_effect([table])["pss_shuffled_p"] for table in persona_tables(np.full(12, 0.5), 60, 200, rng)]
+    assert 0.01 <= np.mean(np.array(same) <= 0.05) <= 0.1 and 0.4 < np.mean(same) < 0.65  # ties round it up
+    other = [measures.no_effect([table])["pss_shuffled_p"]
+             for table in persona_tables(np.linspace(0.2, 0.6, 12), 60, 50, rng)]
+    assert np.mean(np.array(other) <= 0.05) > 0.8
+
+
+def test_several_runs_find_a_small_persona_effect_that_one_does_not():
+    tables = list(persona_tables(np.linspace(0.42, 0.58, 12), 50, 12, np.random.default_rng(5)))
+    assert measures.no_effect(tables)["pss_shuffled_p"] < 0.02 < np.median(
+        [measures.no_effect([table])["pss_shuffled_p"] for table in tables])
+
+
 @pytest.mark.parametrize("n_seeds", [2, 3])
 def test_the_interval_over_training_seeds_covers_the_mean_of_all_seeds_in_simulation(n_seeds):
     rng, covered, spread = np.random.default_rng(n_seeds), 0, 0.1

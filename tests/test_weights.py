@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import weights
 from model import pack
-from tests.conftest import make_reference, tiny_tokenizer
+from tests.conftest import FAMILIES, SIZES, make_reference, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +27,31 @@ def test_sharded_safetensors_are_read(tmp_path):
     with torch.no_grad():
         ours = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
         assert (ours - reference(torch.tensor([[5, 6, 7]])).logits[0]).abs().max() <= 1e-5
+
+
+def test_the_text_model_of_a_gemma_that_also_sees_is_read_and_saved_alone(tmp_path):
+    """As google/gemma-3-4b-it comes: its config inside another one, its weights beside a vision tower's."""
+    text = SIZES | FAMILIES["gemma3"]
+    text.pop("model_type")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=[2, 5])
+    reference = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+    reference.save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "generation_config.json").unlink()
+    tiny_tokenizer().save_pretrained(tmp_path / "both")
+    model, tokenizer = weights.load(str(tmp_path / "both"), "float32")
+    assert model.c.stop_ids == [2, 5]
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13]])
+    weights.save(model, tokenizer, tmp_path / "text")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32)
+    assert type(alone).__name__ == "Gemma3ForCausalLM"
+    packed = pack([(ids[0].tolist(), [])], model.c)
+    with torch.no_grad():
+        ours = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+        for theirs in (reference, alone):
+            assert (ours - theirs(ids).logits[0]).abs().max() <= 1e-5
 
 
 def test_every_stop_id_of_the_generation_config_counts(tiny_folder, tmp_path):
