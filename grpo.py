@@ -2,9 +2,9 @@
 
 A prompt gets G completions y_1..y_G with rewards r_1..r_G. The whole method is
 
-    A_i  = r_i - mean(r_1..r_G)                                     what was better than its siblings
-    rho  = pi(y_t | ...) / pi_old(y_t | ...)                        how far the policy moved since it sampled y
-    loss = - sum over tokens of  w_t * min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
+    A_i   = r_i - mean(r_1..r_G)                                    what was better than its siblings
+    ratio = pi(y_t | ...) / pi_old(y_t | ...)                       how far the policy moved since it sampled y
+    loss  = - sum over tokens of  w_t * min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
 
 (GRPO, arXiv 2402.03300, on PPO's clip, arXiv 1707.06347). Every variant here changes one of three things: the
 advantage, the surrogate inside the sum, or the token weights w_t. One step of training reads
@@ -208,7 +208,7 @@ def policy_loss(
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Tensor:
-    """PPO's min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), all [N]: no reward for moving further than the clip.
+    """PPO's min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), all [N]: no reward for moving beyond the clip.
 
     dual_clip c > 1 (arXiv 1912.09729) bounds it from below by c A where A < 0: a bad token that has become much
     likelier since it was sampled would otherwise push without limit.
@@ -320,7 +320,7 @@ def policy_metrics(
 def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     """Means over tokens of `policy_metrics` added up over the whole batch.
 
-    effective_sample_fraction = (sum rho)^2 / (n sum rho^2): 1 on policy, 1/n when one token outweighs all others.
+    effective_sample_fraction = (sum ratio)^2 / (n sum ratio^2): 1 on policy, 1/n when one token outweighs all others.
     """
     total = {name: float(value) for name, value in sums.items()}
     tokens = max(1.0, total["tokens"])

@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         return blocked_linear(hidden, *self.blocked_head) if self.blocked_head else F.linear(hidden, self.head_weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] fp32, for the sampler's few rows; training uses kernels.linear_logprob, which never holds them."""
+        """[N, V] fp32, for the few rows of the sampler and the anchor; the loss uses kernels.linear_logprob."""
         return self.capped(self.raw_logits(hidden))
 
     def capped(self, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio
 
 
 def record(out: Path, step: int, batch, metrics: dict) -> None:
-    """One line of metrics, and the first completions of the step to read."""
+    """One line of metrics, and completions of the step's first two problems to read."""
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
     with open(out / "samples.jsonl", "a") as file:

@@ -1,13 +1,13 @@
 """What is trained: fp32 master weights and AdamW behind the model that samples and trains, over ranks, and on disk.
 
-The policy is one model in the compute dtype; its log-probs as sampler and as trainer agree by construction. AdamW
-steps on fp32 masters, since bf16 has too few digits to take a step of 1e-5.
+The policy is one model in the compute dtype; its log-probs as sampler and as trainer agree up to rounding. AdamW steps
+on fp32 masters, since bf16 has too few digits to take a step of 1e-5.
 
 Over ranks: every rank samples, so every rank needs the whole model in the compute dtype, and it trains on that copy.
 What is sharded (ZeRO, arXiv 1910.02054) is the rest: masters and AdamW's moments are DTensors, split along their first
 dimension over `shard` ranks and replicated over the others (a hybrid mesh: shard within a node, replicate across).
-With P parameters in bf16 a rank holds 2P + 4P (gradients, summed in fp32) + 12P / shard bytes. Gradients meet once a
-step, as a reduce-scatter; no collective stands in a branch that ranks can take differently.
+With P parameters in bf16 a rank holds 2P + 6P (gradients, and their sum in fp32) + 12P / shard bytes. Gradients meet
+once a step, as a reduce-scatter; no collective stands in a branch that ranks can take differently.
 
 FSDP2 would gather each layer in each forward and backward, only to have what the sampler holds anyway. So it is left
 out, and with it models that do not fit a rank in the compute dtype.

@@ -42,8 +42,9 @@ SAMPLE_ROWS = 8                                         # rows of logits drawn f
 
 @dataclass
 class Completion:
-    """tokens include the stop token when one was sampled; then `truncated` is False. logprobs are of the distribution
-    sampled from (temperature and filters applied; greedy: of the model itself); model_logprobs at temperature 1."""
+    """tokens include the stop token when one was sampled; after it or a stop string `truncated` is False. logprobs are
+    of the distribution sampled from (temperature and filters applied; greedy: of the model itself), model_logprobs of
+    the model at temperature 1."""
     index: int                                          # which prompt
     sample: int                                         # which of its n samples
     tokens: list[int] = field(default_factory=list)

@@ -30,17 +30,19 @@ def parser() -> argparse.ArgumentParser:
         kind = {} if "choices" in more or default is None or "action" in more else {"type": type(default)}
         p.add_argument(f"--{flag}", default=default, help=text, **kind | more)
 
-    add("method", "permix", "which arm", choices=["permix", "rlvr", "sft", "distill"])
+    add("method", "permix", "RL with personas mixed in, RL without, or imitation: of gold answers, of a teacher",
+        choices=["permix", "rlvr", "sft", "distill"])
     add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file")
     add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
     add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
     add("resume", None, "run folder to continue with its own settings")
-    add("steps", 34, "optimizer steps (times --inner-epochs)")
+    add("steps", 34, "batches; each is --inner-epochs optimizer steps")
     add("seed", 0, "of problems, personas and samples")
     add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
     add("personas", "train", "training pool: train, or a .jsonl file")
-    add("prompts", None, "problems a step (default: 12 for arithmetic, else 64: fewer of them teach)", type=int)
+    add("prompts", None, "problems a step (default: 12 for arithmetic, else 64, since fewer of them teach something)",
+        type=int)
     add("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)", type=int)
     add("max-new-tokens", None, "length limit of a completion (default: 32 for arithmetic, else 48)", type=int)
     add("temperature", 0.6, "of sampling, and of the log-probs trained on")
@@ -54,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     add("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its paper's, unless given "
         "(default: grpo's with those below)", choices=sorted(grpo.RECIPES))
     add("advantage", "mean", "baseline and scale", choices=grpo.ADVANTAGES)
-    add("normaliser", "token", "what a token's weight is divided by", choices=grpo.NORMALISERS)
+    add("normaliser", "token", "a token's loss is divided by: all tokens, its completion's length, the length limit",
+        choices=grpo.NORMALISERS)
     add("clip-low", 0.2, "the ratio may fall to 1 - this")
     add("clip-high", 0.2, "the ratio may rise to 1 + this")
     add("dual-clip", None, "bound on the ratio of bad tokens (dual-clip PPO)", type=float)

@@ -41,7 +41,7 @@ EXAMPLES = (
     ("What is the perimeter of a square with sides of 13 cm, in cm?", "4 * 13 = 52. The answer is 52."),
 )
 
-# How a problem is put to the model. `plain` is the default: the verifier takes the last number or box of an answer.
+# How a problem is put to the model. `plain` will do: the verifier takes the last number or box of an answer.
 PROMPTS = {
     "plain": "{question}",
     "short": "{question}\nAnswer in one short sentence.",

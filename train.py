@@ -146,7 +146,7 @@ def prompt_of(tokenizer, problem: tasks.Problem, persona: personas.Persona | Non
 
 def make_grader(spec: str, verifier: Verifier):
     """grade(problem, text) -> a function to call, later, for (reward, verdict). The default works meanwhile in the
-    verifier's processes; a user's `module:function` runs in this one."""
+    verifier's processes; a user's `module:function` runs in this one, and what it pays for is logged as correct."""
     reward = None if spec == "rewards:correctness" else load_reward(spec)
 
     def grade(problem: tasks.Problem, text: str):

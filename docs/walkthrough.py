@@ -111,17 +111,20 @@ def samples(s) -> str:
     G = s.args.group_size
     out = ["## 4. The completions", "$$y_t \\sim \\pi(\\cdot \\mid x, y_{<t}), \\qquad \\pi = "
            f"\\mathrm{{softmax}}(z / T), \\quad T = {s.args.temperature}$$",
-           "The sampler keeps each token's log-prob at the temperature it sampled with. The prompt is computed once; "
-           "its completions are branches of a tree.", "![a trunk of prompt tokens with four branches](tree.svg)",
+           "z are the logits. The sampler keeps each token's log-prob at the temperature it sampled with. The prompt "
+           "is computed once; its completions are branches of a tree.",
+           "![a trunk of prompt tokens with four branches](tree.svg)",
            code(train.roll_out, "samples = generate"), code(rollout.sample_rows, "logprobs = (logits"),
+           "Problem and sample, length, how it ended, text:",
            block(f"{c.index}.{c.sample} {len(c.tokens):2} tokens {'cut off' if c.truncated else 'ended  '} "
                  f"{json.dumps(text)}" for c, text in zip(s.batch.completions, s.batch.texts, strict=True)),
            "The last one, token by token:",
            block(f"{token:6} {json.dumps(s.tokenizer.decode([token])):16} {value:8.4f}" for token, value in
                  zip(s.batch.completions[-1].tokens, s.batch.completions[-1].logprobs, strict=True))]
     judged = [rewards.verify(s.batch.problems[i // G].answer, text) for i, text in enumerate(s.batch.texts)]
-    out += ["## 5. The verdicts", "Each is judged while others still decode. The rule says how the answer was found "
-            "and compared.", code(train.make_grader, "verifier.submit", "return lambda: (float(future"),
+    out += ["## 5. The verdicts", "Each is judged while others still decode. The rule says where the answer was "
+            "found, and what settled it: equal text, two numbers compared, or no mathematics in it.",
+            code(train.make_grader, "verifier.submit", "return lambda: (float(future"),
             block(f"{i // G}.{i % G} {verdict:12} {v.extracted!r}, {v.rule}"
                   for i, (verdict, v) in enumerate(zip(s.batch.verdicts, judged, strict=True))),
             "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text says:",
@@ -141,8 +144,9 @@ def forward(s) -> str:
     entropy = s.calls["completion_logprobs"].result[1]
     sampled = torch.tensor([x for c in s.batch.completions[-len(p.lengths):] for x in c.logprobs])
     B, n, P, C = p.tree.shape
-    out = ["## 7. The pack", "Every token stands once in a row without padding: trunks, then branches. A branch "
-           "continues its trunk's positions. The last token of a completion is a target only, so it is not in the row.",
+    out = ["## 7. The pack", "Every token stands once in a row without padding: trunks (prompts), then branches. A "
+           "branch continues its trunk's positions. The last token of a completion is a target only, so it is not in "
+           "the row.",
            "![the packed row, and a mask of what attends to what](packing.svg)",
            code(decoder.pack, "branches = "), code(decoder.pack, "hidden_index +="),
            block([f"groups {B}, branches {n}, trunk {P}, longest branch {C}",
@@ -154,7 +158,9 @@ def forward(s) -> str:
             "\\qquad H_t = -\\sum_v \\pi_v \\log \\pi_v$$",
             code(decoder.completion_logprobs, "hidden = model", "return linear"),
             code(_row_statistics, "logsumexp = ", "out[0, rows] = ", "out[1, rows] = "),
-            "Sampler and trainer are the same weights at the same temperature, so they agree and the ratio is 1:",
+            "Sampler and trainer run the same weights at the same temperature, so their log-probs agree up to "
+            "rounding. $\\pi_{old}$ in the loss is not the sampler's number but the trainer's own before the batch's "
+            "first optimizer step. So the ratio is exactly 1 here, and moves only with `--inner-epochs 2`:",
             block([f"first three: sampler {rounded(sampled[:3])}, trainer {rounded(logprobs[:3])}",
                    f"max |trainer - sampler| = {(logprobs - sampled).abs().max():.6f}",
                    f"ratio from {(logprobs - old).exp().min():.6f} to {(logprobs - old).exp().max():.6f}",
@@ -179,7 +185,7 @@ def learning(s) -> str:
            block([f"N = {s.calls['token_weights'].named['total_tokens']}, w_t = {weight[0]:.6f}",
                   f"L = -{weight[0]:.6f} * ({terms}) = {call.result[0].item():+.6f}"]),
            "At ratio 1 the loss says little; its gradient is that of the log-probs, weighted by the advantages."]
-    out += ["## 10. Clipping", "$$g \\leftarrow g \\cdot \\min\\Big(1, \\frac{c}{\\lVert g \\rVert}\\Big)$$",
+    out += ["## 10. Gradient clipping", "$$g \\leftarrow g \\cdot \\min\\Big(1, \\frac{c}{\\lVert g \\rVert}\\Big)$$",
             code(policy.Policy.step, "clip_grad_norm_"),
             block([f"norm {norm:.4f}, c = {s.args.max_grad_norm}: times {min(1, s.args.max_grad_norm / norm):.4f}"])]
     out += ["## 11. AdamW on fp32 masters", "$$\\theta \\leftarrow \\theta - \\eta\\, \\frac{\\hat m}{\\sqrt{\\hat v} "
@@ -202,7 +208,7 @@ def page(model, tokenizer) -> str:
     """The whole page; `model` (fp32) is left as it was."""
     s = step(copy.deepcopy(model), tokenizer)
     opening = ["# One training step, with real tensors", "Written by [walkthrough.py](walkthrough.py) from the run "
-               f"`train.py {FLAGS}`, first step, on SmolLM2-135M. A test regenerates it.",
+               f"`python train.py {FLAGS} --steps 1`, on SmolLM2-135M. A test regenerates it.",
                "![mix, prompts, roll out and verify, advantages, pack, log-probs, loss, masters, model](step.svg)"]
     return "\n\n".join([*opening, prompts(s), samples(s), forward(s), learning(s)]) + "\n"
 

@@ -144,7 +144,7 @@ def tradeoff(arms, runs=None):
         seeds = runs[name] if runs and len(runs[name]) > 1 else []
         ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=16,
                    alpha=0.7, linewidth=0)
-    chance = f" (chance: {next(iter(arms.values()))['fidelity']['chance']:.2g})" if measured else ""
+    chance = f" (chance: {next(iter(arms.values()))['fidelity']['chance']:.3g})" if measured else ""
     ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=key.replace("_", " ") + chance)
     for axis, (low, high) in (("x", ax.get_xlim()), ("y", ax.get_ylim())):
         ax.set(**{f"{axis}lim": (max(low, -0.02), min(high, 1.03))})

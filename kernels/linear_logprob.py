@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens straight from hidden states: the [N, V] logits are never all there at once.
+"""Log-probabilities of given tokens straight from hidden states: of the [N, V] logits never more than a budget at once.
 
     z = hidden @ weight.T            raw logits, rounded to the input dtype as a plain linear layer rounds them
     x = softcap(z) / temperature     fp32 from here on
