@@ -105,6 +105,12 @@ class Cache:
         for (k, v), (new_k, new_v) in zip(source, target, strict=True):
             new_k[to, ..., :tokens], new_v[to, :, :tokens] = k[at, ..., :tokens], v[at, :, :tokens]
 
+    @staticmethod
+    def clear(store: list, at: int) -> None:
+        """Entry `at` without what it held: a mask hides numbers from the next one there, but not NaNs."""
+        for k, v in store:
+            k[at], v[at] = 0, 0
+
     def place(self, trunk: Trunk) -> None:
         """An entry for a trunk, to be written."""
         trunk.at, self.cells = len(self.placed), None
@@ -120,6 +126,7 @@ class Cache:
         if last is not trunk:
             self.copy(self.trunk_kv, last.at, self.trunk_kv, trunk.at)
             self.placed[trunk.at], last.at = last, trunk.at
+        self.clear(self.trunk_kv, len(self.placed))
 
     def extend(self, trunk: Trunk, opening: Trunk, kept: list, tokens: slice) -> None:
         """Places a trunk that opens with another one and goes on with `tokens` of the packed keys and values `kept`."""

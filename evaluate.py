@@ -15,7 +15,7 @@ model (judge.py).
 Answers are kept in `--out` as they come, so the command that was interrupted, given again, goes on where it was.
 
 Out comes `results.json` (numbers, and the whole table of right and wrong: any other score can be computed later),
-`transcripts.jsonl` (every answer), `report.html` and its plots as PNG. Left out: multiple choice by log-likelihood,
+`transcripts.jsonl` (the answers), `report.html` and its plots as PNG. Left out: multiple choice by log-likelihood,
 and tasks without one verifiable answer.
 """
 
@@ -59,7 +59,7 @@ def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
     for row in files.rows(log) if log else ():
         if row["call"] == call:
             table[row["index"]][row["sample"]] = rollout.Completion(row["index"], row["sample"], row["tokens"], [],
-                                                                    row["truncated"])
+                                                                    row["truncated"], error=row["error"])
     todo = [i for i, row in enumerate(table) if None in row]
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
         for done in rollout.generate(model, [prompts[i] for i in todo], n, keys=todo, **sampling):
@@ -67,7 +67,7 @@ def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
             table[done.index][done.sample] = done
             if file:
                 files.append(file, {"call": call, "index": done.index, "sample": done.sample, "tokens": done.tokens,
-                                    "truncated": done.truncated})
+                                    "truncated": done.truncated, "error": done.error})
     return [[(tokenizer.decode(done.tokens, skip_special_tokens=True), done) for done in row] for row in table]
 
 
@@ -94,7 +94,7 @@ def ask(model, tokenizer, problems, personas, n=1, log=None, **sampling):
                          "question": problem.question, "gold": problem.answer, "answer": text, "sample": number,
                          "temperature": sampling["temperature"], "correct": verdict.verdict == "correct",
                          "verdict": verdict.verdict, "extracted": verdict.extracted.strip(),
-                         "tokens": len(done.tokens), "truncated": done.truncated})
+                         "tokens": len(done.tokens), "truncated": done.truncated, "error": done.error})
     return rows
 
 
@@ -118,6 +118,7 @@ def evaluate(model, tokenizer, problems, personas, seed=0, max_new_tokens=32, ou
     results |= (info or {}) | sampling | summary(as_table(rows, n_items), problems, personas, seed)
     results |= {key: sum(row[k] for row in rows) / len(rows)
                 for key, k in (("tokens_per_answer", "tokens"), ("truncated_fraction", "truncated"))}
+    results["errors"] = sum(row["error"] is not None for row in rows)
     reruns, drawn, fidelity_rows = [], [], []
     sampling |= {"temperature": temperature, "log": log}
     if noise_floor:
@@ -315,7 +316,8 @@ def table_text(results):
             f"p = {results['pss_shuffled_p']:.3f}")
     cut = f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} tokens"
     head = ["persona, then score", "value", "95 % from", "to"]
-    return f"{compare.aligned([head, *rows])}\n{luck}\n{cut} (--max-new-tokens)"
+    broken = f"\n{results['errors']} answers were given up where logits were not finite: try --dtype float32"
+    return f"{compare.aligned([head, *rows])}\n{luck}\n{cut} (--max-new-tokens){broken if results['errors'] else ''}"
 
 
 def parse(argv):
@@ -364,7 +366,7 @@ def one_arm(args):
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     if args.fidelity:
         start = args.start_model or trained.get("model", args.model)
-        scorer = model if start == args.model else weights.load(start, args.dtype, args.device)[0]
+        scorer = model if start == args.model else weights.load_beside(start, tokenizer, args.dtype, args.device)
         fidelity_args = {"questions": pool.load_roleplay("test")[:args.fidelity], "start_model": scorer}
     if args.personagym:
         grader = (judge.endpoint(args.judge, args.judge_model, args.judge_concurrency) if args.judge

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -77,6 +77,8 @@ def one_line(error: Exception) -> str:
 
 
 def commit() -> str:
-    """The git commit of this checkout, or "" outside one."""
-    got = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return got.stdout.strip() if got.returncode == 0 else ""
+    """The git commit of this checkout, or "" outside one, or without git."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    return ""

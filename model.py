@@ -259,7 +259,8 @@ class Transformer(nn.Module):
 
         The copies are made on entry and dropped on exit, so they can't outlive a weight update. A no-op elsewhere.
         """
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
+                and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             for layer in self.layers:
                 a, m = layer.self_attn, layer.mlp
                 same_input = ((a["q_proj"], a["k_proj"], a["v_proj"]), (a["o_proj"],),

@@ -136,6 +136,7 @@ def symptoms(history: list[dict]) -> dict[str, str]:
     def last(key: str) -> float:
         return mean(key, history[-WINDOW:])
 
+    samples = history[-1].get("zero_variance_fraction") is not None     # imitation: the author learns nothing
     cut_off = f"{last('truncated_fraction'):.0%} of the completions are cut off"
     seen = {
         "no reward": (last("reward") <= 0, f"no completion was correct, {cut_off}: try an easier task, a larger "
@@ -143,7 +144,8 @@ def symptoms(history: list[dict]) -> dict[str, str]:
         "no variance": (last("reward") > 0 and last("zero_variance_fraction") > 0.9, "hardly a group has unequal "
                         "rewards, so hardly any has a gradient: try --dynamic-sampling 3, a larger --group-size, or "
                         f"problems that are {'harder' if last('reward') > 0.5 else 'easier'}"),
-        "flat reward": (len(history) >= 3 * WINDOW and 0 < last("reward") < min(0.9, first("reward") + 0.01),
+        "flat reward": (len(history) >= 3 * WINDOW and samples
+                        and 0 < last("reward") < min(0.9, first("reward") + 0.01),
                         "the reward does not rise: try more --prompts, or another --learning-rate"),
         "entropy collapse": (0 < last("entropy") < 0.1 * first("entropy") and last("reward") < 0.9, "entropy fell "
                              "below a tenth of the start's: try a lower --learning-rate, --clip-high 0.28 or "
@@ -175,14 +177,19 @@ class Watch:
 # Trackers
 
 
-def tracker(name: str | None, out: Path, config: dict):
-    """log(metrics) for `--tracker`; ValueError where its package is missing. None: a function that does nothing."""
-    if name is None:
-        return lambda metrics: None
+def tracker_package(name: str):
+    """The module behind `--tracker`; ValueError where it is missing."""
     try:
-        module = importlib.import_module(TRACKERS[name])
+        return importlib.import_module(TRACKERS[name])
     except ImportError as error:
         raise ValueError(f"--tracker {name} needs its package: pip install {name}") from error
+
+
+def tracker(name: str | None, out: Path, config: dict):
+    """log(metrics) for `--tracker`; None: a function that does nothing."""
+    if name is None:
+        return lambda metrics: None
+    module = tracker_package(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(out / "tensorboard"))
         return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in flat(metrics).items()]

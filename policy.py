@@ -50,7 +50,7 @@ def join() -> None:
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(hours=12))      # ranks wait while rank 0 evaluates
+                            world_size=world, timeout=timedelta(hours=12))      # others wait while rank 0 evaluates
 
 
 def ranks() -> tuple[int, int]:
@@ -180,29 +180,31 @@ def activation_bytes(model: Transformer, prompt: int, completions: int, new_toke
 
 
 def memory(policy: Policy, slots: int, micro_tokens: int, prompt: int, completions: int, new_tokens: int,
-           overlap: bool = False, background: bool = False) -> dict:
+           overlap: bool = False, background: bool = False, others: list[Transformer] = ()) -> dict:
     """Estimated bytes by part, on this rank, and their `peak`: the larger of sampling (`slots` rows) and training
     (`micro_tokens` packed tokens, the longest group at least), or both with `overlap`, beside what is always there.
-    Checkpoints in the `background` hold a copy of the state in the host's memory."""
+    Checkpoints in the `background` hold a copy of the state in the host's memory. others: models beside the policy."""
     model, c = policy.model, policy.model.c
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
     local = sum((m.to_local() if isinstance(m, DTensor) else m).numel() for m in policy.masters)
     per_token = activation_bytes(model, prompt, completions, new_tokens)
     parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
-             "gradients": count * (4 + size * policy.copies),
+             "gradients": count * (4 + size),           # their sum, and a micro-batch's
              "activations": round(max(micro_tokens, prompt + completions * new_tokens) * per_token),
              "cache": 2 * slots * (prompt + new_tokens) * c.num_layers * c.num_kv_heads * c.head_dim * size}
     if background and model.device.type == "cpu":
         parts["checkpoint"] = 12 * local
     if overlap:
         parts["copy"] = parts["weights"]
+    if others:
+        parts["others"] = sum(p.numel() * p.itemsize for model in others for p in model.parameters())
     sampling = parts["cache"] + parts["weights"]        # with the sampler's rearranged weights
     training = parts["gradients"] + parts["activations"]
-    always = sum(parts.get(name, 0) for name in ("weights", "masters", "AdamW", "checkpoint", "copy"))
+    always = sum(parts.get(name, 0) for name in ("weights", "masters", "AdamW", "checkpoint", "copy", "others"))
     return parts | {"peak": always + (sampling + training if overlap else max(sampling, training))}
 
 
-def fitted(policy: Policy, limit: float, slots: int, *group: int, **flags: bool) -> int:
+def fitted(policy: Policy, limit: float, slots: int, *group: int, **flags) -> int:
     """The most packed tokens a micro-batch may have within `limit` bytes; ValueError where even one group (prompt,
     completions, new_tokens) or the sampler's cache does not fit. flags: as of `memory`."""
     least = memory(policy, slots, 0, *group, **flags)
@@ -238,7 +240,9 @@ def save_checkpoint(policy: Policy, folder: Path, step: int, keep: int, backgrou
             (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
             shutil.rmtree(target, ignore_errors=True)   # a torn one of the same step
             part.rename(target)
-            for old in sorted(folder.glob("step-*"))[:-keep]:
+            there = sorted(folder.glob("step-*"))
+            kept = [checkpoint for checkpoint in there if finished(checkpoint) is not None][-keep:]
+            for old in set(there) - set(kept):          # torn ones too
                 shutil.rmtree(old)
 
     if not background:

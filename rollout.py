@@ -283,6 +283,8 @@ class Generation:
         if last is not row:
             self.rows[i] = last
             self.cache.move_row(len(self.rows), i)
+        elif row.out.error:
+            self.cache.clear(self.cache.row_kv, i)
         self.cache.release(row.trunk)
         return row.out
 

@@ -112,6 +112,8 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
             raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
         p.set_defaults(**before)
+        if first.overlap and not before["overlap"]:
+            p.set_defaults(correction=None)             # as --overlap wants it, not as the run was without
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
@@ -152,12 +154,17 @@ def check(args: argparse.Namespace) -> None:
         (not args.max_grad_norm > 0, f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)"),
         (args.personas in ("test", "all"),
          f"--personas {args.personas} would train on those of the evaluation: give train or a file"),
+        (args.teacher and args.method != "distill", "--teacher writes the completions of --method distill, no other's"),
         (args.dynamic_sampling and imitates,
          f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones"),
         (args.overlap and args.dynamic_sampling,
          "--overlap cannot go with --dynamic-sampling, which counts over all ranks while they train"),
         (args.overlap and imitates,
          f"--overlap is for a policy that samples; {args.method} imitates others' completions"),
+        (imitates and (args.loss, args.advantage, args.correction, args.inner_epochs, args.overlong_buffer, args.kl_in)
+         != ("grpo", "mean", "none", 1, 0, "loss"),
+         f"--method {args.method} is cross-entropy on the correct completions: leave out --loss, --advantage, "
+         "--correction, --inner-epochs, --overlong-buffer and --kl-in"),
         (args.overlap and args.profile,
          "--profile tells sampling from training, and --overlap does both at once: choose one"),
         (args.cuda_graphs and not (torch.cuda.is_available() and flash_attn_with_kvcache and args.dtype != "float32"),

@@ -12,6 +12,7 @@ Left out: tasks without one verifiable answer, and multiple choice.
 
 import argparse
 import difflib
+import itertools
 import logging
 import random
 import sys
@@ -208,10 +209,11 @@ def from_hub(task: str, split: str) -> list[Problem]:
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # its retries would hide our one line
         parts = datasets.get_dataset_config_names(name) if configuration == "*" else [configuration]
-        rows = [row for part in parts for row in datasets.load_dataset(name, part, split=splits[split])]
+        loaded = [datasets.load_dataset(name, part, split=splits[split]) for part in parts]
     except Exception as error:                          # network, hub and parser each raise their own kinds
         raise ValueError(f"cannot fetch {name} from the hub ({type(error).__name__}); check the network, "
                          f"or pass a file: --task FILE.jsonl with question and answer") from error
+    rows = [row for turn in itertools.zip_longest(*loaded) for row in turn if row]     # the first n: of all parts
     problems = [problem_of(task, row, i) for i, row in enumerate(rows)]
     return [problem for problem in problems if problem]
 

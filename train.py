@@ -175,7 +175,7 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
     rewards, kept = grpo.truncation(gathered(batch.rewards), truncated, args.truncated)
     mine, device = slice(ranks()[0] * len(batch.rewards), (ranks()[0] + 1) * len(batch.rewards)), policy.model.device
     batch.rewards = rewards[mine]                       # what was truncated is logged as it is trained
-    if args.dynamic_sampling:                           # DAPO: the others count as not drawn
+    if args.dynamic_sampling:                           # DAPO: the others are not trained on
         kept = kept & grpo.informative(rewards)[:, None]
     imitates = args.method in ("sft", "distill")
     if imitates:                                        # cross-entropy on the correct completions
@@ -282,20 +282,21 @@ def persona_ids(batch: Batch) -> Tensor:
 # The run
 
 
-def train(model: Transformer, tokenizer, problems: list[tasks.Problem], pool: list[personas.Persona], args,
-          out: Path) -> None:
+def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: list[tasks.Problem],
+          pool: list[personas.Persona], args, out: Path) -> None:
     """The loop. Writes the run folder as it goes."""
     rank = ranks()[0]
-    start = copy.deepcopy(model) if args.kl_coef or args.method == "distill" else None
-    teacher = weights.load(args.teacher, args.dtype)[0] if args.teacher else start
-    author = {"distill": teacher, "sft": None}.get(args.method, model)
+    start = copy.deepcopy(model) if args.kl_coef or args.method == "distill" and not teacher else None
+    author = {"distill": teacher or start, "sft": None}.get(args.method, model)
     anchor = Anchor(model, tokenizer, pool, args) if args.anchor_coef else None
     policy = Policy(model, args.learning_rate, args.warmup, args.shard)
     first = load_checkpoint(policy, out / "checkpoints")
+    if first > args.steps:
+        raise ValueError(f"{out} has {first} steps already: --steps {args.steps} would take some back")
     watch = monitor.Watch(monitor.resumed(out, first)) if rank == 0 else None
     track = monitor.tracker(args.tracker, out, vars(args)) if rank == 0 else None
     check_disk(out, policy, args.keep)
-    plan_memory(policy, tokenizer, problems, pool, args)
+    plan_memory(policy, [other for other in (start, teacher) if other], tokenizer, problems, pool, args)
     broken, saved, ended = 0, None, False               # gradients in a row that were not finite; the last checkpoint
     with (Verifier() as verifier, terminated() as stop,
           tqdm(total=args.steps, initial=first, unit="step",
@@ -355,7 +356,7 @@ def batches(roll, author: Transformer | None, first: int, args):
         yield from ((roll(author, step), 0) for step in range(first, args.steps))
         return
     earlier, ahead = copy.deepcopy(author), None
-    thread = ThreadPoolExecutor(1)                      # not `with`: Ctrl-C would wait for the whole batch
+    thread = ThreadPoolExecutor(1)                      # not `with`: on Ctrl-C the verifier closes first, and ends it
     for step in range(first, args.steps):
         batch, lag = (ahead.result(), 1) if ahead else (roll(author, step), 0)
         ahead = None
@@ -365,12 +366,13 @@ def batches(roll, author: Transformer | None, first: int, args):
         yield batch, lag
 
 
-def plan_memory(policy: Policy, tokenizer, problems, pool, args) -> None:
-    """Prints the estimated peak by part; with `--memory` sizes the micro-batches to fit, or raises ValueError."""
+def plan_memory(policy: Policy, others: list[Transformer], tokenizer, problems, pool, args) -> None:
+    """Prints the estimated peak by part; with `--memory` sizes the micro-batches to fit, or raises ValueError. others:
+    the models beside the policy, start or teacher."""
     persona = max(pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     prompt = len(prompt_of(tokenizer, max(problems, key=lambda p: len(p.question)), persona, args))
     group = prompt, args.group_size if args.mix == "prompt" else 1, args.max_new_tokens
-    flags = {"overlap": args.overlap, "background": args.async_save}
+    flags = {"overlap": args.overlap, "background": args.async_save, "others": others}
     if args.memory:
         args.micro_tokens = fitted(policy, args.memory * 1e9, args.slots, *group, **flags)
     if ranks()[0] == 0:
@@ -413,7 +415,7 @@ def evaluated(model: Transformer, tokenizer, held, args, folder: Path, steps: in
         names = [row["name"] for row in done["personas"][1:]]
         if names == [persona.name for persona in held[1]] and all(done.get(key) == asked[key] for key in asked):
             return done
-    info |= {"model": args.model, "method": args.method}
+    info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
     return evaluate.evaluate(model, tokenizer, *held, args.seed, args.max_new_tokens, folder, info)
 
 
@@ -433,7 +435,7 @@ def before_after(before: dict, after: dict) -> str:
 
 
 def run(args) -> None:
-    """Everything that can be refused is read first; then the run folder is made."""
+    """What the flags name is read first, and refused; then the run folder is made."""
     rank, began = ranks()[0], time.time()
     if rank:
         wait()                                          # until rank 0 has fetched what was not there
@@ -441,9 +443,14 @@ def run(args) -> None:
     model.checkpointing = args.recompute
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
+    teacher = weights.load_beside(args.teacher, tokenizer, args.dtype) if args.teacher else None
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
+    if tested := {p.text for p in pool} & {p.text for p in personas.load("test")}:
+        raise ValueError(f"--personas {args.personas} has {len(tested)} of the evaluation's personas: leave them out")
     held = held_out(args) if args.eval_problems else None
     make_grader(args.reward, None)
+    if args.tracker:
+        monitor.tracker_package(args.tracker)
     if not rank:
         wait()
     folder = [run_folder(args) if rank == 0 else None]
@@ -454,7 +461,7 @@ def run(args) -> None:
         if rank == 0 and args.eval_problems:
             print(f"run folder {out}; evaluating before training", file=sys.stderr)
             before = evaluated(model, tokenizer, held, args, out / "evaluation" / "before", 0)
-        train(model, tokenizer, problems, pool, args, out)
+        train(model, teacher, tokenizer, problems, pool, args, out)
         if rank == 0 and args.eval_problems:
             after = evaluated(model, tokenizer, held, args, out / "evaluation" / "after", args.steps)
             print(before_after(before, after))

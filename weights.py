@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,6 +61,15 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
     return model.eval(), tokenizer
 
 
+def load_beside(name: str, tokenizer, dtype: str = "auto", device: str = "auto") -> Transformer:
+    """A second model, which reads or writes the first one's token ids; ValueError where its tokenizer is another."""
+    model, other = load(name, dtype, device)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{name} has another tokenizer than the model that it would stand beside: give one with equal "
+                         "token ids")
+    return model
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory rather than return it: each large tensor would otherwise fault in fresh pages,
     which costs a CPU run about 15 % (measured on two cores). No effect elsewhere."""
@@ -92,8 +102,10 @@ def read(source: Path):
     if source != cache_folder() / GGUF_FILE:
         return config, gguf_weights.read_tokenizer(source), tensors
     if not parsed.is_dir():
-        with whole_folder(parsed) as folder:
-            gguf_weights.read_tokenizer(source).save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=parsed.parent) as folder:
+            gguf_weights.read_tokenizer(source).save_pretrained(Path(folder, "new"))
+            with suppress(OSError):                     # another process was first
+                Path(folder, "new").rename(parsed)
     return config, PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True), tensors
 
 
@@ -258,7 +270,7 @@ def safetensors(folder: Path):
         with safe_open(folder / file, "pt") as archive:
             for name in archive.keys():
                 ours = name.replace("language_model.", "").removeprefix("model.")
-                if not ours.startswith(OF_IMAGES):
+                if not ours.startswith(OF_IMAGES) and not ours.endswith("rotary_emb.inv_freq"):    # Llama 2 has these
                     yield ours, archive.get_tensor(name)
 
 

@@ -27,23 +27,23 @@ def answer_table(run):
     return np.array([[int(c) for c in run["correct"][row["name"]]] for row in run["personas"]], dtype=float).T
 
 
-def run_draws(run, salt, n_draws=2000, seed=0):
+def run_draws(run, salt, seed=0):
     """{score: (value, draws [2, B])} of one results dict. Counts are the same for every run, so items are paired; the
     shrinkage is drawn for each run by itself, by its `salt`."""
     table = answer_table(run)
-    counts = measures.resamples(len(table), n_draws, seed)
+    counts = measures.resamples(len(table), seed=seed)
     drawn = measures.bootstrap(table[:, 1:], counts, [seed, salt])
     out = {name: (value, drawn[name]) for name, value in measures.table_scores(table[:, 1:]).items()}
     out["no_persona_accuracy"] = table[:, 0].mean(), np.stack([counts @ table[:, 0] / len(table)] * 2)
     for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
         mean = np.array(rows).mean(axis=1)
-        out[name] = mean.mean(), np.stack([measures.resamples(len(mean), n_draws, seed) @ mean / len(mean)] * 2)
+        out[name] = mean.mean(), np.stack([measures.resamples(len(mean), seed=seed) @ mean / len(mean)] * 2)
     return out
 
 
-def arm_draws(runs, salt=0, n_draws=2000, seed=0):
+def arm_draws(runs, salt=0, seed=0):
     """{score: (value, draws [2, B])} of an arm: the mean over its runs, one a training seed."""
-    each = [run_draws(run, 1000 * salt + i, n_draws, seed) for i, run in enumerate(runs)]
+    each = [run_draws(run, 1000 * salt + i, seed) for i, run in enumerate(runs)]
     shared = [name for name in each[0] if all(name in draws for draws in each)]
     return {name: measures.over_seeds(*zip(*(draws[name] for draws in each), strict=True), seed) for name in shared}
 
@@ -61,24 +61,24 @@ def check_comparable(runs):
                 raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
 
 
-def difference(first, second):
+def difference(first, second, seed=0):
     """Arm second minus arm first: {score: {"difference", "low", "high", ...}} for the scores that both have,
     paired."""
-    a, b, out = arm_draws(first), arm_draws(second, 1), {}
+    a, b, out = arm_draws(first, seed=seed), arm_draws(second, 1, seed), {}
     for name in [name for name in a if name in b]:
         low, high = measures.interval(b[name][1] - a[name][1])
         out[name] = {"first": float(a[name][0]), "second": float(b[name][0]), "low": low, "high": high,
                      "difference": float(b[name][0] - a[name][0])}
-    return out | {"pss_at_matched_mean": matched_pss(first, second)}
+    return out | {"pss_at_matched_mean": matched_pss(first, second, seed)}
 
 
-def matched_pss(first, second, n_draws=2000, seed=0):
+def matched_pss(first, second, seed=0):
     """The difference in PSS after the first arm was moved to the second's mean accuracy (see match_mean)."""
-    values, draws = [], []
-    for i in range(max(len(first), len(second))):  # training seeds in pairs; an arm with fewer starts over
+    values, draws, counts = [], [], (len(first), len(second))
+    for i in range(max(counts) if min(counts) == 1 else min(counts)):  # seeds in pairs; a lone start model with each
         tables = [answer_table(runs[i % len(runs)])[:, 1:] for runs in (first, second)]
-        counts = measures.resamples(len(tables[0]), n_draws, seed)
-        drawn = [measures.accuracy_draws(table, counts, [seed, j]) for j, table in enumerate(tables)]
+        resampled = measures.resamples(len(tables[0]), seed=seed)
+        drawn = [measures.accuracy_draws(table, resampled, [seed, 1000 * j + i]) for j, table in enumerate(tables)]
         for (x, y), out in (([t.mean(axis=0) for t in tables], values), (drawn, draws)):
             out.append(measures.pss(y) - measures.pss(measures.match_mean(x, y.mean(axis=-1))))
     value, drawn = measures.over_seeds(values, draws, seed)
@@ -96,19 +96,23 @@ CLAIMS = (  # hypothesis, first arm, second arm, the score that leads, the sign 
 )
 
 
-def hypotheses(arms, margin=0.03):
+MARGIN = 0.03  # of accuracy: H5 claims no loss, and less than this is none
+NEAR_ZERO = 0.1  # of accuracy, for H6
+
+
+def hypotheses(arms, seed=0):
     """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not tested) and words.
 
     A stability claim needs `pss`, `pss_mean_minus_std` and `worst_persona_accuracy` to agree in sign and the interval
-    of `pss` to leave out 0. H5 claims no loss: the interval stays above -margin.
+    of `pss` to leave out 0. H5's interval must stay above -MARGIN.
     """
     out = []
     for name, first, second, score, sign, claim in CLAIMS:
         missing = [arm for arm in (first, second) if arm not in arms]
-        got = {} if missing else difference(arms[first], arms[second])
+        got = {} if missing else difference(arms[first], arms[second], seed)
         found, words = "not tested", f"no arm {' or '.join(missing)} given" if missing else "fidelity was not measured"
         if score in got:
-            d, found = got[score], verdict(got[score], sign, margin)
+            d, found = got[score], verdict(got[score], sign)
             words = (f"{score} {d['first']:.3f} -> {d['second']:.3f}, difference {d['difference']:+.3f} "
                      f"[{d['low']:+.3f}, {d['high']:+.3f}]")
             if score == "pss" and "pss_at_matched_mean" in got:
@@ -117,21 +121,19 @@ def hypotheses(arms, margin=0.03):
             if score == "pss" and len({np.sign(got[other]["difference"]) for other in STABILITY}) > 1:
                 found, words = "not shown", words + "; the three stability scores disagree in sign"
         out.append({"name": name, "claim": claim, "verdict": found, "words": words})
-    return [*out, collapse(arms)]
+    return [*out, collapse(arms, seed)]
 
 
-def verdict(d, sign, margin):
-    """One word or two for a difference with its interval against the claimed sign; sign 0 claims no loss beyond
-    margin."""
+def verdict(d, sign):
+    """One word or two for a difference with its interval against the claimed sign; sign 0 claims no loss."""
     if sign == 0:
-        return "shown" if d["low"] > -margin else "opposite" if d["high"] < 0 else "not shown"
+        return "shown" if d["low"] > -MARGIN else "opposite" if d["high"] < 0 else "not shown"
     low, high = sorted((sign * d["low"], sign * d["high"]))
     return "shown" if low > 0 else "opposite" if high < 0 else "not shown"
 
 
-def collapse(arms, threshold=0.1, n_draws=2000, seed=0):
-    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below `threshold` against
-    others.
+def collapse(arms, seed=0):
+    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below NEAR_ZERO against others.
 
     Kinds, not items: items chosen for being answered wrong would have a low PSS by construction.
     """
@@ -139,18 +141,18 @@ def collapse(arms, threshold=0.1, n_draws=2000, seed=0):
     for run in [run for runs in arms.values() for run in runs]:
         table, kinds = answer_table(run)[:, 1:], np.array([item["kind"] for item in run["items"]])
         for part in [table[kinds == kind] for kind in np.unique(kinds)]:
-            weak = bool(part.mean() < threshold)
+            weak = bool(part.mean() < NEAR_ZERO)
             values[weak].append(measures.pss(part.mean(axis=0)))
-            draws[weak].append(measures.bootstrap(part, measures.resamples(len(part), n_draws, seed), seed)["pss"])
+            draws[weak].append(measures.bootstrap(part, measures.resamples(len(part), seed=seed), seed)["pss"])
     out = {"name": "H6", "claim": "PSS collapses where accuracy is near zero"}
     if not values[True] or not values[False]:
         side = "above" if values[True] else "below"
-        return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {threshold}"}
+        return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {NEAR_ZERO}"}
     low, high = measures.interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
-    words = (f"PSS {np.mean(values[True]):.3f} where a run's accuracy on a kind of problem is below {threshold} "
+    words = (f"PSS {np.mean(values[True]):.3f} where a run's accuracy on a kind of problem is below {NEAR_ZERO} "
              f"({len(values[True])} of {len(values[True] + values[False])}), else {np.mean(values[False]):.3f}, "
              f"difference {np.mean(values[False]) - np.mean(values[True]):+.3f} [{low:+.3f}, {high:+.3f}]")
-    return out | {"verdict": verdict({"low": low, "high": high}, 1, 0), "words": words}
+    return out | {"verdict": verdict({"low": low, "high": high}, 1), "words": words}
 
 
 def side_by_side(arms, seed=0):
@@ -166,8 +168,8 @@ def side_by_side(arms, seed=0):
         "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
         "arms": {role: arm_scores(got) | measures.no_effect([answer_table(run)[:, 1:] for run in arms[role]], seed)
                  for role, got in scored.items()},
-        "differences": {f"{b} - {a}": difference(arms[a], arms[b]) for a, b in combinations(arms, 2)},
-        "hypotheses": hypotheses(arms),
+        "differences": {f"{b} - {a}": difference(arms[a], arms[b], seed) for a, b in combinations(arms, 2)},
+        "hypotheses": hypotheses(arms, seed),
     }
 
 
@@ -189,7 +191,9 @@ def averaged(runs, scores):
     """The first of an arm's results with all that is a mean over its training seeds in place of its own."""
     first, curves = runs[0], ("lottery", "lottery_held_out")
     out = first | scores | {name: np.mean([run[name] for run in runs], axis=0).tolist() for name in curves}
-    return out | ({"fidelity": first["fidelity"] | scores} if "fidelity" in first else {})
+    if "persona_identification" in scores:  # measured in every run, not in the first alone
+        return out | {"fidelity": first["fidelity"] | scores}
+    return {key: value for key, value in out.items() if key != "fidelity"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,8 +223,6 @@ def read_arm(folder, role=None):
     missing = [key for key in ("method", "personas", "items", "correct", "lottery") if key not in results]
     if missing:
         raise ValueError(f"{folder / 'results.json'} is no evaluation: it has no {missing[0]!r}")
-    if "training_seed" not in results:  # written by train.py
-        results |= arm_of(run_of(folder)[0])
     return role or ("start" if results.get("steps") == 0 else results["method"] or folder.name), results
 
 
@@ -237,16 +239,17 @@ def folders(paths, out, roles=None, seed=0):
     of the start model, which has none, one is enough. ValueError where two folders of an arm have the same training
     seed, as two ablations of one method would.
     """
-    roles = roles or [None] * len(paths)
-    if len(paths) < 2 or len(roles) != len(paths):
+    given = roles or [None] * len(paths)
+    if len(paths) < 2 or len(given) != len(paths):
         raise ValueError("--compare needs at least two folders, and --roles one name for each of them")
-    found = [(*read_arm(Path(folder), role), Path(folder)) for folder, role in zip(paths, roles, strict=True)]
+    found = [(*read_arm(Path(folder), role), Path(folder)) for folder, role in zip(paths, given, strict=True)]
     arms, transcripts, metrics = {}, {}, {}
     for role, results, folder in sorted(found, key=rank):
-        if role == "start" and role in arms:
+        before, number = arms.get(role, []), results.get("training_seed")
+        if role == "start" and before and results["model"] == before[0]["model"]:
             continue
-        number = results.get("training_seed")
-        if number is not None and number in [run.get("training_seed") for run in arms.get(role, [])]:
+        same = number in [run.get("training_seed") for run in before] if number is not None else before and not roles
+        if same or role == "start" and before:
             raise ValueError(f"two folders hold {role} with training seed {number}: tell them apart with --roles")
         arms.setdefault(role, []).append(results)
         if role not in transcripts:  # an arm's first seed speaks for it

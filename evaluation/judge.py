@@ -49,8 +49,8 @@ TRANSPORT = HfHubHTTPError.__bases__[0]  # HTTPError of whichever HTTP library t
 MALFORMED = (ValueError, AttributeError, TypeError, LookupError)  # of a reply that is no JSON, or lacks its fields
 
 
-def questions(path, per_task=1):
-    """PersonaGym's questions -> rows of persona, task, question.
+def questions(path):
+    """The first of PersonaGym's questions to each persona in each task -> rows of persona, task, question.
 
     path: a .jsonl with "persona" and "questions" {task: [...]}, or a folder of <persona>.json as in its repository.
     """
@@ -67,7 +67,10 @@ def questions(path, per_task=1):
             task = "Toxicity Control" if key == "Toxicity" else key
             if task not in TASKS:
                 raise ValueError(f"{path}, persona {number}: unknown PersonaGym task {key!r}")
-            rows += [{"persona": sheet["persona"], "task": task, "question": question} for question in asked[:per_task]]
+            rows += [{"persona": sheet["persona"], "task": task, "question": question} for question in asked[:1]]
+    asked = {(row["persona"], row["task"]) for row in rows}
+    if missing := [(p, t) for p in {p for p, _ in asked} for t in {t for _, t in asked} if (p, t) not in asked]:
+        raise ValueError(f"{path}: {missing[0][0]!r} has no question of {missing[0][1]}, which others have")
     return rows
 
 

@@ -49,22 +49,22 @@ def table_scores(correct):
     return {name: float(value) for name, value in scores(correct.mean(axis=0), correct.prod(axis=1).mean()).items()}
 
 
-def shuffled_pss(correct, n_draws=1000, seed=0):
-    """PSS [n_draws] of correct [N, P] if personas made no difference: each item's answers shuffled among the personas.
+def shuffled_pss(tables, n_draws=500, seed=0):
+    """Mean PSS [n_draws] of tables [S, N, P] if personas made no difference: answers to an item shuffled among them.
 
     A permutation test (Fisher 1935). Each item is solved as often as before, but no persona is better than another. A
     PSS like these leaves no lottery to win: which persona solves what is luck, and only answers that agree more raise
-    it further.
+    it further. An arm's S runs are shuffled alike, since the luck of a persona with an item may be common to them.
     """
-    rng = np.random.default_rng(seed)
-    return np.array([pss(rng.permuted(correct, axis=1).mean(axis=0)) for _ in range(n_draws)])
+    tables, rng = np.asarray(tables, dtype=float), np.random.default_rng(seed)
+    orders = (rng.random(tables.shape[1:]).argsort(axis=1)[None] for _ in range(n_draws))
+    return np.array([pss(np.take_along_axis(tables, order, 2).mean(axis=1)).mean() for order in orders])
 
 
 def no_effect(tables, seed=0):
-    """`shuffled_pss` of an arm, the mean over its runs' tables, as results carry it: `pss_shuffled` with `_low` and
-    `_high` (95 % of the shuffles) and `_p`, the chance of a PSS as low as the arm's without any effect of personas."""
-    seen = np.mean([pss(np.mean(table, axis=0)) for table in tables])
-    drawn = np.mean([shuffled_pss(table, seed=[seed, i]) for i, table in enumerate(tables)], axis=0)
+    """`shuffled_pss` of an arm's tables [S, N, P] as results carry it: `pss_shuffled` with `_low` and `_high` (95 % of
+    the shuffles) and `_p`, the chance of a mean PSS as low as the arm's without any effect of personas."""
+    seen, drawn = pss(np.mean(tables, axis=1)).mean(), shuffled_pss(tables, seed=seed)
     out = with_intervals({"pss_shuffled": drawn.mean()}, {"pss_shuffled": drawn})
     return out | {"pss_shuffled_p": float((1 + (drawn <= seen + 1e-9).sum()) / (1 + len(drawn)))}
 

@@ -33,11 +33,11 @@ CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
 MAIN = {"pss": "stability (pss)", "pss_shuffled": "pss, shuffled", "pss_at_matched_mean": "pss at equal mean accuracy",
         "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
         "persona_identification": "persona identification"}  # of the tables of a comparison
-RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "font.size": 9, "text.color": LIGHT["ink"],
-      "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["line"], "axes.spines.top": False,
-      "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 9, "xtick.color": LIGHT["soft"],
-      "ytick.color": LIGHT["soft"], "grid.color": LIGHT["line"], "grid.linewidth": 0.6, "legend.frameon": False,
-      "legend.fontsize": 8, "lines.linewidth": 1.8}
+RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "text.parse_math": False, "font.size": 9,
+      "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["line"],
+      "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 9,
+      "xtick.color": LIGHT["soft"], "ytick.color": LIGHT["soft"], "grid.color": LIGHT["line"], "grid.linewidth": 0.6,
+      "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.8}
 SCORES = {  # name in results.json: what the reader is told
     "pss": "worst over best persona; 1 is no lottery",
     "pss_shuffled": "pss if personas made no difference", "pss_mean_minus_std": "mean minus spread over personas",

@@ -76,7 +76,7 @@ def call(script: str, *flags) -> None:
 def evaluated(model, arm: str, folder: Path, args) -> Path:
     """results.json of a model in `folder`, made if it is not there."""
     if not (folder / "results.json").is_file():
-        trained = settings(["--task", args.task])       # the start model is asked as the others are trained
+        trained = settings(["--task", args.task, *args.rest])       # the start model is asked as the others are trained
         asked = ["--prompt", trained.prompt, "--max-new-tokens", trained.max_new_tokens] if arm == "start" else []
         call("evaluate.py", "--model", model, "--task", args.task, "--personas", args.personas, "--limit",
              args.problems, "--fidelity", args.questions, "--start-model", args.model, "--method", arm, "--out", folder,

@@ -50,7 +50,7 @@ def test_nothing_is_claimed_of_two_equal_arms_or_of_an_arm_that_is_missing():
 
 
 def test_a_stability_claim_needs_all_three_scores_to_agree(monkeypatch):
-    def disagreeing(first, second):
+    def disagreeing(first, second, seed):
         row = {"first": 0.2, "second": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
         return {"pss": row, "pss_mean_minus_std": row, "worst_persona_accuracy": row | {"difference": -0.1}}
 
@@ -105,11 +105,12 @@ def run_folder(top, method, seed, accuracies, anchor=0.0, steps=9):
     run = top / f"{method}-{anchor}-{seed}"
     folder = run / "evaluation/after"
     folder.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"settings": {"method": method, "seed": seed, "anchor_coef": anchor}}))
+    config = {"settings": {"method": method, "seed": seed, "anchor_coef": anchor}}
+    (run / "config.json").write_text(json.dumps(config))
     rows = [{"step": i, "reward": seed + i / 9, "entropy": 1.0, "completion_length": None} for i in range(9)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = results_of(accuracies, 10 * seed + len(method)) | {"method": method, "seed": seed, "steps": steps,
-                                                                  "model": "m", "command": "", "commit": ""}
+    results = results_of(accuracies, 10 * seed + len(method)) | {"steps": steps, "model": "m", "command": "",
+                                                                 "commit": ""} | compare.arm_of(config)
     results["fidelity"] |= {"chance": 0.125, "persona_identification": 0.5}
     (folder / "results.json").write_text(json.dumps(results))
     rows = [{"persona": name, "id": "1", "question": "?", "gold": "1", "answer": "1", "correct": True}
@@ -154,6 +155,31 @@ def test_two_ablations_of_one_method_are_not_taken_for_two_seeds(arms, tmp_path)
         compare.folders(arms[:1] + arms[:1], tmp_path)
     got = compare.folders(arms[:1] + arms[:1], tmp_path, ["a", "b"])
     assert [len(runs) for runs in got["runs"].values()] == [1, 1]
+
+
+def test_two_models_of_unknown_seed_are_not_merged_or_dropped(arms, tmp_path):
+    """As `evaluate.py` leaves them for two models that lie in no run: both are called start, or as --method says."""
+    for role in ("start", "mine"):
+        folders = []
+        for model in ("a", "b"):
+            results = json.loads((arms[0] / "results.json").read_text())
+            folders.append(tmp_path / role / model)
+            folders[-1].mkdir(parents=True)
+            results |= {"method": role, "model": model, "training_seed": None}
+            (folders[-1] / "results.json").write_text(json.dumps(results))
+        with pytest.raises(ValueError, match=f"two folders hold {role} .*--roles"):
+            compare.folders(folders, tmp_path / "out")
+        assert len(compare.folders(folders, tmp_path / "out", ["a", "b"])["runs"]) == 2
+
+
+def test_fidelity_is_shown_where_every_run_of_an_arm_has_it(arms, tmp_path):
+    results = json.loads((arms[1] / "results.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text(json.dumps(
+        {key: value for key, value in results.items() if key != "fidelity"}))
+    got = compare.folders([arms[0], tmp_path / "other", *arms[6:]], tmp_path / "out")
+    assert "persona_identification" not in got["arms"]["permix+anchor"]
+    assert "persona_identification" in got["arms"]["rlvr"]
 
 
 def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):

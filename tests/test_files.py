@@ -42,3 +42,9 @@ def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, say
     path.write_text(f'{{"text": "one\u2028line"}}\n\n{line}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=says):
         list(files.numbered(path, "text"))
+
+
+def test_without_git_there_is_no_commit_and_no_error(monkeypatch):
+    assert len(files.commit()) in (0, 40)
+    monkeypatch.setenv("PATH", "")
+    assert files.commit() == ""

@@ -208,15 +208,18 @@ def test_personagym_is_read_in_both_of_its_forms(tmp_path):
     want = [("a baker", "Expected Action", "q1"), ("a baker", "Toxicity Control", "q3")]
     for path in (tmp_path, tmp_path / "all.jsonl"):
         assert [(r["persona"], r["task"], r["question"]) for r in judge.questions(path)] == want
-    for bad, said in (({"persona": "x", "questions": {"Chess": ["q"]}}, "Chess"), ({"name": "x"}, "1:"), ([1], "1:")):
-        (tmp_path / "bad.jsonl").write_text(json.dumps(bad))
+    less = json.dumps({"persona": "x", "questions": {"Toxicity": ["q"]}}) + "\n" + json.dumps(
+        {"persona": "y", "questions": sheet})
+    for bad, said in ((json.dumps({"persona": "x", "questions": {"Chess": ["q"]}}), "Chess"), ('{"name": "x"}', "1:"),
+                      ("[1]", "1:"), (less, "'x' has no question of Expected Action")):
+        (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(ValueError, match=said):
             judge.questions(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.skipif(not GYM.exists(), reason="shared/data is absent")
 def test_all_of_personagyms_half_is_read():
-    assert len(judge.questions(GYM, per_task=10)) == 100 * 5 * 10
+    assert len(judge.questions(GYM)) == 100 * 5
 
 
 def test_controls_are_other_personas_answers_and_never_the_right_ones():

@@ -63,6 +63,15 @@ def test_every_loss_has_learnt_the_sanity_problems():
         assert curve[0] < 0.4 and max(a + b for a, b in zip(curve, curve[1:], strict=False)) / 2 >= 0.95, name
 
 
+def test_the_start_model_is_asked_as_the_arms_are_trained(run, monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setitem(run.evaluated.__globals__, "call", lambda *flags: called.append(list(map(str, flags))))
+    args = SimpleNamespace(task="arithmetic", rest=["--prompt", "cot", "--max-new-tokens", "64"], personas="test",
+                           problems=2, questions=2, model="smollm2-135m")
+    run.evaluated(args.model, "start", tmp_path, args)
+    assert called[0][-4:] == ["--prompt", "cot", "--max-new-tokens", "64"]
+
+
 def test_every_arm_is_one_that_train_py_takes(run, tmp_path):
     for arm in run.ARMS | run.ABLATIONS:
         settings.settings(run.flags(arm, tmp_path))

@@ -239,6 +239,20 @@ def test_nan_logits_end_their_row_with_an_error_and_spare_the_others(tiny_folder
     assert done[1, 0].error is None or 50 in done[1, 0].tokens
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_nothing_of_a_broken_row_is_left_to_the_next_one_in_its_place(tiny_folder, n):
+    model = weights.load(str(tiny_folder), "float32")[0]
+    model.c.tied = False
+    model.lm_head = torch.nn.Linear(32, 99, bias=False)
+    with torch.no_grad():
+        model.embed_tokens.weight[3] = torch.nan        # of the first prompt alone
+    asked = {"max_new_tokens": 4, "stop_ids": [], "slots": n, "n": n, "seed": 1}
+    done = collected(model, [[3, *range(10, 30)], [5, 6]], **asked)
+    alone = collected(model, [[5, 6]], keys=[1], **asked)
+    for j in range(n):
+        assert done[0, j].error and done[1, j].error is None and done[1, j].tokens == alone[0, j].tokens
+
+
 def test_stop_strings_end_a_completion(tiny):
     model, tokenizer = tiny
     plain = next(generate(model, [[5, 6]], max_new_tokens=12, stop_ids=[], seed=3))

@@ -200,6 +200,16 @@ def test_rows_of_the_hub_datasets_become_problems():
     assert tasks.problem_of("math500", row, 0) == tasks.Problem("p", "4", "test/1.json", "Geometry")
 
 
+def test_the_first_problems_of_a_dataset_in_parts_are_of_all_parts(monkeypatch):
+    parts = {"algebra": 3, "geometry": 1, "precalculus": 2}
+    rows = {kind: [{"problem": f"{kind} {i}", "solution": "\\boxed{1}", "type": kind} for i in range(count)]
+            for kind, count in parts.items()}
+    monkeypatch.setattr("datasets.get_dataset_config_names", lambda name: list(parts))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, part, split: rows[part])
+    got = [problem.question for problem in tasks.load("math", "test")]
+    assert got == ["algebra 0", "geometry 0", "precalculus 0", "algebra 1", "precalculus 1", "algebra 2"]
+
+
 def test_math500_cannot_be_trained_on():
     with pytest.raises(ValueError, match="no train split"):
         tasks.load("math500", "train")

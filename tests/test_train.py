@@ -1,5 +1,6 @@
 """The loop on a tiny model: what is learned from, resumed, refused and written."""
 
+import importlib.util
 import json
 import os
 import random
@@ -294,6 +295,14 @@ def test_p20_a_torn_checkpoint_is_passed_over_for_the_one_before(tiny_folder, tm
     assert same(tensors(tmp_path / "torn"), tensors(tmp_path / "whole"))
 
 
+def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tiny_folder, tmp_path):
+    policy, folder = Policy(weights.load(str(tiny_folder), "float32")[0], 1e-3, 1), tmp_path / "checkpoints"
+    (folder / "step-000040").mkdir(parents=True)
+    for step in (19, 20):
+        train.save_checkpoint(policy, folder, step, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-000020"]
+
+
 def interrupt(folder, out, how, *more) -> tuple[int, str]:
     """Runs in another process until two checkpoints stand, then sends the signal: (exit code, stderr).
 
@@ -528,11 +537,26 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
     (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--profile"], "choose one"),
     (["--max-grad-norm", "-1"], "above 0"), (["--seed", "-1"], "at least 0"),
     (["--personas", "test"], "of the evaluation"), (["--method", "sft", "--dynamic-sampling", "1"], "unequal"),
-    (["--overlap", "--method", "sft"], "imitates")])
+    (["--overlap", "--method", "sft"], "imitates"), (["--method", "sft", "--correction", "truncate"], "cross-entropy"),
+    (["--method", "distill", "--inner-epochs", "2"], "cross-entropy"), (["--teacher", "smollm2-135m"], "distill")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, flags, message):
     assert train.main(["--model", str(tiny_folder), "--out", str(tmp_path / "run"), *FAST, *flags]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert message in errors[-1] and errors[-1].startswith("train.py: ")
+
+
+def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder, tmp_path, capsys):
+    """A teacher that speaks other ids, personas of the evaluation, a tracker that is not there."""
+    teacher = shutil.copytree(tiny_folder, tmp_path / "teacher")
+    text = (teacher / "tokenizer.json").read_text()
+    (teacher / "tokenizer.json").write_text(text.replace('"w50"', '"other"'))
+    (tmp_path / "mine.jsonl").write_text(json.dumps(vars(train.personas.load("test")[3])))
+    absent = next(name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None)
+    for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
+                        (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
+                        (["--tracker", absent], f"pip install {absent}")):
+        assert run(tiny_folder, tmp_path / "run", *flags) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
@@ -570,6 +594,14 @@ def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(ti
                      for when in ("before", "after"))
     assert before["items"] == after["items"] and len(after["items"]) == 3 and before["steps"] == 0
     assert before["max_new_tokens"] == after["max_new_tokens"] == 5
+
+
+def test_a_resumed_run_takes_no_step_back_and_samples_ahead_only_corrected(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "2") == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "1"]) == 2
+    assert "has 2 steps already" in capsys.readouterr().err
+    assert train.settings(["--resume", str(tmp_path / "run"), "--overlap"]).correction == "truncate"
+    assert train.settings(["--resume", str(tmp_path / "run")]).correction == "none"
 
 
 def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
