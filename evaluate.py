@@ -322,8 +322,8 @@ def table_text(results):
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = files.Parser(description=__doc__.split("\n")[0],
+                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
     add("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")

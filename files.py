@@ -1,9 +1,12 @@
-"""Files: written whole or not at all, read line by line with the line's number where one is wrong.
+"""Files: written whole or not at all, read line by line with the line's number where one is wrong. And the one line
+that a user's mistake is told in.
 
 A run may be killed at any moment. What was there before is then still there; of what was being written there is
 nothing, but for logs that grow by lines, whose torn last line is passed over (`rows`).
 """
 
+import argparse
+import difflib
 import json
 import os
 import shutil
@@ -68,6 +71,16 @@ def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not an object; give one with {wanted}")
         yield number, where, row
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags are one line too, with the flag that was probably meant."""
+
+    def error(self, message: str):
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        close = difflib.get_close_matches(unknown.split("=")[0].split(" ")[0], self._option_string_actions, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")
 
 
 def one_line(error: Exception) -> str:

@@ -17,7 +17,6 @@ Left out: mixture of experts, multimodal towers, tensor parallelism.
 `python model.py` counts the parameters by part and compares the logits with transformers' on the same weights.
 """
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Tree
-from files import one_line
+from files import Parser, one_line
 from kernels import linear_logprob
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     import personas  # here, since weights.py imports this file
     import weights
 
-    parser = argparse.ArgumentParser(description="Count a model's parameters; compare its logits with transformers'.")
+    parser = Parser(description="Count a model's parameters; compare its logits with transformers'.")
     parser.add_argument("--model", default=weights.EMBEDDED, help=f"as for train.py (default {weights.EMBEDDED})")
     try:
         model, tokenizer = weights.load(parser.parse_args(argv).model, "float32", "cpu")

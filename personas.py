@@ -15,7 +15,6 @@ measured), train and test disjoint. Left out: weights on personas and curricula 
 compare arms, and personas made by a model, since nobody would have read them.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -28,7 +27,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from files import numbered
+from files import Parser, numbered
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "test")
@@ -179,7 +178,7 @@ def has_system_role(tokenizer) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a batch under both mixing modes and print who speaks.")
+    parser = Parser(description="Draw a batch under both mixing modes and print who speaks.")
     parser.add_argument("--persona-prob", type=float, default=0.7, help="rho, the chance of a persona (default 0.7)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     args = parser.parse_args()

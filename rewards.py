@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
+from files import Parser
 from verifier.extract import MAX_ANSWER
 from verifier.value import Undecided
 from verifier.verdict import Verdict, judged, verify
@@ -233,7 +234,7 @@ def read_pairs(path: str) -> Iterator[dict]:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Is an answer correct, wrong or unverifiable? No flags: a short tour.")
+    parser = Parser(description="Is an answer correct, wrong or unverifiable? No flags: a short tour.")
     parser.add_argument("--gold", help="the right answer: LaTeX or plain text")
     parser.add_argument("--answer", help="a completion or a bare answer")
     parser.add_argument("--jsonl", metavar="FILE", help='lines {"gold","answer"} in, also "verdict","ms" out')

@@ -32,7 +32,7 @@ import personas
 import weights
 from attention import Tree
 from cache import Cache, Trunk, shared_openings
-from files import numbered, one_line
+from files import Parser, numbered, one_line
 from graphs import Graphs
 from model import Transformer, chunks
 
@@ -312,8 +312,8 @@ class Generation:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Sample completions for a file of prompts, or chat with a persona.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Sample completions for a file of prompts, or chat with a persona.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a hub id or a .gguf file")
     p.add_argument("--prompts", help='lines {"prompt"} or {"messages"}; without it: a chat in the terminal')
     p.add_argument("--out", help="where the completions go, one JSON line each (default: stdout)")

@@ -18,13 +18,13 @@ import monitor
 import tasks
 import weights
 from attention import flash_attn_with_kvcache
-from files import commit, write_atomically
+from files import Parser, commit, write_atomically
 from policy import ranks
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def add(flag, default, text, **more):
         kind = {} if "choices" in more or default is None or "action" in more else {"type": type(default)}

@@ -10,7 +10,6 @@ where it goes; in a file without any, the first 70 % train and the last 30 % tes
 Left out: tasks without one verifiable answer, and multiple choice.
 """
 
-import argparse
 import difflib
 import itertools
 import logging
@@ -20,7 +19,7 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from files import numbered
+from files import Parser, numbered
 from verifier.extract import last_box
 
 
@@ -275,7 +274,7 @@ def batch(problems: list[Problem], step: int, size: int, seed: int) -> list[Prob
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Print problems of a task.")
+    p = Parser(description="Print problems of a task.")
     p.add_argument("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
     p.add_argument("--split", default="train", choices=["train", "test", "all"])
     p.add_argument("--limit", type=int, default=10, help="how many")

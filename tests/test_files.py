@@ -1,8 +1,14 @@
 """files.py: what a kill leaves behind, and where a user's line is wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import files
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
@@ -42,6 +48,15 @@ def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, say
     path.write_text(f'{{"text": "one\u2028line"}}\n\n{line}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=says):
         list(files.numbered(path, "text"))
+
+
+@pytest.mark.parametrize("script, flag, meant", [
+    ("train.py", "--mehtod", "--method"), ("evaluate.py", "--persnoas", "--personas"), ("rollout.py", "--temprature",
+    "--temperature"), ("tasks.py", "--limt", "--limit"), ("rewards.py", "--anser", "--answer")])
+def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(script, flag, meant):
+    done = subprocess.run([sys.executable, script, flag, "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{script}: ") and f"did you mean {meant}?" in done.stderr
 
 
 def test_without_git_there_is_no_commit_and_no_error(monkeypatch):
