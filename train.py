@@ -328,8 +328,7 @@ def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: 
                                  f"the last checkpoint with --resume {out}")
             ended = gathered(torch.tensor([len(stop)])).any()                   # SIGTERM, on whichever rank
             if ended or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                if saved:
-                    saved.result()
+                saved = saved and saved.result()        # the one before, if it is still being written
                 saved = save_checkpoint(policy, out / "checkpoints", step + 1, args.keep, args.async_save)
             if ended:
                 break
@@ -341,8 +340,7 @@ def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: 
         if args.profile:                                # without the first step, and the one that was recorded
             print(monitor.profile(watch.history[first + 2:], model, ranks()[1], author is model), file=sys.stderr)
         weights.save(model, tokenizer, out / "model")
-        figure = report.curves({args.method: watch.history})
-        figure.savefig(out / "curves.png", dpi=120)
+        report.curves({args.method: watch.history}).savefig(out / "curves.png", dpi=120)
 
 
 def batches(roll, author: Transformer | None, first: int, args):
