@@ -20,7 +20,7 @@ def run():
     return SimpleNamespace(**runpy.run_path(str(RESULTS / "run.py")))
 
 
-@pytest.mark.parametrize("name", ["main", "ablations", "pushed", "anchors"])
+@pytest.mark.parametrize("name", ["main", "early", "ablations", "pushed", "anchors"])
 def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     """From each run's answers to intervals and verdicts, as `python results/run.py` computed them."""
     arms = {}
