@@ -350,13 +350,14 @@ def check(
     """
     no_ratio = loss == "reinforce"
     refusals = (
+        (group_size < 1, "group size must be at least 1"),
         (group_size == 1 and advantage != "batch",
          f"a group of 1 has no siblings, so its {advantage} advantage is always 0: use advantage batch"),
         (advantage == "persona" and mix == "prompt",
          "with mix prompt a group has one persona and its mean already is that persona's baseline: use advantage mean"),
         (dynamic_sampling and advantage == "batch",
          "dynamic sampling drops groups of equal rewards, which do have a gradient under a batch baseline"),
-        (overlong_buffer >= max_tokens, "the overlong buffer must be shorter than the length limit"),
+        (not 0 <= overlong_buffer < max_tokens, "the overlong buffer must be shorter than the length limit"),
         (not (clip_low >= 0 and clip_high >= 0), "clip bounds must be at least 0: the ratio 1 lies inside"),
         (no_ratio and inner_epochs > 1,
          "reinforce has no ratio, so it is wrong from the second inner epoch on: use grpo"),
@@ -372,6 +373,7 @@ def check(
          "gspo has one ratio a completion: any normaliser but sequence would weigh it by the length"),
         (dual_clip is not None and loss in ("reinforce", "cispo"), f"{loss} has no clipped minimum for a dual clip"),
         (dual_clip is not None and not dual_clip > 1 + clip_high, "dual clip must lie above 1 + clip_high"),
+        (not kl_coef >= 0, "kl_coef must be at least 0"),
         (kl_coef > 0 and kl_in == "reward" and kl_kind != "k1",
          f"{kl_kind} in the reward does not give the gradient of the KL: only k1 does"),
     )

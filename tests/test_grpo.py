@@ -492,6 +492,7 @@ def test_summaries_equal_their_formula():
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
+    ({"group_size": 0}, "at least 1"),
     ({"group_size": 1, "advantage": "std_sample"}, "no siblings"),
     ({"group_size": 1, "advantage": "rloo"}, "no siblings"),
     ({"advantage": "persona"}, "mix prompt"),
@@ -509,6 +510,7 @@ def test_summaries_equal_their_formula():
     ({"loss": "gspo"}, "one ratio a completion"),
     ({"loss": "cispo", "dual_clip": 3.0}, "dual clip"),
     ({"dual_clip": 1.1}, "above 1"),
+    ({"kl_coef": -1.0}, "kl_coef"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_kind": "k2"}, "only k1"),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused_with_the_reason(settings, reason):
