@@ -191,9 +191,10 @@ def averaged(runs, scores):
     """The first of an arm's results with all that is a mean over its training seeds in place of its own."""
     first, curves = runs[0], ("lottery", "lottery_held_out")
     out = first | scores | {name: np.mean([run[name] for run in runs], axis=0).tolist() for name in curves}
-    if "persona_identification" in scores:  # measured in every run, not in the first alone
-        return out | {"fidelity": first["fidelity"] | scores}
-    return {key: value for key, value in out.items() if key != "fidelity"}
+    spoken = out.pop("fidelity", {})
+    if "persona_identification" not in scores:  # not measured in every run
+        spoken = {key: value for key, value in spoken.items() if key == "personagym"}
+    return out | ({"fidelity": spoken | scores} if spoken else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,8 +249,9 @@ def folders(paths, out, roles=None, seed=0):
         before, number = arms.get(role, []), results.get("training_seed")
         if role == "start" and before and results["model"] == before[0]["model"]:
             continue
-        same = number in [run.get("training_seed") for run in before] if number is not None else before and not roles
-        if same or role == "start" and before:
+        repeated = number is not None and number in [run.get("training_seed") for run in before]
+        unknown = number is None and before and not roles  # two seeds, or two models?
+        if repeated or unknown or role == "start" and before:
             raise ValueError(f"two folders hold {role} with training seed {number}: tell them apart with --roles")
         arms.setdefault(role, []).append(results)
         if role not in transcripts:  # an arm's first seed speaks for it

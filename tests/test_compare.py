@@ -182,6 +182,12 @@ def test_fidelity_is_shown_where_every_run_of_an_arm_has_it(arms, tmp_path):
     assert "persona_identification" in got["arms"]["rlvr"]
 
 
+def test_an_arm_graded_by_a_judge_alone_keeps_its_grades():
+    run = results_of(BASE, 0) | {"fidelity": {"personagym": {"persona_score": 3.0}}}
+    scores = compare.arm_scores(compare.arm_draws([run]))
+    assert compare.averaged([run], scores)["fidelity"]["personagym"] == {"persona_score": 3.0}
+
+
 def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
     (tmp_path / "results.json").write_text('{"method": "rlvr"}')
     with pytest.raises(ValueError, match=r"results.json is no evaluation: it has no 'personas'"):
