@@ -311,13 +311,15 @@ def table_text(results):
     rows = [[row["name"], *(f"{row['accuracy' + end]:.3f}" for end in ("", "_low", "_high"))]
             for row in report.ranked(results)[::-1]]
     rows += [[name, *(f"{results[name + end]:.3f}" for end in ("", "_low", "_high"))] for name in measures.SCORES]
-    luck = (f"if personas made no difference, pss would be {results['pss_shuffled']:.3f} "
-            f"[{results['pss_shuffled_low']:.3f}, {results['pss_shuffled_high']:.3f}], and as low as it is with "
-            f"p = {results['pss_shuffled_p']:.3f}")
-    cut = f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} tokens"
-    head = ["persona, then score", "value", "95 % from", "to"]
-    broken = f"\n{results['errors']} answers were given up where logits were not finite: try --dtype float32"
-    return f"{compare.aligned([head, *rows])}\n{luck}\n{cut} (--max-new-tokens){broken if results['errors'] else ''}"
+    shuffled = report.interval(*(results[f"pss_shuffled{end}"] for end in ("", "_low", "_high")))
+    lines = [compare.aligned([["persona, then score", "value", "95 % from", "to"], *rows]),
+             f"if personas made no difference, pss would be {shuffled}, and as low as it is with p = "
+             f"{results['pss_shuffled_p']:.3f}",
+             f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} "
+             "tokens (--max-new-tokens)"]
+    if results["errors"]:
+        lines.append(f"{results['errors']} answers were given up where logits were not finite: try --dtype float32")
+    return "\n".join(lines)
 
 
 def parse(argv):

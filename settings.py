@@ -112,7 +112,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
             raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
         p.set_defaults(**before)
-        if first.overlap and not before["overlap"]:
+        if first.overlap and not before.get("overlap"):
             p.set_defaults(correction=None)             # as --overlap wants it, not as the run was without
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
@@ -152,8 +152,6 @@ def check(args: argparse.Namespace) -> None:
         (not (args.temperature > 0 and args.learning_rate > 0),
          "--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)"),
         (not args.max_grad_norm > 0, f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)"),
-        (args.personas in ("test", "all"),
-         f"--personas {args.personas} would train on those of the evaluation: give train or a file"),
         (args.teacher and args.method != "distill", "--teacher writes the completions of --method distill, no other's"),
         (args.dynamic_sampling and imitates,
          f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones"),

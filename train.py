@@ -328,7 +328,8 @@ def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: 
                                  f"the last checkpoint with --resume {out}")
             ended = gathered(torch.tensor([len(stop)])).any()                   # SIGTERM, on whichever rank
             if ended or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                saved = saved and saved.result()        # the one before, if it is still being written
+                if saved:
+                    saved.result()
                 saved = save_checkpoint(policy, out / "checkpoints", step + 1, args.keep, args.async_save)
             if ended:
                 break
@@ -444,7 +445,8 @@ def run(args) -> None:
     teacher = weights.load_beside(args.teacher, tokenizer, args.dtype) if args.teacher else None
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
     if tested := {p.text for p in pool} & {p.text for p in personas.load("test")}:
-        raise ValueError(f"--personas {args.personas} has {len(tested)} of the evaluation's personas: leave them out")
+        raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the evaluation's personas: give "
+                         "train, or a file without them")
     held = held_out(args) if args.eval_problems else None
     make_grader(args.reward, None)
     if args.tracker:

@@ -20,6 +20,7 @@ import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,8 @@ def questions(path):
             if task not in TASKS:
                 raise ValueError(f"{path}, persona {number}: unknown PersonaGym task {key!r}")
             rows += [{"persona": sheet["persona"], "task": task, "question": question} for question in asked[:1]]
-    asked = {(row["persona"], row["task"]) for row in rows}
-    if missing := [(p, t) for p in {p for p, _ in asked} for t in {t for _, t in asked} if (p, t) not in asked]:
+    speakers, tasks = ({row[key] for row in rows} for key in ("persona", "task"))
+    if missing := sorted(set(product(speakers, tasks)) - {(row["persona"], row["task"]) for row in rows}):
         raise ValueError(f"{path}: {missing[0][0]!r} has no question of {missing[0][1]}, which others have")
     return rows
 

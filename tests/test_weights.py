@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import weights
-from model import pack
 from tests.conftest import FAMILIES, SIZES, make_reference, tiny_tokenizer
+from tests.test_model import logits_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,9 +23,8 @@ def test_sharded_safetensors_are_read(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model, _ = weights.load(str(tmp_path), "float32")
-    packed = pack([([5, 6, 7], [])], model.c)
     with torch.no_grad():
-        ours = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+        ours = logits_of(model, [5, 6, 7])
         assert (ours - reference(torch.tensor([[5, 6, 7]])).logits[0]).abs().max() <= 1e-5
 
 
@@ -47,9 +46,8 @@ def test_the_text_model_of_a_gemma_that_also_sees_is_read_and_saved_alone(tmp_pa
     weights.save(model, tokenizer, tmp_path / "text")
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32)
     assert type(alone).__name__ == "Gemma3ForCausalLM"
-    packed = pack([(ids[0].tolist(), [])], model.c)
     with torch.no_grad():
-        ours = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+        ours = logits_of(model, ids[0].tolist())
         for theirs in (reference, alone):
             assert (ours - theirs(ids).logits[0]).abs().max() <= 1e-5
 
