@@ -33,7 +33,7 @@ class Anchor:
 
     @staticmethod
     def hidden_states(model: Transformer, groups) -> Tensor:
-        packed = pack(groups, model.c, model.device)
+        packed = pack(groups, model)
         return model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
 
     def __call__(self, policy: Policy, step: int, coefficient: float, count: int) -> float:

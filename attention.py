@@ -42,7 +42,7 @@ class Tree:
     Config.
     """
 
-    def __init__(self, trunk_lengths: list[int], branch_lengths: list[list[int]], c, device="cpu",
+    def __init__(self, trunk_lengths: list[int], branch_lengths: list[list[int]], c, device,
                  keep: bool = False, cached=None):
         self.c, self.kept, self.masks, self.cached = c, [] if keep else None, {}, cached
         B, n = len(trunk_lengths), max(map(len, branch_lengths), default=0)

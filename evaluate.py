@@ -269,7 +269,7 @@ def blocks(n, k, rng):
 @torch.no_grad()
 def total_logprobs(model, groups):
     """log p(completion | prompt) summed over its tokens [M], for groups of (prompt_ids, [completion_ids, ...])."""
-    logprobs, _ = completion_logprobs(model, pack(groups, model.c, model.device))
+    logprobs, _ = completion_logprobs(model, pack(groups, model))
     lengths = [len(completion) for _, completions in groups for completion in completions]
     return np.array([part.sum().item() for part in logprobs.double().split(lengths)])
 
@@ -335,8 +335,8 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int, help="longest answer (default: that of the model's run, else 32)")
     add("--prompt", choices=sorted(tasks.PROMPTS), help="how a problem is put (default: as in the model's run)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
+    add("--device", default="auto", choices=weights.DEVICES, help="auto: the GPU if there is one, else the CPU")
     add("--method", help="the arm's role, for --compare (default: of the run that the model lies in, else start)")
     add("--samples", type=int, default=0, help="answers a prompt, for pass@k")
     add("--noise-floor", action="store_true", help="rerun the prompt without persona, sampled, once per persona")

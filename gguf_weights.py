@@ -54,7 +54,11 @@ def read(path: Path):
 def read_tokenizer(path: Path):
     """The file's tokenizer and chat template, from a folder of its own so that no neighbouring file is read instead."""
     from transformers import PreTrainedTokenizerFast
+    from transformers.integrations import ggml
 
+    converters = getattr(ggml, "GGUF_TO_FAST_CONVERTERS", {})                   # of transformers up to 5.17 or so
+    if "llama" in converters:
+        converters.setdefault("mistral", converters["llama"])                   # whose table lacks it
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "model.gguf").symlink_to(path.resolve())
         return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file="model.gguf", local_files_only=True)

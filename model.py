@@ -219,7 +219,8 @@ class Transformer(nn.Module):
         for layer, rope in zip(self.layers, self.c.rope, strict=True):
             cos, sin = tables[id(rope)]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False,
+                               preserve_rng_state=False)        # nothing is random, and a GPU's state costs a wait
             else:
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
@@ -299,13 +300,15 @@ class Packed:
     lengths: list[int]                                  # tokens of each completion
 
 
-def pack(groups: list[tuple[list[int], list[list[int]]]], c: Config, device="cpu") -> Packed:
-    """groups: (prompt_ids, [completion_ids, ...]). A completion's last token is only ever a target, never an input; its
-    first is predicted by the prompt's last position, which all n share. Raises ValueError on an empty prompt."""
+def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) -> Packed:
+    """groups: (prompt_ids, [completion_ids, ...]), packed where `model` is. A completion's last token is only ever a
+    target, never an input; its first is predicted by the prompt's last position, which all n share. Raises ValueError
+    on an empty prompt."""
     if not all(prompt for prompt, _ in groups):
         raise ValueError("a prompt has no tokens")
     branches = [[completion[:-1] for completion in completions] for _, completions in groups]
-    tree = Tree([len(prompt) for prompt, _ in groups], [[len(b) for b in row] for row in branches], c, device)
+    tree = Tree([len(prompt) for prompt, _ in groups], [[len(b) for b in row] for row in branches], model.c,
+                model.device)
     hidden_index, last, start = [], -1, tree.trunk_tokens
     for prompt, completions in groups:
         last += len(prompt)
@@ -318,7 +321,7 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], c: Config, device="cpu
     targets = [t for completion in completions for t in completion]
 
     def tensor(values):
-        return torch.tensor(values, dtype=torch.long, device=device)
+        return torch.tensor(values, dtype=torch.long, device=model.device)
 
     return Packed(tensor(ids), tree, tensor(hidden_index), tensor(targets), [len(y) for y in completions])
 
@@ -367,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{part:16}{count:>14,}{count / counts.total():8.1%}")
     theirs = AutoModelForCausalLM.from_config(model.hf_config, dtype=torch.float32, attn_implementation="eager").eval()
     theirs.load_state_dict(weights.state(model), strict=not model.c.tied)       # a tied head is not among ours
-    packed = pack([(ids.tolist(), [])], model.c)
+    packed = pack([(ids.tolist(), [])], model)
     logits = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
     reference = theirs(ids[None]).logits[0]
     print(f"logits of {len(ids)} tokens: max |ours - transformers| = {(logits - reference).abs().max():.1e}; greedy "

@@ -53,15 +53,16 @@ def resumed(out: Path, step: int) -> list[dict]:
 
 
 class Clock:
-    """Seconds by phase of one step: with clock("sample"): ..."""
+    """Seconds by phase of one step: with clock("sample"): ... What a GPU still works at belongs to the phase."""
 
-    def __init__(self):
-        self.seconds = {}
+    def __init__(self, device: torch.device):
+        self.seconds, self.synchronize = {}, torch.get_device_module(device).synchronize
 
     @contextmanager
     def __call__(self, phase: str):
         start = time.perf_counter()
         yield
+        self.synchronize()
         self.seconds[phase] = round(time.perf_counter() - start, 4)
 
 
@@ -70,17 +71,17 @@ class Clock:
 
 
 @contextmanager
-def operators(wanted: bool):
-    """Prints the ten operators that take the most time within it."""
+def operators(wanted: bool, device: torch.device):
+    """Prints the ten operators that take the most time within it, on `device`."""
     if not wanted:
         yield
         return
     with torch.profiler.profile() as recorded:          # CPU, and CUDA where there is one
         yield
-    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     taken = sorted(((getattr(e, by), e.count, e.key) for e in recorded.key_averages()
                     if e.device_type == torch.autograd.DeviceType.CPU), reverse=True)   # kernels count with operators
-    total = sum(time for time, *_ in taken)
+    total = sum(time for time, *_ in taken) or 1
     print("operators of one step:", file=sys.stderr)
     for microseconds, count, name in taken[:10]:
         print(f"  {name:40} {microseconds / 1e6:8.3f} s {microseconds / total:6.1%} {count:8} calls", file=sys.stderr)

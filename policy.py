@@ -38,18 +38,18 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")              
 # Ranks
 
 
-def join() -> None:
-    """Meets the other ranks of torchrun, if there are any: gloo on CPUs, NCCL on GPUs.
+def join(device: str) -> None:
+    """Meets the other ranks of torchrun, if there are any: gloo on CPUs, NCCL on GPUs. device: this process's.
 
     After a restart torchrun hands out the same store; its keys get the life's number, or gloo would meet the dead.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timedelta(hours=12))      # others wait while rank 0 evaluates
 
 
@@ -78,18 +78,26 @@ def whole(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # The weights
 
+GROWTH = 200                                            # steps without an overflow before fp16's loss scale doubles
+
 
 class Policy:
     """A model in the compute dtype with fp32 masters, fp32 gradients and AdamW behind it.
 
     In fp32 on one rank the masters are the model's own parameters and nothing is copied. shard: ranks that share one
     copy of the masters (default: all).
+
+    fp16 holds no number below 6e-8, so its losses are scaled up before the backward pass and the gradients down after
+    it (Micikevicius et al., arXiv 1710.03740). A step whose gradients overflow is skipped, and the scale halved; it
+    doubles after GROWTH good steps.
     """
 
     def __init__(self, model: Transformer, learning_rate: float, warmup: int, shard: int = 0):
         self.model, self.learning_rate, self.warmup, self.steps = model, learning_rate, warmup, 0
         self.names, self.parameters = zip(*model.named_parameters(), strict=True)
         world = ranks()[1]
+        self.scaled = model.dtype == torch.float16
+        self.loss_scale, self.good_steps, self.skipped = 2.0 ** 16 if self.scaled else 1.0, 0, 0
         self.copies = model.dtype != torch.float32 or world > 1
         self.masters = list(self.parameters)
         if self.copies:
@@ -108,7 +116,7 @@ class Policy:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the loss's gradients up in fp32: micro-batches must not be summed in bf16."""
-        loss.backward()
+        (loss * self.loss_scale).backward()
         for i, p in enumerate(self.parameters):
             if p.grad is not None:
                 self.gradients[i] = p.grad.float() if self.gradients[i] is None else self.gradients[i].add_(p.grad)
@@ -118,6 +126,8 @@ class Policy:
         """Gives the masters the gradient summed over ranks; one that had nothing to train on takes part with zeros."""
         for i, (master, p) in enumerate(zip(self.masters, self.parameters, strict=True)):
             master.grad, self.gradients[i] = self.gradients[i], None
+            if self.scaled and master.grad is not None:
+                master.grad.div_(self.loss_scale)
             if isinstance(master, DTensor):
                 own = torch.zeros_like(p, dtype=torch.float32) if master.grad is None else master.grad
                 summed = DTensor.from_local(own, self.mesh, [Partial(), Partial()], run_check=False)
@@ -125,7 +135,7 @@ class Policy:
 
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
-        """Clips, steps, refreshes the model. Returns the gradient's norm; one that is not finite changes nothing."""
+        """Clips, steps, refreshes the model. Returns the gradient's norm; one that is not finite changes no weight."""
         self.reduce()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
         if math.isfinite(norm) and norm > 0:            # a batch without a gradient must not step on momentum alone
@@ -133,8 +143,18 @@ class Policy:
             self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / max(1, self.warmup))
             self.optimizer.step()
             self.refresh()
+        self.rescale(math.isfinite(norm))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def rescale(self, finite: bool) -> None:
+        """Counts what is skipped, and gives fp16 its next scale: the same on all ranks, since their norm is."""
+        self.skipped += not finite
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if self.scaled and not finite:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self.scaled and self.good_steps % GROWTH == 0:
+            self.loss_scale *= 2
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -146,12 +166,15 @@ class Policy:
     def state(self) -> dict:
         """Everything a step changes, by name: the tensors themselves, not copies."""
         moments = {key: [self.optimizer.state[m][key] for m in self.masters] for key in ("exp_avg", "exp_avg_sq")}
-        return {"steps": self.steps} | {key: dict(zip(self.names, tensors, strict=True))
+        scale = {name: getattr(self, name) for name in ("loss_scale", "good_steps")} if self.scaled else {}
+        return {"steps": self.steps, **scale} | {key: dict(zip(self.names, tensors, strict=True))
                                         for key, tensors in {"masters": self.masters, **moments}.items()}
 
     def restored(self, state: dict) -> None:
         """After `state()` has been filled from a checkpoint."""
         self.steps = state["steps"]
+        if self.scaled:
+            self.loss_scale, self.good_steps = state["loss_scale"], state["good_steps"]
         for m in self.masters:
             self.optimizer.state[m]["step"].fill_(self.steps)
         self.refresh()
@@ -173,7 +196,7 @@ def activation_bytes(model: Transformer, prompt: int, completions: int, new_toke
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    packed = pack([([0] * prompt, [[0] * new_tokens] * completions)], model.c, model.device)
+    packed = pack([([0] * prompt, [[0] * new_tokens] * completions)], model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(packed.input_ids, packed.tree.position_ids, packed.tree)
     return sum(size for at, size in saved.items() if at not in own) / len(packed.input_ids)

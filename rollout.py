@@ -328,7 +328,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model-logprobs", action="store_true", help="also the model's own log-probs, at temperature 1")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--slots", type=int, default=64, help="completions decoded together")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    p.add_argument("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
+    p.add_argument("--device", default="auto", choices=weights.DEVICES, help="auto: the GPU if there is one, else the "
+                   "CPU")
     p.add_argument("--cuda-graphs", action="store_true", help="decode steps as CUDA graphs (never run by us)")
     p.add_argument("--progress", action="store_true", help="progress bar even without a terminal")
     return p
@@ -390,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--persona is for the chat; in --prompts put it into the messages")
         if not args.prompts and (args.out or args.n != 1):
             raise ValueError("--out and --n need --prompts")
-        model, tokenizer = weights.load(args.model, args.dtype)
+        model, tokenizer = weights.load(args.model, args.dtype, args.device)
         sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                     "top_p": args.top_p, "min_p": args.min_p, "seed": args.seed, "stop_strings": args.stop,
                     "tokenizer": tokenizer, "model_logprobs": args.model_logprobs, "cuda_graphs": args.cuda_graphs}

@@ -19,7 +19,6 @@ import tasks
 import weights
 from attention import flash_attn_with_kvcache
 from files import Parser, commit, write_atomically
-from policy import ranks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
 
     add("method", "permix", "RL with personas mixed in, RL without, or imitation: of gold answers, of a teacher",
         choices=["permix", "rlvr", "sft", "distill"])
-    add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file")
+    add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file (in parts: "
+        "'file.gguf.part*')")
     add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
     add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
     add("resume", None, "run folder to continue with its own settings")
@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add("anchor-count", 4, "role-play answers a step")
     add("anchor-answers", 80, "role-play answers prepared before training")
     add("anchor-tokens", 40, "their length limit")
-    add("dtype", "auto", "of compute", choices=["auto", "float32", "bfloat16"])
+    add("dtype", "auto", "of compute; float16 has a loss scale", choices=["auto", *weights.DTYPES])
+    add("device", "auto", "auto: the GPU if there is one, else the CPU", choices=weights.DEVICES)
     add("micro-tokens", 1024, "packed tokens in one forward and backward")
     add("memory", 0.0, "GB a rank may take: sizes the micro-batches to fit, in place of --micro-tokens")
     add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
@@ -140,7 +141,7 @@ AT_LEAST = {
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError, with what to do instead, for settings that cannot mean what they say."""
-    imitates, world = args.method in ("sft", "distill"), ranks()[1]
+    imitates, world = args.method in ("sft", "distill"), int(os.environ.get("WORLD_SIZE", 1))
     for least, names in AT_LEAST.items():
         for name in names:
             if not getattr(args, name) >= least:
@@ -165,7 +166,8 @@ def check(args: argparse.Namespace) -> None:
          "--correction, --inner-epochs, --overlong-buffer and --kl-in"),
         (args.overlap and args.profile,
          "--profile tells sampling from training, and --overlap does both at once: choose one"),
-        (args.cuda_graphs and not (torch.cuda.is_available() and flash_attn_with_kvcache and args.dtype != "float32"),
+        (args.cuda_graphs and not (torch.cuda.is_available() and args.device in ("auto", "cuda")
+                                   and flash_attn_with_kvcache and args.dtype != "float32"),
          "--cuda-graphs needs a GPU, flash-attn, and bfloat16"),
         (args.shard and world % args.shard, f"--shard {args.shard} must divide the {world} processes"),
         (args.prompts % world, f"--prompts {args.prompts} must be a multiple of the {world} processes"),

@@ -186,21 +186,22 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
         advantages = advantages * kept if args.dynamic_sampling else advantages
     counts = {"total_tokens": int(lengths[kept].sum()), "total_sequences": int(kept.sum()),
               "max_tokens": args.max_new_tokens}
-    advantages, lengths_mine, kept = (x[mine].flatten().to(device) for x in (advantages, lengths, kept))
+    advantages, lengths_mine, kept = (x[mine].flatten() for x in (advantages, lengths, kept))   # on the host
 
     n = len(batch.completions) // len(batch.groups)                             # completions in a group of the pack
     useful = [i for i in range(len(batch.groups))
               if args.kl_coef or args.entropy_coef or advantages[i * n:(i + 1) * n].any()]
     micros = list(micro_batches([batch.groups[i] for i in useful], args.micro_tokens))
-    old, sums, anchor_kl = {}, dict.fromkeys(SUMS, 0.0), 0.0
+    old, sums, anchor_kl, skipped = {}, dict.fromkeys(SUMS, 0.0), 0.0, policy.skipped
     for _ in range(args.inner_epochs):
         for first, last in micros:
             rows = [r for i in useful[first:last] for r in range(i * n, (i + 1) * n)]
-            weight = grpo.token_weights(lengths_mine[rows], args.normaliser, kept=kept[rows], **counts)
+            chosen = lengths_mine[rows].to(device)
+            weight = grpo.token_weights(chosen, args.normaliser, kept=kept[rows].to(device), **counts)
             sampled = torch.tensor([x for r in rows for x in batch.completions[r].logprobs], device=device)
             loss, old[first], more = micro_loss(
                 policy.model, start, [batch.groups[i] for i in useful[first:last]], sampled, old.get(first),
-                advantages[rows], lengths_mine[rows], weight, args)
+                advantages[rows].to(device), chosen, weight, args)
             policy.backward(loss)
             sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if anchor:
@@ -214,7 +215,8 @@ def learn(policy: Policy, start: Transformer | None, batch: Batch, anchor, step:
     entropy, divergence, gap = (sums[name] / tokens if tokens else None for name in ("entropy", "kl", "gap"))
     return {
         "reward": rewards.mean().item(), "entropy": entropy, "kl": divergence,
-        "anchor_kl": anchor_kl / args.inner_epochs, "grad_norm": norm, **grpo.summarise(sums),
+        "anchor_kl": anchor_kl / args.inner_epochs, "grad_norm": norm, "loss_scale": policy.loss_scale,
+        "skipped_steps": policy.skipped - skipped, **grpo.summarise(sums),
         "completion_length": lengths.float().mean().item(), "truncated_fraction": truncated.float().mean().item(),
         "zero_variance_fraction": None if imitates else 1 - grpo.informative(rewards).float().mean().item(),
         "sampler_trainer_gap": None if imitates else gap,
@@ -230,7 +232,7 @@ def micro_loss(model: Transformer, start: Transformer | None, groups, sampled: T
     sampled [N]: the sampler's log-probs. old [N]: the log-probs an earlier inner epoch gave, None in the first.
     advantages [R], lengths [R], weight [N].
     """
-    packed = pack(groups, model.c, model.device)
+    packed = pack(groups, model)
     logprobs, entropy = completion_logprobs(model, packed, args.temperature)
     old = logprobs.detach() if old is None else old
     correction = None if args.correction == "none" else grpo.sampler_correction(
@@ -260,7 +262,7 @@ def penalties(start: Transformer | None, batch: Batch, args) -> Tensor:
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
     if args.kl_coef and args.kl_in == "reward":
-        reference = [completion_logprobs(start, pack(batch.groups[a:b], start.c, start.device), args.temperature)[0]
+        reference = [completion_logprobs(start, pack(batch.groups[a:b], start), args.temperature)[0]
                      for a, b in micro_batches(batch.groups, args.micro_tokens)]
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
@@ -305,8 +307,9 @@ def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: 
         rolled_out = batches(lambda by, step: roll_outs(by, tokenizer, problems, pool, grade, args, step), author,
                              first, args)
         for step in range(first, args.steps):
-            clock = monitor.Clock()
-            with clock("step"), monitor.operators(args.profile and rank == 0 and step == first + 1):
+            clock = monitor.Clock(model.device)
+            with clock("step"), monitor.operators(
+                    args.profile and rank == 0 and step == first + 1, model.device):
                 with clock("sample"):
                     batch, lag = next(rolled_out)
                 with clock("train"):
@@ -314,9 +317,10 @@ def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: 
             speed = metrics["sampled_tokens"] / clock.seconds["step" if lag else "sample"]
             metrics = {"step": step, **metrics, "lag": lag, "accuracy_by_stratum": monitor.strata(batch),
                        "tokens_per_second": speed, "seconds": clock.seconds}
-            broken = 0 if math.isfinite(metrics["grad_norm"]) else broken + 1
+            finite = math.isfinite(metrics["grad_norm"])
+            broken = 0 if finite or policy.loss_scale > 1 else broken + 1       # an overflow in fp16 breaks nothing
             if rank == 0:
-                if broken:
+                if not finite:
                     print(f"step {step}: the gradient is not finite; the step was skipped", file=sys.stderr)
                 monitor.record(out, step, batch, metrics)
                 watch(metrics)
@@ -438,11 +442,11 @@ def run(args) -> None:
     rank, began = ranks()[0], time.time()
     if rank:
         wait()                                          # until rank 0 has fetched what was not there
-    model, tokenizer = weights.load(args.model, args.dtype)
+    model, tokenizer = weights.load(args.model, args.dtype, args.device)
     model.checkpointing = args.recompute
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
-    teacher = weights.load_beside(args.teacher, tokenizer, args.dtype) if args.teacher else None
+    teacher = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device) if args.teacher else None
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
     if tested := {p.text for p in pool} & {p.text for p in personas.load("test")}:
         raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the evaluation's personas: give "
@@ -474,9 +478,10 @@ def run(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    join()
     try:
-        run(settings(argv))
+        args = settings(argv)
+        join(weights.pick_device(args.device))
+        run(args)
     except (ValueError, OSError) as error:
         print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2

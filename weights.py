@@ -11,6 +11,7 @@ Left out: pickled weights (.bin, .pt), which execute code when opened.
 """
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -40,18 +41,18 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def load(name: str, dtype: str = "auto", device: str = "auto"):
     """(Transformer in eval mode, tokenizer) from `smollm2-135m`, a folder, a hub id or a `.gguf` file.
 
-    dtype: auto | float32 | bfloat16 | float16. device `auto`: this process's GPU if there is one, else the CPU.
-    Raises ValueError or OSError with one line that says what is wrong.
+    dtype: see `pick_dtype`; device: see `pick_device`. Raises ValueError or OSError with one line that says what is
+    wrong.
     """
     keep_freed_memory()
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
+    check_dtype(dtype, device)
     source = resolve(name)
     try:
         hf_config, tokenizer, tensors = read(source)
         with torch.device("meta"):                      # no memory until dtype and device are known
             model = Transformer(config_from_hf(hf_config))
-        model.to(pick_dtype(dtype, device)).to_empty(device=device)
+        model.to(pick_dtype(dtype, device, hf_config.model_type)).to_empty(device=device)
         fill(model, tensors)
     except Exception as error:                          # each file format's reader raises kinds of its own
         raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of another kind: "
@@ -77,14 +78,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                       # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)                 # M_TRIM_THRESHOLD
-
-
-def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """`auto`: bf16 where the processor has bf16 dot products, else fp32."""
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if (on_cpu if device == "cpu" else torch.cuda.is_bf16_supported()) else torch.float32
 
 
 def read(source: Path):
@@ -116,6 +109,56 @@ def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
         found.append(json.loads((source / "generation_config.json").read_text()).get("eos_token_id"))
     flat = [i for x in found for i in (x if isinstance(x, list) else [x]) if i is not None]
     return sorted(set(flat))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it computes, and in what
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> str:
+    """The torch device of one of DEVICES, for this process. `auto`: its GPU if torch sees one, else the CPU.
+
+    Raises ValueError where the device is not there, or torchrun has started more processes than there are GPUs.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch sees no Apple GPU here; try --device cpu")
+    if name != "cuda":
+        return name
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; try --device cpu, or install a CUDA build of torch")
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= count:
+        raise ValueError(f"torchrun started more processes than the {count} GPUs here: lower --nproc-per-node, or give "
+                         "--device cpu")
+    return f"cuda:{rank}"
+
+
+def computes_bf16(device: str) -> bool:
+    """Has the processor bf16 arithmetic? NVIDIA's have it from capability 8.0 (A100); below it is emulated, slowly."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    if dtype == "bfloat16" and device.startswith("cuda") and not computes_bf16(device):
+        raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic; leave it out "
+                         "(auto takes float16 there), or give float32")
+
+
+def pick_dtype(dtype: str, device: str, family: str = "") -> torch.dtype:
+    """`auto`: bf16 where the processor computes in it; fp16 on GPUs that do not (T4, V100); else fp32. Gemma 3's
+    activations leave fp16's range, so it gets fp32 in place of fp16."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if computes_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.startswith("cuda") and family != "gemma3_text" else torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,11 +220,13 @@ def resolve(name: str) -> Path:
     if name == EMBEDDED:
         return embedded_model()
     path = Path(name).expanduser()
+    if ".gguf.part" in path.name:
+        return joined(path)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no model at {name!r}: give {EMBEDDED}, a Hugging Face folder, a hub id (owner/name) "
-                         "or a .gguf file")
+                         "or a .gguf file, whole or in parts (file.gguf.part*)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -189,6 +234,31 @@ def resolve(name: str) -> Path:
     except Exception as error:                          # the hub client raises a dozen kinds; the user needs one line
         raise ValueError(f"cannot fetch {name!r} from the hub ({type(error).__name__}); check the name and the "
                          "network, or download the model elsewhere and give its folder") from error
+
+
+def joined(part: Path) -> Path:
+    """The whole file of a GGUF cut into parts that lie beside each other: file.gguf.part1, .part2, ..., or .partaa, ...
+
+    part: one of them, or their pattern file.gguf.part*. Joined once, into the cache folder, under a name made of the
+    parts' names, sizes and times. Raises ValueError where there are none, or a number is missing.
+    """
+    stem = part.name.partition(".part")[0]
+    parts = sorted(part.parent.glob(glob.escape(stem) + ".part*"), key=lambda p: (len(p.name), p.name))
+    ends = [p.name.removeprefix(stem + ".part") for p in parts]
+    numbers = [int(end) for end in ends if end.isdigit()]
+    if not parts or numbers and numbers not in ([*range(len(parts))], [*range(1, 1 + len(parts))]):
+        raise ValueError(f"{part.parent / stem}.part*: found the parts {', '.join(ends) or 'none'}; put all of them "
+                         "there, numbered without a gap")
+    known = hashlib.sha256(repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]).encode())
+    target = cache_folder() / f"{known.hexdigest()[:16]}-{stem}"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            with open(Path(folder, stem), "wb") as whole:
+                for p in parts:
+                    whole.write(p.read_bytes())
+            os.replace(Path(folder, stem), target)
+    return target
 
 
 def cache_folder() -> Path:

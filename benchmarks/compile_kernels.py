@@ -16,16 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_linear_logprob import backward_kernel, forward_kernel, tiles
+from kernels.triton_linear_logprob import backward_kernel, forward_kernel, tile
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}  # A100, H100, B200, MI300X
 POINTERS = {"logsumexp", "slope", "curve", "at_target", "partials"}
 
 
-def compile_kernel(kernel, target, dtype, tile):
-    """The compiled kernel for a chip of TARGETS. dtype: "bf16", "fp16" or "fp32"; tile: one of tiles()."""
-    *blocks, warps, stages = tile
+def compile_kernel(kernel, target, dtype, chosen):
+    """The compiled kernel for a chip of TARGETS. dtype: "bf16", "fp16" or "fp32"; chosen: as of tile()."""
+    *blocks, warps, stages = chosen
     constants = dict(zip(("BLOCK_N", "BLOCK_V", "BLOCK_K"), blocks, strict=True), HAS_SOFTCAP=True, HAS_CURVE=True,
                      stride_hk=1, stride_wk=1)  # as the launcher specialises contiguous inputs
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -58,10 +58,10 @@ def main():
     print("| kernel | dtype | tile N x V x K | warps, stages | chip | registers | spilled bytes | shared KiB |")
     print("|---|---|---|---|---|---:|---:|---:|")
     for kernel, dtype, chip in itertools.product((forward_kernel, backward_kernel), ("bf16", "fp32"), TARGETS):
-        for tile in tiles(kernel, dtype != "fp32", chip):
-            registers, spilled, shared = resources(compile_kernel(kernel, chip, dtype, tile))
-            print(f"| {kernel.__name__} | {dtype} | {tile[0]} x {tile[1]} x {tile[2]} | {tile[3]}, {tile[4]} | {chip} "
-                  f"| {registers} | {spilled} | {shared / 1024:g} |", flush=True)
+        n, v, k, warps, stages = chosen = tile(kernel, dtype != "fp32", chip)
+        registers, spilled, shared = resources(compile_kernel(kernel, chip, dtype, chosen))
+        print(f"| {kernel.__name__} | {dtype} | {n} x {v} x {k} | {warps}, {stages} | {chip} | {registers} | {spilled} "
+              f"| {shared / 1024:g} |", flush=True)
 
 
 if __name__ == "__main__":

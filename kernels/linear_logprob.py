@@ -39,18 +39,23 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, softcap=None, memor
 
     hidden [N, H] and weight [V, H] share one floating dtype; targets [N] are integers in [0, V). Outputs are fp32
     (float64 for float64 inputs). softcap c applies c tanh(z / c) before the temperature. CUDA tensors go to the Triton
-    kernels (float64 apart), all others to chunked torch with about memory_budget bytes of logits at a time. If nothing
-    requires grad, only the forward pass is done. Raises ValueError on shapes, dtypes, temperature or (on CPU) targets
-    that do not fit.
+    kernels (see `_uses_triton`), all others to chunked torch with about memory_budget bytes of logits at a time. If
+    nothing requires grad, only the forward pass is done. Raises ValueError on shapes, dtypes, temperature or (on CPU)
+    targets that do not fit.
     """
     _check(hidden, weight, targets, temperature, softcap)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if hidden.is_cuda and _uses_triton(hidden):
         from kernels.triton_linear_logprob import triton_linear_logprob  # here, so that CPUs need no triton
         return triton_linear_logprob(hidden, weight, targets, temperature, softcap)
     if needs_grad:
         return _LinearLogprob.apply(hidden, weight, targets, temperature, softcap, memory_budget)
     return _forward(hidden, weight, targets, temperature, softcap, memory_budget)[:2]
+
+
+def _uses_triton(hidden):
+    """Not for float64, nor on GPUs before the A100: Triton multiplies there without tensor cores, and spills."""
+    return hidden.dtype != torch.float64 and torch.cuda.get_device_capability(hidden.device)[0] >= 8
 
 
 def _check(hidden, weight, targets, temperature, softcap):

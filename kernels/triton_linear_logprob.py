@@ -133,28 +133,28 @@ def backward_kernel(hidden, weight, targets, logsumexp, slope, curve, at_target,
 # ----------------------------------------------------------------------------------------------------------------------
 # launching
 
-def tiles(kernel, half, chip):
-    """(BLOCK_N, BLOCK_V, BLOCK_K, warps, stages): the large ones that spill no register (table: kernels/README.md)."""
+def tile(kernel, half, chip):
+    """(BLOCK_N, BLOCK_V, BLOCK_K, warps, stages): the largest that spills no register (table: kernels/README.md).
+
+    A rule, not a stopwatch: another tile sums in another order, and a resumed run is to be the same run (P42).
+    """
     if not half:
-        return ((64, 128, 32, 8, 2),)
-    large, small = (128, 128, 64, 8, 3), (64, 128, 64, 8, 3)
-    return (small,) if chip == "sm_100" and kernel is forward_kernel else (large, small)
+        return 64, 128, 32, 8, 2
+    return 64 if chip == "sm_100" and kernel is forward_kernel else 128, 128, 64, 8, 3
 
 
 @functools.cache
-def _tuned(kernel, half):
-    chip = "sm_100" if torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 10 else None
-    configs = [triton.Config(dict(BLOCK_N=n, BLOCK_V=v, BLOCK_K=k), num_warps=warps, num_stages=stages)
-               for n, v, k, warps, stages in tiles(kernel, half, chip)]
-    return triton.autotune(configs, key=["vocab", "hidden_size"])(kernel)
+def _chip():
+    return "sm_100" if torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 10 else None
 
 
 def _launch(kernel, grid, half, *args, **flags):
-    """Runs a kernel with the best tile for this vocabulary, hidden size and dtype, found once."""
+    """Runs a kernel with the tile for its dtype on this chip."""
     if INTERPRETED:  # any tile will do
         kernel[grid](*args, **flags, BLOCK_N=16, BLOCK_V=64, BLOCK_K=32)
     else:
-        _tuned(kernel, half)[grid](*args, **flags)
+        n, v, k, warps, stages = tile(kernel, half, _chip())
+        kernel[grid](*args, **flags, BLOCK_N=n, BLOCK_V=v, BLOCK_K=k, num_warps=warps, num_stages=stages)
 
 
 def triton_linear_logprob(hidden, weight, targets, temperature=1.0, softcap=None):

@@ -37,7 +37,7 @@ DIFFERENCES = (("rlvr", "permix"), ("rlvr", "permix+anchor"), ("permix", "permix
 def sums(scorer, groups: list[tuple[list[int], list[list[int]]]]) -> np.ndarray:
     """Log-probs of every completion's first 0, 1, ... tokens, [groups, completions, longest + 1]; the last one stays
     where a completion has ended."""
-    logprobs, _ = completion_logprobs(scorer, pack(groups, scorer.c, scorer.device))
+    logprobs, _ = completion_logprobs(scorer, pack(groups, scorer))
     lengths = [len(y) for _, ys in groups for y in ys]
     rows = [np.concatenate([[0.0], part.numpy().cumsum()]) for part in logprobs.double().split(lengths)]
     padded = [np.pad(row, (0, max(lengths) + 1 - len(row)), mode="edge") for row in rows]

@@ -1,4 +1,7 @@
-"""Shared by all tests: tiny random models of every family, the embedded model, and the data folder."""
+"""Shared by all tests: tiny random models of every family, the embedded model, and the data folder.
+
+Tests run on the CPU, also where there is a GPU: all but those of test_gpu.py see none, nor do the processes they start.
+"""
 
 import os
 from pathlib import Path
@@ -57,13 +60,24 @@ def make_reference(family: str):
     return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu(request):
+    if request.module.__name__.endswith("test_gpu"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")        # for the processes that a test starts
+        yield
+
+
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def family(request, tmp_path_factory):
     """(our model, transformers' model, folder), for each family in turn."""
     reference, folder = make_reference(request.param), tmp_path_factory.mktemp(request.param)
     reference.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return weights.load(str(folder), "float32")[0], reference, folder
+    return weights.load(str(folder), "float32", "cpu")[0], reference, folder
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +91,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """(model, tokenizer) of a small llama in fp32."""
-    return weights.load(str(tiny_folder), "float32")
+    return weights.load(str(tiny_folder), "float32", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -91,4 +105,4 @@ def embedded_path():
 @pytest.fixture(scope="session")
 def embedded(embedded_path):
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32."""
-    return weights.load(weights.EMBEDDED, "float32")
+    return weights.load(weights.EMBEDDED, "float32", "cpu")

@@ -392,7 +392,7 @@ def test_a_sum_of_logprobs_equals_the_plain_forward_of_prompt_and_completion(tin
     want = []
     for prompt, completions in groups:
         for completion in completions:
-            packed = model_module.pack([(prompt + completion[:-1], [completion[-1:]])], tiny[0].c)
+            packed = model_module.pack([(prompt + completion[:-1], [completion[-1:]])], tiny[0])
             last = model_module.completion_logprobs(tiny[0], packed)[0].item()
             head = evaluate.total_logprobs(tiny[0], [(prompt, [completion[:-1]])])[0] if len(completion) > 1 else 0
             want.append(head + last)

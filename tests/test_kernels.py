@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -253,10 +254,16 @@ def test_p22_triton_offsets_pass_2_to_the_31():
 @outside
 def test_p22_triton_kernels_pass_these_tests_in_the_interpreter():
     pytest.importorskip("triton")
+    if release("triton") < [3, 7] and release("numpy") >= [2, 4]:
+        pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4: it takes arrays for numbers")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], capture_output=True, text=True,
         cwd=Path(__file__).resolve().parents[1], env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+def release(package):
+    return [int(part) for part in version(package).split(".")[:2]]
 
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that one program may use
@@ -267,6 +274,6 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB 
 def test_p22_triton_kernels_compile_ahead_of_time_without_spills(chip):
     ahead = pytest.importorskip("benchmarks.compile_kernels", exc_type=ImportError)
     for kernel, dtype in itertools.product((ahead.forward_kernel, ahead.backward_kernel), ("bf16", "fp32")):
-        for tile in ahead.tiles(kernel, dtype != "fp32", chip):
-            registers, spilled, shared = ahead.resources(ahead.compile_kernel(kernel, chip, dtype, tile))
-            assert spilled == 0 and shared <= SHARED_LIMIT[chip] * 1024 and 0 < registers <= 256, (kernel, dtype, tile)
+        tile = ahead.tile(kernel, dtype != "fp32", chip)
+        registers, spilled, shared = ahead.resources(ahead.compile_kernel(kernel, chip, dtype, tile))
+        assert spilled == 0 and shared <= SHARED_LIMIT[chip] * 1024 and 0 < registers <= 256, (kernel, dtype, tile)

@@ -21,7 +21,7 @@ from rollout import generate
 
 
 def logits_of(model, ids: list[int]) -> torch.Tensor:
-    packed = pack([(ids, [])], model.c)
+    packed = pack([(ids, [])], model)
     return model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
 
 
@@ -61,7 +61,7 @@ def test_gradients_of_every_parameter_equal_transformers(family):
     ours, reference, _ = family
     prompt, completion = random_ids(12), random_ids(20, 1)
     ours.zero_grad()
-    completion_logprobs(ours, pack([(prompt, [completion])], ours.c))[0].mean().backward()
+    completion_logprobs(ours, pack([(prompt, [completion])], ours))[0].mean().backward()
     reference.zero_grad()
     ids = torch.tensor([prompt + completion])
     logprobs = reference(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
@@ -112,12 +112,12 @@ def test_p1_a_label_moves_only_its_own_logprob(tiny):
     model = tiny[0].double()
     try:
         prompt, completion = random_ids(6), random_ids(5, 1)
-        before = completion_logprobs(model, pack([(prompt, [completion])], model.c))[0]
+        before = completion_logprobs(model, pack([(prompt, [completion])], model))[0]
         whole = logits_of(model, prompt + completion).log_softmax(-1)
         at = torch.arange(5, 10)
         assert torch.allclose(before.double(), whole[at, torch.tensor(completion)].double(), atol=1e-6)
         changed = completion[:-1] + [completion[-1] % 90 + 5]
-        after = completion_logprobs(model, pack([(prompt, [changed])], model.c))[0]
+        after = completion_logprobs(model, pack([(prompt, [changed])], model))[0]
         assert torch.equal(before[:-1], after[:-1]) and before[-1] != after[-1]
     finally:
         model.float()
@@ -126,9 +126,9 @@ def test_p1_a_label_moves_only_its_own_logprob(tiny):
 def test_p3_packed_padded_shared_and_single_forwards_agree(family):
     ours, reference, _ = family
     groups = groups_of()
-    shared = completion_logprobs(ours, pack(groups, ours.c))[0]
-    plain = completion_logprobs(ours, pack([(p, [c]) for p, cs in groups for c in cs], ours.c))[0]
-    single = [completion_logprobs(ours, pack([(p, [c])], ours.c))[0] for p, cs in groups for c in cs]
+    shared = completion_logprobs(ours, pack(groups, ours))[0]
+    plain = completion_logprobs(ours, pack([(p, [c]) for p, cs in groups for c in cs], ours))[0]
+    single = [completion_logprobs(ours, pack([(p, [c])], ours))[0] for p, cs in groups for c in cs]
     assert (shared - plain).abs().max() <= 1e-5 and (shared - torch.cat(single)).abs().max() <= 1e-5
     start = 0
     for prompt, completion in ((p, c) for p, cs in groups for c in cs if c):
@@ -148,7 +148,7 @@ def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
 
     def gradients(batches):
         model.zero_grad()
-        logprobs = torch.cat([completion_logprobs(model, pack(batch, model.c))[0] for batch in batches])
+        logprobs = torch.cat([completion_logprobs(model, pack(batch, model))[0] for batch in batches])
         (logprobs * weight).sum().backward()
         return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
@@ -161,16 +161,16 @@ def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
 def test_p17_sequences_of_a_pack_do_not_see_each_other(tiny):
     model = tiny[0]
     groups = groups_of()
-    before = completion_logprobs(model, pack(groups, model.c))[0]
+    before = completion_logprobs(model, pack(groups, model))[0]
     (prompt, (first, *others)), *rest = groups
     changed = [(prompt, [[t % 90 + 4 for t in first], *others]), *rest]
-    after = completion_logprobs(model, pack(changed, model.c))[0]
+    after = completion_logprobs(model, pack(changed, model))[0]
     assert torch.equal(before[len(first):], after[len(first):])
     assert not torch.equal(before[:len(first)], after[:len(first)])
 
 
 def test_recomputing_layers_changes_no_gradient(tiny):
-    model, packed = tiny[0], pack(groups_of(), tiny[0].c)
+    model, packed = tiny[0], pack(groups_of(), tiny[0])
     found = []
     for model.checkpointing in (False, True):
         model.zero_grad()
@@ -182,7 +182,7 @@ def test_recomputing_layers_changes_no_gradient(tiny):
 
 def test_the_prompt_is_forwarded_once_for_its_completions(tiny):
     prompt, completions = random_ids(120), [random_ids(40, i) for i in range(8)]
-    packed = pack([(prompt, completions)], tiny[0].c)
+    packed = pack([(prompt, completions)], tiny[0])
     assert len(packed.input_ids) == 120 + 8 * 39        # a completion's last token is only ever a target
 
 
@@ -226,8 +226,9 @@ def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     for i in range(len(cu_seqlens_q) - 1):
         a = q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]
         b, c = (x[cu_seqlens_k[i]:cu_seqlens_k[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        at = torch.arange(len(a))[:, None] + len(b) - len(a)
-        seen = (torch.arange(len(b)) <= at) & (torch.arange(len(b)) >= at - left)
+        key = torch.arange(len(b), device=q.device)
+        at = torch.arange(len(a), device=q.device)[:, None] + len(b) - len(a)
+        seen = (key <= at) & (key >= at - left)
         scores = torch.einsum("qhd,khd->hqk", a, b) * softmax_scale
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), c))
     return torch.cat(out)
@@ -255,7 +256,7 @@ def test_one_flash_attn_call_a_layer_gives_the_same_logprobs_and_gradients(famil
     for on in (False, True):
         calls = flash(on)
         model.zero_grad()
-        logprobs = completion_logprobs(model, pack(groups, model.c))[0]
+        logprobs = completion_logprobs(model, pack(groups, model))[0]
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
         found.append((logprobs, {name: p.grad.double().clone() for name, p in model.named_parameters()}))
     assert len(calls) == model.c.num_layers
@@ -420,7 +421,7 @@ def test_what_is_not_supported_is_named(change, names):
 
 def test_an_empty_prompt_is_refused(tiny):
     with pytest.raises(ValueError, match="no tokens"):
-        pack([([], [[3, 4]])], tiny[0].c)
+        pack([([], [[3, 4]])], tiny[0])
 
 
 # -- the lesson ----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def collected(*args, **kwargs) -> dict:
 def trainer_logprobs(model, prompts, done, n, temperature):
     groups = [(p, [done[i, j].tokens for j in range(n)]) for i, p in enumerate(prompts)]
     with torch.no_grad():
-        return completion_logprobs(model, pack(groups, model.c), temperature)[0]
+        return completion_logprobs(model, pack(groups, model), temperature)[0]
 
 
 # -- what is sampled -------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_p19_a_sample_is_the_same_alone_and_in_any_batch(tiny):
 def test_first_tokens_follow_the_softmax(tiny):
     """Chi-square over 20,000 first tokens."""
     model, prompt, count = tiny[0], random_prompts(1)[0], 20_000
-    packed = pack([(prompt, [])], model.c)
+    packed = pack([(prompt, [])], model)
     with torch.no_grad():
         logits = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))[-1:]
     expected = (logits[0].double() / 0.7).softmax(-1) * count

@@ -201,6 +201,7 @@ def test_rows_of_the_hub_datasets_become_problems():
 
 
 def test_the_first_problems_of_a_dataset_in_parts_are_of_all_parts(monkeypatch):
+    pytest.importorskip("datasets")
     parts = {"algebra": 3, "geometry": 1, "precalculus": 2}
     rows = {kind: [{"problem": f"{kind} {i}", "solution": "\\boxed{1}", "type": kind} for i in range(count)]
             for kind, count in parts.items()}

@@ -177,7 +177,7 @@ def test_a_kl_in_the_reward_is_the_log_ratio_of_the_sampled_tokens(tiny_folder):
     assert train.penalties(start, batch, args).abs().max() <= 1e-4      # the policy still is the start model
     with torch.no_grad():
         start.norm.weight.mul_(0.5)
-    packed = train.pack(batch.groups, start.c)
+    packed = train.pack(batch.groups, start)
     reference = train.completion_logprobs(start, packed, args.temperature)[0].detach()
     sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
     gaps = (sampled - reference).split(batch.lengths.flatten().tolist())

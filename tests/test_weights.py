@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import weights
 from tests.conftest import FAMILIES, SIZES, make_reference, tiny_tokenizer
+from tests.test_gguf_weights import byte_level, file_of
 from tests.test_model import logits_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,40 @@ def test_every_stop_id_of_the_generation_config_counts(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "m")
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert weights.load(str(folder), "float32")[0].c.stop_ids == [2, 7, 9]
+
+
+# -- in parts --------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path, folder: Path, names: list[str]) -> None:
+    """The file at `path` in as many parts as there are names, in order."""
+    data, size = path.read_bytes(), -(-path.stat().st_size // len(names))
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(data[i * size:(i + 1) * size])
+
+
+@pytest.mark.parametrize("ends", [[str(i) for i in range(1, 12)], ["00", "01"], ["aa", "ab", "ac"]])
+@pytest.mark.parametrize("asked", ["model.gguf.part*", "first"])
+def test_a_gguf_in_parts_is_read_as_one_file(tmp_path, monkeypatch, ends, asked):
+    monkeypatch.setenv("PERMIX_CACHE", str(tmp_path / "cache"))
+    whole = file_of(tmp_path, byte_level(320)[1])
+    (tmp_path / "parts").mkdir()
+    cut(whole, tmp_path / "parts", [f"model.gguf.part{end}" for end in ends])
+    (tmp_path / "parts" / "other.gguf.part1").write_bytes(b"another model's")
+    name = str(tmp_path / "parts" / (f"model.gguf.part{ends[0]}" if asked == "first" else asked))
+    assert weights.resolve(name).read_bytes() == whole.read_bytes()
+    (joined,) = (tmp_path / "cache").iterdir()
+    before = joined.stat().st_mtime_ns
+    weights.resolve(name)                               # joined once
+    assert [f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()] == [before]
+
+
+@pytest.mark.parametrize("ends", [["1", "3"], ["2", "3"], []])
+def test_a_part_that_is_missing_is_told_in_one_line(tmp_path, ends):
+    for end in ends:
+        (tmp_path / f"model.gguf.part{end}").write_bytes(b"x")
+    with pytest.raises(ValueError, match="found the parts .*; put all of them there"):
+        weights.load(str(tmp_path / "model.gguf.part*"))
 
 
 # -- accidents -------------------------------------------------------------------------------------------------------

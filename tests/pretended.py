@@ -1,0 +1,128 @@
+"""A GPU made of CPU memory: shows, without a GPU, where tensors of the host and of the device would meet.
+
+A tensor on it is a wrapper that names the device `pretended:0` and holds a CPU tensor. Every operator passes through
+`operator`, which computes on the CPU and refuses what a GPU refuses: an operand on each side. It also refuses what a
+GPU does in silence and slowly, an index from the host. Values read back are counted, since each waits for the device.
+
+`use(monkeypatch)` makes it the device of every model that is loaded. Importing this file registers the device with
+torch for good, so tests import it in a process of their own. Left out: other threads (--overlap), a forward within the
+backward (--recompute, which torch aborts here), streams, memory limits, our own kernels (a stand-in in torch takes
+their place), and all that only hardware can get wrong.
+"""
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import kernels.triton_linear_logprob
+import weights
+from tests.test_kernels import reference
+
+_setup_privateuseone_for_python_backend("pretended")
+DEVICE = torch.device("pretended", 0)
+COUNTS = {"reads": 0, "kernels": 0, "synchronized": 0}
+aten = torch.ops.aten
+TRANSFERS = (aten._to_copy.default, aten.copy_.default)
+READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+
+
+class Mixed(RuntimeError):
+    """Tensors of the host and of the device in one operator."""
+
+
+class OnDevice(torch.Tensor):
+    """Says that it lies on the device, and on a GPU; `host` holds its numbers."""
+
+    @staticmethod
+    def __new__(cls, host: torch.Tensor):
+        with torch.inference_mode(False):               # a view is of the same kind as its base
+            return torch.Tensor._make_wrapper_subclass(
+                cls, host.shape, host.stride(), host.storage_offset(), dtype=host.dtype, device=DEVICE)
+
+    def __init__(self, host: torch.Tensor):
+        self.host = host
+
+    def __repr__(self):
+        return f"OnDevice({self.host!r})"
+
+    @property
+    def is_cuda(self):
+        return True
+
+    def tolist(self):
+        COUNTS["reads"] += 1
+        return self.host.tolist()
+
+    def untyped_storage(self):
+        return self.host.untyped_storage()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return operator(func, args, kwargs or {})
+
+
+def operator(func, args, kwargs):
+    """One operator, computed on the CPU, its results where a GPU would leave them. Raises Mixed."""
+    if func.overloadpacket is aten.to:                  # in inference mode it comes undivided
+        with Operators():
+            return func.decompose(*args, **kwargs)
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    ours = [x for x in tensors if isinstance(x, OnDevice)]
+    theirs = [x for x in tensors if x.device.type == "cpu" and x.dim()]         # a number may come along
+    if ours and theirs and func not in TRANSFERS:
+        raise Mixed(f"{func}: {len(ours)} operands on the device, one of shape {list(theirs[0].shape)} on the host")
+    asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+    stays = asked == DEVICE.type or asked is None and bool(ours)
+    COUNTS["reads"] += bool(ours) and (func in READS or not stays)
+    if asked == DEVICE.type:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    given = tree_map(lambda x: x.host if isinstance(x, OnDevice) else x, (args, kwargs))
+    out = func(*given[0], **given[1])
+    if not stays:
+        return out
+    out = tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+class Operators(TorchDispatchMode):
+    """Sends the operators that have no operand on the device yet: torch.zeros(3, device=DEVICE)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return operator(func, args, kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    """torch.tensor fills the device's memory in C++, before any operator: here it makes a copy of the host's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == DEVICE:
+            kwargs.pop("device")
+            return func(*args, **kwargs).to(DEVICE)
+        return func(*args, **kwargs)
+
+
+def counted(name: str, function):
+    def call(*args, **kwargs):
+        COUNTS[name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def use(monkeypatch) -> tuple:
+    """Makes the pretended device that of every model. Returns the contexts to enter, and sets COUNTS to 0."""
+    def kernel(hidden, weight, targets, temperature=1.0, softcap=None):
+        return reference(hidden, weight, targets, temperature, softcap, dtype=torch.float32)
+
+    COUNTS.update(dict.fromkeys(COUNTS, 0))
+    monkeypatch.setattr(weights, "pick_device", lambda name: str(DEVICE))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(kernels.triton_linear_logprob, "triton_linear_logprob", counted("kernels", kernel))
+    monkeypatch.setattr(torch.pretended, "synchronize", counted("synchronized", lambda: None), raising=False)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader",                    # it wants streams
+                        lambda resolve, **_: filesystem._SerialCpuLoader(resolve))
+    return Functions(), Operators(), torch.autograd.set_multithreading_enabled(False)

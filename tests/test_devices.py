@@ -1,0 +1,259 @@
+"""Where it computes: what --device and --dtype choose, and that host and device never mix.
+
+The tests named test_pretended_... run on a GPU made of CPU memory (tests/pretended.py), in a second pytest that the
+first one starts. What only a real GPU can show is in test_gpu.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import rollout
+import train
+import weights
+from rollout import generate
+from tests.test_model import groups_of, random_ids, varlen_stand_in
+from tests.test_train import FAST, REWARD, metrics, same, tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETENDED = os.environ.get("PRETENDED_GPU") == "1"
+on_it = pytest.mark.skipif(not PRETENDED, reason="runs in the second pytest, with PRETENDED_GPU=1")
+outside = pytest.mark.skipif(PRETENDED, reason="runs in the first pytest")
+
+
+# -- what is chosen ----------------------------------------------------------------------------------------------------
+
+
+@outside
+@pytest.mark.parametrize("capability, family, dtype", [
+    ((7, 0), "llama", torch.float16), ((7, 5), "qwen3", torch.float16), ((7, 5), "gemma3_text", torch.float32),
+    ((8, 0), "llama", torch.bfloat16), ((9, 0), "gemma3_text", torch.bfloat16)])
+def test_auto_never_takes_bf16_where_a_gpu_only_emulates_it(monkeypatch, capability, family, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert weights.pick_dtype("auto", "cuda:0", family) == dtype
+    assert weights.pick_dtype("float32", "cuda:0", family) == torch.float32
+
+
+@outside
+def test_a_bf16_that_would_be_emulated_is_refused_by_the_cards_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    with pytest.raises(ValueError, match="Tesla T4 has no bf16"):
+        weights.check_dtype("bfloat16", "cuda:0")
+
+
+@outside
+def test_auto_takes_the_gpu_of_this_process_and_cpu_stays_on_the_cpu(monkeypatch):
+    assert weights.pick_device("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert weights.pick_device("auto") == weights.pick_device("cuda") == "cuda:1"
+    assert weights.pick_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="more processes than the 2 GPUs"):
+        weights.pick_device("auto")
+
+
+@outside
+@pytest.mark.parametrize("main, flags", [(train.main, []), (rollout.main, []), (evaluate.main, [])])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(main, flags, device, tiny_folder, tmp_path, capsys):
+    out = [] if main is rollout.main else ["--out", str(tmp_path / "out")]
+    assert main(["--model", str(tiny_folder), "--device", device, *out, *flags]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"--device {device}" in said[0] and "--device cpu" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+# -- fp16's loss scale -------------------------------------------------------------------------------------------------
+
+
+def policy_in(dtype: str, folder):
+    return train.Policy(weights.load(str(folder), dtype, "cpu")[0], 1e-3, 0)
+
+
+def gradient(policy, size: float = 1.0) -> torch.Tensor:
+    """The gradient that the masters get for `size` times a small loss, through the loss scale and back."""
+    logprobs = train.completion_logprobs(policy.model, train.pack(groups_of(), policy.model))[0]
+    policy.backward(size * logprobs.mean())
+    policy.reduce()
+    return torch.cat([m.grad.flatten() for m in policy.masters])
+
+
+@outside
+def test_the_loss_scale_saves_gradients_that_fp16_would_lose(tiny_folder):
+    exact = gradient(policy_in("float32", tiny_folder), 1e-6)
+    scaled, plain = policy_in("float16", tiny_folder), policy_in("float16", tiny_folder)
+    plain.loss_scale = 1.0
+    assert (gradient(scaled, 1e-6) - exact).norm() <= 0.01 * exact.norm()
+    assert (gradient(plain, 1e-6) - exact).norm() > 0.5 * exact.norm()
+
+
+@outside
+def test_a_step_that_overflows_is_skipped_and_counted_and_halves_the_scale(tiny_folder):
+    policy = policy_in("float16", tiny_folder)
+    before, scale = [m.clone() for m in policy.masters], policy.loss_scale
+    gradient(policy, 1e6)
+    policy.gradients = [m.grad for m in policy.masters]
+    assert policy.step(1.0) != policy.step(1.0)         # nan or inf, then 0: nothing is left of the broken one
+    assert policy.skipped == 1 and policy.loss_scale == scale / 2 and policy.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))
+
+
+@outside
+def test_the_scale_doubles_after_enough_good_steps_and_never_falls_below_1(tiny_folder, monkeypatch):
+    monkeypatch.setattr("policy.GROWTH", 3)
+    policy = policy_in("float16", tiny_folder)
+    scales = []
+    for finite in (True, True, True, False, True, True, True):
+        policy.rescale(finite)
+        scales.append(policy.loss_scale / 2 ** 16)
+    assert scales == [1, 1, 2, 1, 1, 1, 2]
+    for _ in range(40):
+        policy.rescale(False)
+    assert policy.loss_scale == 1
+
+
+@outside
+def test_p20_a_run_in_fp16_goes_on_with_its_scale(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("policy.GROWTH", 2)
+    flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--dtype", "float16", "--device", "cpu"]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "two"), "--steps", "3"]) == 0
+    assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4"]) == 0
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "whole")
+    assert same(tensors(tmp_path / "two"), tensors(tmp_path / "whole"))
+    assert [m["loss_scale"] for m in metrics(tmp_path / "two")] == [2.0 ** 16, 2.0 ** 17, 2.0 ** 17, 2.0 ** 18]
+
+
+# -- the pretended GPU ----------------------------------------------------------------------------------------------
+
+
+@outside
+def test_host_and_device_never_mix_in_a_second_pytest_on_a_pretended_gpu():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+                          capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PRETENDED_GPU": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Within it every model is loaded onto the pretended GPU."""
+    from tests import pretended
+
+    modes = pretended.use(monkeypatch)
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield pretended.COUNTS
+
+
+@on_it
+def test_pretended_mixing_is_an_error_that_names_the_operator(counts):
+    from tests.pretended import DEVICE, Mixed
+
+    there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+    for mix in (lambda: there + here, lambda: here @ there, lambda: there[torch.tensor([0, 2])],
+                lambda: torch.cat([there, here]), lambda: torch.where(here > 0, there, there)):
+        with pytest.raises(Mixed, match="on the host"):
+            mix()
+    assert (there + torch.tensor(2.0)).sum().item() == 9 and (there.cpu() + here).tolist() == [2, 2, 2]
+    assert counts["reads"] == 2                         # of .item() and of .cpu()
+
+
+def sampled(model, n: int, **settings) -> dict:
+    """Shared openings, lone prompts, few slots: rows leave and others take their place."""
+    opening = random_ids(20)
+    prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3), opening + random_ids(3, 4)]
+    done = generate(model, prompts, n=n, max_new_tokens=12, stop_ids=range(12), slots=3, **settings)
+    return {(c.index, c.sample): (c.tokens, c.truncated) for c in done}
+
+
+@on_it
+def test_pretended_sampling_equals_the_cpus_in_every_family(family, counts):
+    ours, _, folder = family
+    assert sampled(weights.load(str(folder), "float32")[0], 2) == sampled(ours, 2)
+
+
+@on_it
+@pytest.mark.parametrize("more", [{"top_k": 9, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0},
+                                  {"model_logprobs": True}])
+def test_pretended_sampling_of_single_samples_equals_the_cpus_with_every_filter(tiny, tiny_folder, counts, more):
+    assert sampled(weights.load(str(tiny_folder), "float32")[0], 1, **more) == sampled(tiny[0], 1, **more)
+
+
+@on_it
+def test_pretended_decoding_reads_no_more_values_for_more_rows(tiny_folder, counts):
+    model, found = weights.load(str(tiny_folder), "float32")[0], []
+    for rows in (2, 16):
+        counts["reads"] = 0
+        list(generate(model, [random_ids(5)], n=rows, max_new_tokens=30, stop_ids=[]))
+        found.append(counts["reads"])
+    assert found[0] == found[1] <= 3 * 30 + 2           # tokens, log-probs and the longest row, a step
+
+
+@on_it
+@pytest.mark.parametrize("more", [
+    [], ["--dtype", "bfloat16"], ["--dtype", "float16"],
+    ["--kl-coef", "0.1", "--kl", "k1", "--kl-in", "reward", "--overlong-buffer", "2"],
+    ["--loss", "dapo", "--kl-coef", "0.1", "--entropy-coef", "0.01", "--dynamic-sampling", "1"],
+    ["--loss", "gspo", "--inner-epochs", "2", "--correction", "mask"], ["--method", "distill"], ["--method", "sft"],
+    ["--mix", "rollout", "--advantage", "persona"], ["--anchor-coef", "0.5", "--anchor-answers", "6"],
+    ["--memory", "0.1"], ["--profile"], ["--async-save"]], ids=" ".join)
+def test_pretended_training_takes_the_cpus_steps(tiny_folder, tmp_path, monkeypatch, counts, more):
+    flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--steps", "3" if "--profile" in more else "2", *more]
+    assert train.main([*flags, "--out", str(tmp_path / "there")]) == 0
+    assert counts["kernels"] > 0 and counts["synchronized"] >= 3 * 2    # sample, train, step: each waits for the device
+    monkeypatch.setattr(weights, "pick_device", lambda name: "cpu")
+    assert train.main([*flags, "--out", str(tmp_path / "here")]) == 0
+    close = 0.02 if "float16" in str(more) else 1e-5
+    for there, here in zip(metrics(tmp_path / "there"), metrics(tmp_path / "here"), strict=True):
+        assert there["reward"] == here["reward"] and there["grad_norm"] == pytest.approx(here["grad_norm"], rel=close)
+
+
+@on_it
+def test_pretended_runs_go_on_where_they_stopped(tiny_folder, tmp_path, counts):
+    flags = ["--model", str(tiny_folder), *FAST, *REWARD]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "two"), "--steps", "2"]) == 0
+    assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4"]) == 0
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "whole")
+    assert same(tensors(tmp_path / "two"), tensors(tmp_path / "whole"))
+
+
+@on_it
+def test_pretended_evaluation_fidelity_and_judge_stay_on_the_device(tiny_folder, tmp_path, counts):
+    sheet = tmp_path / "gym.jsonl"
+    sheet.write_text("\n".join(json.dumps({"persona": f"w{i}", "questions": {task: ["w5 w6?"] for task in
+                               evaluate.judge.TASKS}}) for i in (10, 20)))
+    assert evaluate.main(["--model", str(tiny_folder), "--limit", "3", "--max-new-tokens", "5", "--fidelity", "2",
+                          "--samples", "2", "--noise-floor", "--personagym", str(sheet), "--judge-model",
+                          str(tiny_folder), "--out", str(tmp_path / "out")]) == 0
+    fidelity = json.loads((tmp_path / "out" / "results.json").read_text())["fidelity"]
+    assert 0 <= fidelity["persona_identification"] <= 1 and fidelity["personagym"]["calls"] > 0
+    assert counts["kernels"] > 0
+
+
+@on_it
+def test_pretended_flash_attention_is_called_with_tensors_of_the_device(family, monkeypatch, counts):
+    import attention
+
+    ours, _, folder = family
+    plain = train.completion_logprobs(ours, train.pack(groups_of(), ours))[0]
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen_stand_in)
+    monkeypatch.setattr(attention, "uses_flash", lambda q: True)
+    model = weights.load(str(folder), "float32")[0]
+    logprobs = train.completion_logprobs(model, train.pack(groups_of(), model))[0]
+    logprobs.sum().backward()
+    assert (logprobs.detach().cpu() - plain.detach()).abs().max() <= 1e-5
+    assert all(p.grad.device == model.device for p in model.parameters())
