@@ -111,8 +111,10 @@ class Report:
         row, began = {"what": what}, time.perf_counter()
         try:
             yield row
-        except (Skip, ImportError) as reason:
-            row["note"] = files.one_line(reason)
+        except Skip as reason:
+            row["note"] = str(reason)
+        except ImportError as error:
+            row["note"] = f"not installed ({files.one_line(error)})"
         except torch.OutOfMemoryError:
             row["note"] = "out of memory"
         except Exception as error:                      # the others are still worth their time
@@ -279,9 +281,9 @@ def logprob(report: Report) -> None:
                             "peak_gb": report.peak_gb(work)}
                     if name == "ours":
                         ours = seconds
-                        row |= {"ratio": flops / seconds / rate, "to": "the matmul rate"}
+                        row |= {"ratio": flops / seconds / rate, "to": "of the matmul rate"}
                     elif ours:
-                        row |= {"ratio": seconds / ours, "to": "our time"}
+                        row |= {"ratio": seconds / ours, "to": "x our time"}
 
 
 def errors(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict:
@@ -369,11 +371,11 @@ def decode(report: Report) -> None:
                     try:
                         first = report.timed(lambda: sample(1), 1, 3)       # noqa: B023
                     except ValueError as refused:
-                        raise (Skip(refused) if graphs else refused) from refused
+                        raise (Skip(files.one_line(refused)) if graphs else refused) from refused
                     whole = report.timed(lambda: sample(size.new), 1, 3)    # noqa: B023
                     step = (whole - first) / (size.new - 1)
                     row |= {"value": step * 1e3, "unit": "ms a step", "ratio": step / floor,
-                            "to": "the byte floor", "floor_ms": floor * 1e3,
+                            "to": "x the byte floor", "floor_ms": floor * 1e3,
                             "prefill_ms": first * 1e3, "tokens_a_second": rows * size.new / whole}
                     best[name, rows] = min(whole, best.get((name, rows), whole))
     for name, model in found.items():
@@ -386,7 +388,7 @@ def decode(report: Report) -> None:
                 seconds = transformers_seconds(report, model, prompts)
                 row |= {"value": rows * size.new / seconds, "unit": "tokens/s"}
                 if (name, rows) in best:
-                    row |= {"ratio": seconds / best[name, rows], "to": "our time"}
+                    row |= {"ratio": seconds / best[name, rows], "to": "x our time"}
 
 
 def mixed_load(report: Report, name: str, model: Transformer) -> None:
@@ -466,7 +468,7 @@ def train(report: Report) -> None:
             body = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
             floor = 6 * (body * N + model.head_weight.numel() * M) / rate
             row |= {"value": N / seconds, "unit": "tokens/s", "ratio": floor / seconds,
-                    "to": "the matmul rate", "ms": seconds * 1e3, "floor_ms": floor * 1e3,
+                    "to": "of the matmul rate", "ms": seconds * 1e3, "floor_ms": floor * 1e3,
                     "packed_tokens": N, "trained_tokens": M}
             if report.device == "cuda":
                 row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -475,7 +477,7 @@ def train(report: Report) -> None:
                 # masters and moments in and out; gradients in, clipped in and out; weights out
                 traffic = 3 * 8 + 3 * 4 + model.dtype.itemsize
                 floor = traffic * sum(p.numel() for p in model.parameters()) / bandwidth
-                row |= {"value": median(stepping[2:]) * 1e3, "unit": "ms", "to": "the byte floor",
+                row |= {"value": median(stepping[2:]) * 1e3, "unit": "ms", "to": "x the byte floor",
                         "ratio": median(stepping[2:]) / floor, "floor_ms": floor * 1e3}
 
 
@@ -600,9 +602,11 @@ def table(summary: dict) -> str:
         state = ": ".join(entry[key] for key in ("state", "error") if key in entry)
         lines.append((f"**{name}**", state, "", "", entry.get("seconds", "")))
         for row in entry.get("rows", []):
-            measured = row.get("value") is not None
-            value = f"{row['value']:.4g} {row['unit']}" if measured else ""
-            ratio = f"{row['ratio']:.3g} of {row['to']}" if "ratio" in row else ""
+            value, ratio = row.get("value"), row.get("ratio")
+            if value is not None:
+                value = f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+                value += f" {row['unit']}"
+            ratio = "" if ratio is None else f"{ratio:.3g} {row['to']}"
             words = "; ".join(filter(None, (value, row.get("note"))))
             lines.append(("", row["what"], words, ratio, row["seconds"]))
     cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)

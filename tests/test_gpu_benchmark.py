@@ -90,7 +90,7 @@ def test_each_measurement_is_a_number_beside_its_floor_or_peer(dry):
         assert all(math.isfinite(row["value"]) for row in rows if "note" not in row)
         assert not any("failed" in row.get("note", "") for row in rows)
     to = {row.get("to") for name in ("logprob", "decode", "train") for row in stages[name]["rows"]}
-    assert to >= {"the matmul rate", "the byte floor", "our time"}
+    assert to >= {"of the matmul rate", "x the byte floor", "x our time"}
     logprob, decode = values(stages["logprob"]), stages["decode"]["rows"]
     assert logprob["ours, error against float64, 24 x 500 x 32"] < 1e-5
     assert any("graphs" in row["what"] and "needs a GPU" in row.get("note", "") for row in decode)
