@@ -271,7 +271,7 @@ def total_logprobs(model, groups):
     """log p(completion | prompt) summed over its tokens [M], for groups of (prompt_ids, [completion_ids, ...])."""
     logprobs, _ = completion_logprobs(model, pack(groups, model))
     lengths = [len(completion) for _, completions in groups for completion in completions]
-    return np.array([part.sum().item() for part in logprobs.double().split(lengths)])
+    return np.array([part.sum().item() for part in logprobs.cpu().double().split(lengths)])
 
 
 def personagym(model, tokenizer, questions, grader, name, folder, price=(0.0, 0.0), seed=0, max_new_tokens=128,
