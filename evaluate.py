@@ -9,8 +9,8 @@ asked too. It is the reference, not a ticket of the lottery: PSS and the other s
 
 Fidelity needs no judge: a frozen start model names the persona that wrote an answer (`persona_identification`), and
 the policy says how far the persona moved it (`style_shift`). In evaluation/ are the measures and their intervals
-(measures.py), arms side by side with the hypotheses (compare.py), pictures (report.py) and PersonaGym with a judge
-model (judge.py).
+(measures.py), those in which the luck of a lottery cancels (lottery.py), arms side by side with the hypotheses
+(compare.py), pictures (report.py) and PersonaGym with a judge model (judge.py).
 
 Answers are kept in `--out` as they come, so the command that was interrupted, given again, goes on where it was.
 

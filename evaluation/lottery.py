@@ -29,7 +29,7 @@ import numpy as np
 from evaluation import measures
 
 NAMES = ("persona_sd", "persona_sd_common", "persona_sd_logit", "harmful_gap", "pss_deconvolved")
-HARMFUL = ("conflict", "harmful")  # strata whose personas should cost accuracy; the first that is there
+HARMFUL = ("conflict", "harmful")  # strata that should cost accuracy; the first that is there
 RIDGE = 0.25  # of the conditional logit: a normal prior of 2 logits
 
 
@@ -101,7 +101,7 @@ def inclusion(beta, n_right):
     P(p is right) = w_p e_(k-1)(w without p) / e_k(w). Exact; all k >= 1.
     """
     n, odds, each = len(beta), np.exp(beta - np.mean(beta)), np.arange(len(beta))
-    e = np.zeros((n + 1, n + 1, n + 1))  # e[p, q, k]: e_k(w without p and q); index n leaves out none
+    e = np.zeros((n + 1, n + 1, n + 1))  # e_k(w without p and q) at [p, q, k]; n leaves out none
     e[..., 0] = 1
     for j in range(n):
         factor = np.full((n + 1, n + 1, 1), odds[j])
@@ -169,8 +169,8 @@ def persona_sd_logit(tables):
 
 def harmful_gap(tables, strata, stratum=None):
     """Mean over the other strata minus mean over `stratum`, item by item: tables [..., N, P] and P
-    names -> [..., N]. Without a name the first of HARMFUL that is there. None where it is absent, or
-    nothing else is there."""
+    names -> [..., N]. Without a name it is the first of HARMFUL that is there. None where it is
+    absent, or nothing else is there."""
     strata = np.array(strata)
     name = stratum or next((name for name in HARMFUL if name in strata), None)
     inside = strata == name
@@ -217,7 +217,7 @@ def leave_one_out(tables, names):
 def drawn(values, change, seed=0):
     """(mean, its draws [B]) of seeds' values [S] whose mean changes by change [N] with each item.
 
-    Normal weights on the items, so that the draws' variance is sum change^2, plus the seeds' spread.
+    Normal weights on the items: the draws' variance is sum change^2, plus the seeds' spread.
     The weights are the same for every arm with as many items: differences are paired.
     """
     weights = np.random.default_rng([seed, len(change), 1]).normal(size=(2000, len(change)))

@@ -1,4 +1,4 @@
-"""evaluation/lottery.py: each estimator against brute force on tiny tables, and against the truth in simulation."""
+"""evaluation/lottery.py: estimators against brute force on tiny tables, and the truth in simulation."""
 
 import itertools
 from functools import cache
@@ -10,7 +10,7 @@ from evaluation import lottery, measures
 
 P, SIZES = 24, [(50, 0.25), (50, 0.6), (200, 0.25), (200, 0.6)]  # items, mean accuracy
 SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08)  # true persona_sd
-DIFFICULTY = {0.25: (1.0, 3.0), 0.6: (1.8, 1.2)}  # of items: a beta distribution, of the mean accuracy
+DIFFICULTY = {0.25: (1.0, 3.0), 0.6: (1.8, 1.2)}  # of items: beta distributions of these means
 TINY = (np.random.default_rng(0).random((3, 5, 4)) < 0.5).astype(float)
 
 
@@ -76,8 +76,9 @@ def test_a_table_by_hand_has_the_spread_of_its_two_personas():
 
 
 def chances(beta, k):
-    """All sets of k of the personas, as rows of 0 and 1, with their chances given that k are right."""
-    sets = np.array([[p in s for p in range(len(beta))] for s in itertools.combinations(range(len(beta)), k)])
+    """All sets of k of the personas, as rows of 0 and 1, and their chances where k are right."""
+    everyone = range(len(beta))
+    sets = np.array([[p in s for p in everyone] for s in itertools.combinations(everyone, k)])
     weight = np.exp(sets @ beta)
     return sets.astype(float), weight / weight.sum()
 
@@ -100,7 +101,7 @@ def penalised(beta, correct):
     return total
 
 
-def test_the_conditional_logit_maximises_the_enumerated_likelihood_and_its_variance_is_the_sandwich():
+def test_the_conditional_logit_is_the_enumerated_maximum_and_its_variance_the_sandwich():
     correct = (np.random.default_rng(1).random((12, 4)) < [0.3, 0.5, 0.6, 0.8]).astype(float)
     beta, influence = lottery.conditional_logit(correct)
     step, axes = 1e-4, np.eye(4) * 1e-4
@@ -109,7 +110,7 @@ def test_the_conditional_logit_maximises_the_enumerated_likelihood_and_its_varia
         return np.array([penalised(at + a, rows) - penalised(at - a, rows) for a in axes]) / (2 * step)
 
     assert slope(beta, correct) == pytest.approx(np.zeros(4), abs=1e-5)
-    hessian = -np.array([(slope(beta + a, correct) - slope(beta - a, correct)) / (2 * step) for a in axes])
+    hessian = -np.array([slope(beta + a, correct) - slope(beta - a, correct) for a in axes]) / (2 * step)
     scores = np.array([slope(beta, row[None]) + lottery.RIDGE * beta for row in correct])
     told = (0 < correct.sum(axis=1)) & (correct.sum(axis=1) < 4)
     inverse = np.linalg.inv(hessian)
@@ -134,11 +135,14 @@ def test_a_persona_that_is_never_right_has_a_finite_place_below_the_others():
 
 
 def test_the_harmful_gap_by_hand_names_its_stratum_or_is_absent():
-    tables, strata = np.array([[[1, 0, 0, 1], [1, 1, 0, 0]]]), ["expert", "harmful", "harmful", "neutral"]
+    tables = np.array([[[1, 0, 0, 1], [1, 1, 0, 0]]])
+    strata = ["expert", "harmful", "harmful", "neutral"]
     assert lottery.harmful_gap(tables, strata).tolist() == [[1, 0]]
     assert lottery.harmful_gap(tables[0], strata, "neutral") == pytest.approx([-2 / 3, 2 / 3])
-    assert lottery.harmful_gap(tables, ["conflict", *strata[1:]]) == pytest.approx(np.array([[-2 / 3, -2 / 3]]))
-    assert lottery.harmful_gap(tables, ["expert"] * 4) is lottery.harmful_gap(tables, ["harmful"] * 4) is None
+    got = lottery.harmful_gap(tables, ["conflict", *strata[1:]])
+    assert got == pytest.approx(np.array([[-2 / 3, -2 / 3]]))
+    assert lottery.harmful_gap(tables, ["expert"] * 4) is None
+    assert lottery.harmful_gap(tables, ["harmful"] * 4) is None
 
 
 def test_the_deconvolved_range_by_hand():
@@ -241,7 +245,8 @@ def test_the_spread_in_logits_is_found_at_low_and_at_high_accuracy(spread):
     rng, beta = np.random.default_rng(8), effects(spread)
     for level in (-1.5, 2.0):
         logits = level + 1.5 * rng.normal(size=(60, 100, 1)) + beta
-        got = [lottery.logit_variance(table)[0] for table in rng.random(logits.shape) < 1 / (1 + np.exp(-logits))]
+        tables = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+        got = [lottery.logit_variance(table)[0] for table in tables]
         error = np.std(got) / 60**0.5
         assert abs(np.mean(got) - spread**2) < 3.5 * error + 0.08 * spread**2, (level, np.mean(got))
 
@@ -293,5 +298,6 @@ def test_an_interval_over_questions_and_personas_covers_where_one_over_questions
     for run in range(200):
         table = rng.normal(size=(8, 1)) + 2 * rng.normal(size=24) + rng.normal(size=(8, 24))
         questions = measures.resamples(8, seed=run) @ table.mean(axis=1) / 8
-        covered += [low <= 0 <= high for low, high in map(measures.interval, (measures.crossed(table, run), questions))]
+        intervals = map(measures.interval, (measures.crossed(table, run), questions))
+        covered += [low <= 0 <= high for low, high in intervals]
     assert covered[0] / 200 >= 0.88 > covered[1] / 200
