@@ -233,11 +233,17 @@ def variances(tables, seed=0):
     without = products_without_each_item(tables)
     change = np.sqrt((n - 1) / n) * (without - without.mean(axis=0))
     out = {"persona_sd": drawn(np.diag(pairs), within(change), seed)}
-    if s > 2:  # values whose spread is that of a mean over pairs of seeds (a U-statistic)
-        own = (pairs.sum(axis=1) - np.diag(pairs)) / (s - 1)
-        own = own.mean() + 2 * (s - 1) / (s - 2) * (own - own.mean())
-        out["persona_sd_common"] = drawn(own, between(change), seed)
+    if s > 2:
+        out["persona_sd_common"] = drawn(seed_values(pairs), between(change), seed)
     return out
+
+
+def seed_values(pairs):
+    """The jackknife's pseudo-values [S] of `between`, pairs [S, S], S > 2: S times it, minus S - 1
+    times its value without the seed. A mean over pairs of seeds has no values of single seeds."""
+    s = len(pairs)
+    own = (pairs.sum(axis=1) - np.diag(pairs)) / (s - 1)
+    return own.mean() + 2 * (s - 1) / (s - 2) * (own - own.mean())
 
 
 def estimates(tables, strata, seed=0):

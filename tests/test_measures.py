@@ -69,6 +69,12 @@ def test_leaving_an_item_out_equals_computing_anew_without_it():
     assert lottery.products_without_each_item(TINY) == pytest.approx(np.array(want))
 
 
+def test_a_seed_counts_in_the_common_part_as_the_jackknife_without_it_says():
+    pairs = lottery.products(np.concatenate([TINY, TINY[:, ::-1]])[:4])
+    rest = [lottery.between(np.delete(np.delete(pairs, s, 0), s, 1)) for s in range(4)]
+    assert lottery.seed_values(pairs) == pytest.approx(4 * lottery.between(pairs) - 3 * np.array(rest))
+
+
 def test_a_table_by_hand_has_the_spread_of_its_two_personas():
     """Persona a solves all, b nothing: accuracies 1 and 0, variance 1/2, and no luck at all."""
     assert lottery.persona_sd(np.array([[[1, 0]] * 4])) == pytest.approx(0.5**0.5)
@@ -301,3 +307,4 @@ def test_an_interval_over_questions_and_personas_covers_where_one_over_questions
         intervals = map(measures.interval, (measures.crossed(table, run), questions))
         covered += [low <= 0 <= high for low, high in intervals]
     assert covered[0] / 200 >= 0.88 > covered[1] / 200
+    assert measures.crossed(np.eye(12)).mean() == pytest.approx(1 / 12, rel=0.1)  # two draws, not one
