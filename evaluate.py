@@ -9,8 +9,8 @@ asked too. It is the reference, not a ticket of the lottery: PSS and the other s
 
 Fidelity needs no judge: a frozen start model names the persona that wrote an answer (`persona_identification`), and
 the policy says how far the persona moved it (`style_shift`). In evaluation/ are the measures and their intervals
-(measures.py), arms side by side with the hypotheses (compare.py), pictures (report.py) and PersonaGym with a judge
-model (judge.py).
+(measures.py), those in which the luck of a lottery cancels (lottery.py), arms side by side with the hypotheses
+(compare.py), pictures (report.py) and PersonaGym with a judge model (judge.py).
 
 Answers are kept in `--out` as they come, so the command that was interrupted, given again, goes on where it was.
 
@@ -37,7 +37,7 @@ import rewards
 import rollout
 import tasks
 import weights
-from evaluation import compare, judge, measures, report
+from evaluation import compare, judge, lottery, measures, report
 from evaluation.compare import run_of
 from files import write_atomically
 from model import completion_logprobs, pack
@@ -166,11 +166,20 @@ def summary(table, problems, personas, seed):
     counts = measures.resamples(n, seed=seed)
     values = measures.table_scores(correct) | {"no_persona_accuracy": table[:, 0].mean()}
     draws = measures.bootstrap(correct, counts, seed) | {"no_persona_accuracy": counts @ table[:, 0] / n}
-    return {"personas": rows} | measures.with_intervals(values, draws) | measures.no_effect([correct], seed) | {
+    scores = measures.with_intervals(values, draws) | lottery_scores(correct, personas, seed)
+    return {"personas": rows} | scores | {
         "lottery": measures.lottery(correct.mean(axis=0)).tolist(),
         "lottery_held_out": measures.held_out_lottery(correct, seed).tolist() if n > 1 else [],
         "items": [{"id": problem.id, "kind": problem.kind} for problem in problems],
         "correct": {row["name"]: "".join("01"[int(c)] for c in table[:, j]) for j, row in enumerate(rows)}}
+
+
+def lottery_scores(correct, personas, seed):
+    """The measures in which luck cancels, of one table [N, P], with intervals; None for what the
+    table is too small for or its personas do not have."""
+    found = lottery.estimates([correct], [p.stratum for p in personas], seed)
+    out = dict.fromkeys(lottery.NAMES) | compare.arm_scores(found) | measures.no_effect([correct], seed)
+    return out | {"pss_without_one": lottery.leave_one_out([correct], [p.name for p in personas])}
 
 
 def floor(reruns, n_items, temperature, seed):
@@ -228,7 +237,8 @@ def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, ma
 
     The answer y ~ pi(. | q, s) is scored by the frozen start model, log p(y | q, s') for k candidates s': right when
     its own persona wins. Candidates come in blocks of k personas, drawn anew for each question, each other's rivals.
-    style_shift: mean per token of log pi(y | q, s) - log pi(y | q, none) under the model. Intervals over questions.
+    style_shift: mean per token of log pi(y | q, s) - log pi(y | q, none) under the model.
+    Intervals over questions and personas.
     """
     k, n = min(k, len(personas)), len(personas)
     if k < 2 or not questions:
@@ -251,9 +261,8 @@ def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, ma
         rows += [{"persona": persona.name, "id": f"roleplay-{q}", "kind": "roleplay", "question": question,
                   "answer": text, "tokens": len(y)} | {name: table[q, p] for name, table in tables.items()}
                  for p, (persona, text, y) in enumerate(zip(personas, texts, ys, strict=True))]
-    counts = measures.resamples(len(questions), seed=seed)
     out = measures.with_intervals({name: t.mean() for name, t in tables.items()},
-                                  {name: counts @ t.mean(axis=1) / len(questions) for name, t in tables.items()})
+                                  {name: measures.crossed(t, seed) for name, t in tables.items()})
     tables = {name: t.round(4).tolist() for name, t in tables.items()}
     return out | {"chance": 1 / k, "candidates": k, "questions": list(questions), "tables": tables}, rows
 
@@ -311,15 +320,29 @@ def table_text(results):
     rows = [[row["name"], *(f"{row['accuracy' + end]:.3f}" for end in ("", "_low", "_high"))]
             for row in report.ranked(results)[::-1]]
     rows += [[name, *(f"{results[name + end]:.3f}" for end in ("", "_low", "_high"))] for name in measures.SCORES]
-    shuffled = report.interval(*(results[f"pss_shuffled{end}"] for end in ("", "_low", "_high")))
     lines = [compare.aligned([["persona, then score", "value", "95 % from", "to"], *rows]),
-             f"if personas made no difference, pss would be {shuffled}, and as low as it is with p = "
-             f"{results['pss_shuffled_p']:.3f}",
+             lottery_text(results),
              f"{100 * results['truncated_fraction']:.0f} % of the answers were cut at {results['max_new_tokens']} "
              "tokens (--max-new-tokens)"]
     if results["errors"]:
         lines.append(f"{results['errors']} answers were given up where logits were not finite: try --dtype float32")
     return "\n".join(lines)
+
+
+def lottery_text(results):
+    """What the lottery is worth without luck, in a few lines."""
+    def shown(name):
+        values = [results.get(name + end) for end in ("", "_low", "_high")]
+        return "not measured" if None in values else report.interval(*values, name=name)
+
+    one = results["pss_without_one"]
+    rests = f"; between {one['low']:.3f} and {one['high']:.3f} without one persona ({one['persona']})" if one else ""
+    return "\n".join([
+        f"persona_sd, the true spread over personas in points: {shown('persona_sd')}, p = "
+        f"{results['persona_sd_p']:.3f} without any effect; in logits {shown('persona_sd_logit')}",
+        f"harmful_gap, what harmful personas cost in points: {shown('harmful_gap')}",
+        f"pss would be {shown('pss_shuffled')} if personas made no difference; without luck it is "
+        f"{shown('pss_deconvolved')}{rests}"])
 
 
 def parse(argv):

@@ -2,8 +2,9 @@
 
 Every arm answered the same problems under the same personas, so differences are paired: one resampling of the items
 serves all arms, and training seeds add their own spread (measures.seed_spread). The claims of PerMix-RLVR (arXiv
-2604.08986) become hypotheses H1 to H6, each with a verdict in words: shown, opposite, not shown, or not tested. H6 and
-the comparison at equal mean accuracy are ours: a higher mean alone raises stability.
+2604.08986) become hypotheses H1 to H6, each with a verdict in words: shown, opposite, not shown, or not tested. Beside
+"not shown" stands the difference that the design could have shown. H6 is ours. Stability is decided by `persona_sd`, in
+which luck cancels (evaluation/lottery.py); the paper's `pss` is printed beside what shuffled answers give.
 
     python evaluate.py --compare runs/*/evaluation/after runs/rlvr-0/evaluation/before --out runs/compared
 
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import files
-from evaluation import measures, report
+from evaluation import lottery, measures, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # their order in a comparison; others follow
 
@@ -36,16 +37,24 @@ def run_draws(run, salt, seed=0):
     out = {name: (value, drawn[name]) for name, value in measures.table_scores(table[:, 1:]).items()}
     out["no_persona_accuracy"] = table[:, 0].mean(), np.stack([counts @ table[:, 0] / len(table)] * 2)
     for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
-        mean = np.array(rows).mean(axis=1)
-        out[name] = mean.mean(), np.stack([measures.resamples(len(mean), seed=seed) @ mean / len(mean)] * 2)
+        out[name] = np.mean(rows), np.stack([measures.crossed(rows, seed)] * 2)
     return out
 
 
+def persona_tables(runs):
+    """(tables [S, N, P], the personas' strata, their names) of an arm's runs, `none` left out."""
+    tables = np.array([answer_table(run)[:, 1:] for run in runs])
+    rows = runs[0]["personas"][1:]
+    return tables, [row["stratum"] for row in rows], [row["name"] for row in rows]
+
+
 def arm_draws(runs, salt=0, seed=0):
-    """{score: (value, draws [2, B])} of an arm: the mean over its runs, one a training seed."""
+    """{score: (value, draws)} of an arm: the mean over its runs, one a training seed."""
     each = [run_draws(run, 1000 * salt + i, seed) for i, run in enumerate(runs)]
     shared = [name for name in each[0] if all(name in draws for draws in each)]
-    return {name: measures.over_seeds(*zip(*(draws[name] for draws in each), strict=True), seed) for name in shared}
+    out = {name: measures.over_seeds(*zip(*(draws[name] for draws in each), strict=True), seed)
+           for name in shared}
+    return out | lottery.estimates(*persona_tables(runs)[:2], seed)
 
 
 def check_comparable(runs):
@@ -61,67 +70,90 @@ def check_comparable(runs):
                 raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
 
 
-def difference(first, second, seed=0):
-    """Arm second minus arm first: {score: {"difference", "low", "high", ...}} for the scores that both have,
-    paired."""
-    a, b, out = arm_draws(first, seed=seed), arm_draws(second, 1, seed), {}
+def difference(a, b):
+    """Second arm minus first, paired: {score: {"first", "second", "difference", "low", "high",
+    "detectable"}} for the scores that both have; a, b as arm_draws gives them.
+
+    The interval of persona_sd leaves out 0 exactly where that of its square S2 does, since the root
+    keeps the order of each pair of draws.
+    """
+    out = {}
     for name in [name for name in a if name in b]:
         low, high = measures.interval(b[name][1] - a[name][1])
         out[name] = {"first": float(a[name][0]), "second": float(b[name][0]), "low": low, "high": high,
-                     "difference": float(b[name][0] - a[name][0])}
-    return out | {"pss_at_matched_mean": matched_pss(first, second, seed)}
+                     "difference": float(b[name][0] - a[name][0]),
+                     "detectable": measures.detectable(low, high)}
+    if "persona_sd" in out:
+        out["persona_sd"]["detectable"] = detectable_fall(a["persona_sd"], b["persona_sd"])
+    return out
 
 
-def matched_pss(first, second, seed=0):
-    """The difference in PSS after the first arm was moved to the second's mean accuracy (see match_mean)."""
-    values, draws, counts = [], [], (len(first), len(second))
-    for i in range(max(counts) if min(counts) == 1 else min(counts)):  # seeds in pairs; a lone start model with each
-        tables = [answer_table(runs[i % len(runs)])[:, 1:] for runs in (first, second)]
-        resampled = measures.resamples(len(tables[0]), seed=seed)
-        drawn = [measures.accuracy_draws(table, resampled, [seed, 1000 * j + i]) for j, table in enumerate(tables)]
-        for (x, y), out in (([t.mean(axis=0) for t in tables], values), (drawn, draws)):
-            out.append(measures.pss(y) - measures.pss(measures.match_mean(x, y.mean(axis=-1))))
-    value, drawn = measures.over_seeds(values, draws, seed)
-    low, high = measures.interval(drawn)
-    return {"difference": float(value), "low": low, "high": high}
+def detectable_fall(a, b):
+    """The smallest fall of persona_sd from arm a's value that could have been shown, from the
+    standard error of S2; above a's value where even a fall to 0 could not have been."""
+    first, apart = a[0] * abs(a[0]), b[1] * abs(b[1]) - a[1] * abs(a[1])
+    return float(a[0] - lottery.signed_root(first - measures.detectable(*measures.interval(apart))))
 
 
-STABILITY = ("pss", "pss_mean_minus_std", "worst_persona_accuracy")
-CLAIMS = (  # hypothesis, first arm, second arm, the score that leads, the sign claimed, in words
-    ("H1", "start", "rlvr", "pss", 1, "RLVR raises stability over the start model"),
+CLAIMS = (  # hypothesis, first arm, second arm, the score that decides, the sign claimed, in words
+    ("H1", "start", "rlvr", "persona_sd", -1, "RLVR raises stability over the start model"),
     ("H2", "start", "rlvr", "persona_identification", -1, "RLVR lowers fidelity against the start model"),
-    ("H3", "rlvr", "permix", "pss", 1, "PerMix raises stability over RLVR"),
+    ("H3", "rlvr", "permix", "persona_sd", -1, "PerMix raises stability over RLVR"),
     ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
     ("H5", "rlvr", "permix", "no_persona_accuracy", 0, "PerMix loses no accuracy without a persona"),
 )
-
-
+BESIDE = {"persona_sd": ("persona_sd_logit", "harmful_gap")}  # told beside the score that decides
 MARGIN = 0.03  # of accuracy: H5 claims no loss, and less than this is none
 NEAR_ZERO = 0.1  # of accuracy, for H6
 
 
-def hypotheses(arms, seed=0):
-    """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not tested) and words.
+def hypotheses(arms, draws, scores, seed=0):
+    """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not
+    tested) and words. draws: {role: arm_draws}; scores: {role: the scores that are printed}.
 
-    A stability claim needs `pss`, `pss_mean_minus_std` and `worst_persona_accuracy` to agree in sign and the interval
-    of `pss` to leave out 0. H5's interval must stay above -MARGIN.
+    Stability rises where the interval of the difference in persona_sd lies below 0 and the gap of
+    harmful personas does not grow (an interval above 0). H5's interval must stay above -MARGIN.
     """
     out = []
     for name, first, second, score, sign, claim in CLAIMS:
         missing = [arm for arm in (first, second) if arm not in arms]
-        got = {} if missing else difference(arms[first], arms[second], seed)
-        found, words = "not tested", f"no arm {' or '.join(missing)} given" if missing else "fidelity was not measured"
+        got = {} if missing else difference(draws[first], draws[second])
+        found, said = "not tested", f"no arm {' or '.join(missing)} given" if missing else f"no {score} was measured"
         if score in got:
-            d, found = got[score], verdict(got[score], sign)
-            words = (f"{score} {d['first']:.3f} -> {d['second']:.3f}, difference {d['difference']:+.3f} "
-                     f"[{d['low']:+.3f}, {d['high']:+.3f}]")
-            if score == "pss" and "pss_at_matched_mean" in got:
-                words += "; at equal mean accuracy {difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(
-                    **got["pss_at_matched_mean"])
-            if score == "pss" and len({np.sign(got[other]["difference"]) for other in STABILITY}) > 1:
-                found, words = "not shown", words + "; the three stability scores disagree in sign"
-        out.append({"name": name, "claim": claim, "verdict": found, "words": words})
+            found = verdict(got[score], sign)
+            said = "; ".join(words(key, got[key]) for key in (score, *BESIDE.get(score, ())) if key in got)
+            if score == "persona_sd":
+                said += f"; pss {beside_shuffled(scores[first])} -> {beside_shuffled(scores[second])}"
+                if found == "shown" and got.get("harmful_gap", {"low": 0})["low"] > 0:
+                    found, said = "not shown", said + "; the gap of harmful personas grows"
+            if found == "not shown":
+                said += f"; {could_show(score, got[score], sign)}"
+        out.append({"name": name, "claim": claim, "verdict": found, "words": said})
     return [*out, collapse(arms, seed)]
+
+
+def words(name, d):
+    """A difference in words: the two values, and the change with its interval."""
+    first, second = (report.number(name, d[key]) for key in ("first", "second"))
+    unit = " points" if name in report.POINTS else ""
+    apart = report.interval(d["difference"], d["low"], d["high"], "+", name)
+    return f"{name} {first} -> {second}{unit}, difference {apart}".replace("\u00a0", " ")
+
+
+def beside_shuffled(scores):
+    """`pss`, and in brackets its value without any effect of personas."""
+    return f"{scores['pss']:.3f} ({scores['pss_shuffled']:.3f} shuffled)"
+
+
+def could_show(name, d, sign):
+    """What the design could have shown with 80 % power, in words, beside "not shown"."""
+    size = d["detectable"]
+    if name == "persona_sd":
+        return ("not even a fall to 0 could have been shown" if size > d["first"] else
+                f"a fall of {report.number(name, size)} points could have been shown")
+    if sign == 0:
+        return f"a true difference of {size - MARGIN:+.3f} or more could have been shown to be no loss"
+    return f"a difference of {sign * size:+.3f} could have been shown"
 
 
 def verdict(d, sign):
@@ -163,28 +195,39 @@ def side_by_side(arms, seed=0):
     paired.
     """
     check_comparable([run for runs in arms.values() for run in runs])
-    scored = {role: arm_draws(runs, seed=seed) for role, runs in arms.items()}
+    draws = {role: arm_draws(runs, salt, seed) for salt, (role, runs) in enumerate(arms.items())}
+    scores = {role: arm_scores(got) | without_effect(arms[role], seed) for role, got in draws.items()}
     return {
         "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
-        "arms": {role: arm_scores(got) | measures.no_effect([answer_table(run)[:, 1:] for run in arms[role]], seed)
-                 for role, got in scored.items()},
-        "differences": {f"{b} - {a}": difference(arms[a], arms[b], seed) for a, b in combinations(arms, 2)},
-        "hypotheses": hypotheses(arms, seed),
+        "arms": scores,
+        "differences": {f"{b} - {a}": difference(draws[a], draws[b]) for a, b in combinations(arms, 2)},
+        "hypotheses": hypotheses(arms, draws, scores, seed),
     }
+
+
+def without_effect(runs, seed=0):
+    """An arm's scores that have no difference: what shuffled answers give, and what its lottery is
+    without one persona."""
+    tables, _, names = persona_tables(runs)
+    return measures.no_effect(tables, seed) | {"pss_without_one": lottery.leave_one_out(tables, names)}
 
 
 def arm_scores(got):
     """{score: (value, draws)} of an arm -> values with intervals; shares keep to 0..1 however far seeds spread."""
-    bounds = {"log_posterior": (-np.inf, 0), "style_shift": (-np.inf, np.inf), "pss_mean_minus_std": (-1, 1)}
+    bounds = dict.fromkeys(("style_shift", "persona_sd_logit"), (-np.inf, np.inf)) | {"log_posterior": (-np.inf, 0)}
+    bounds |= dict.fromkeys(("pss_mean_minus_std", *report.POINTS), (-1, 1))
     draws = {name: np.clip(drawn, *bounds.get(name, (0, 1))) for name, (_, drawn) in got.items()}
     return measures.with_intervals({name: value for name, (value, _) in got.items()}, draws)
 
 
 def run_scores(run):
-    """One training seed of an arm: its seed and the scores that the arm's are the mean of."""
-    found = measures.table_scores(answer_table(run)[:, 1:]) | {"no_persona_accuracy": run["no_persona_accuracy"]}
-    tables = run.get("fidelity", {}).get("tables", {})
-    return {"training_seed": run.get("training_seed")} | found | {n: float(np.mean(t)) for n, t in tables.items()}
+    """One training seed of an arm: its seed and the scores that the arm's are the mean of. (Spread is
+    averaged as a variance, so an arm's persona_sd is the root of the mean of signed squares.)"""
+    tables, strata, _ = persona_tables([run])
+    found = measures.table_scores(tables[0]) | {"no_persona_accuracy": run["no_persona_accuracy"]}
+    found |= {name: float(value) for name, (value, _) in lottery.estimates(tables, strata).items()}
+    spoken = run.get("fidelity", {}).get("tables", {})
+    return {"training_seed": run.get("training_seed")} | found | {n: float(np.mean(t)) for n, t in spoken.items()}
 
 
 def averaged(runs, scores):

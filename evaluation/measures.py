@@ -8,7 +8,8 @@ arXiv 2107.03374), turned from samples to personas. Intervals resample items, al
 items then cancel in a comparison. Minimum and maximum of noisy columns are biased; `accuracy_draws` says what is done
 about it. Where an arm was trained with several seeds, `seed_spread` adds what they say.
 
-If personas made no difference, PSS would still be below 1, since the worst of P columns is unlucky: `shuffled_pss`.
+If personas made no difference, PSS would still be below 1, since the worst of P columns is unlucky: `no_effect` says
+what it would be. Decisions therefore rest on evaluation/lottery.py, in whose measures luck cancels.
 
 Left out: other significance tests (an interval says more) and anything that needs a model.
 """
@@ -49,24 +50,33 @@ def table_scores(correct):
     return {name: float(value) for name, value in scores(correct.mean(axis=0), correct.prod(axis=1).mean()).items()}
 
 
-def shuffled_pss(tables, n_draws=500, seed=0):
-    """Mean PSS [n_draws] of tables [S, N, P] if personas made no difference: answers to an item shuffled among them.
+def shuffled_accuracy(tables, n_draws=500, seed=0):
+    """Accuracies [n_draws, S, P] of tables [S, N, P] if personas made no difference: the answers to
+    an item are shuffled among them.
 
-    A permutation test (Fisher 1935). Each item is solved as often as before, but no persona is better than another. A
-    PSS like these leaves no lottery to win: which persona solves what is luck, and only answers that agree more raise
-    it further. An arm's S runs are shuffled alike, since the luck of a persona with an item may be common to them.
+    A permutation test (Fisher 1935). Each item is solved as often as before, but no persona is
+    better than another. An arm's S runs are shuffled alike, since the luck of a persona with an
+    item may be common to them.
     """
     tables, rng = np.asarray(tables, dtype=float), np.random.default_rng(seed)
     orders = (rng.random(tables.shape[1:]).argsort(axis=1)[None] for _ in range(n_draws))
-    return np.array([pss(np.take_along_axis(tables, order, 2).mean(axis=1)).mean() for order in orders])
+    return np.array([np.take_along_axis(tables, order, 2).mean(axis=1) for order in orders])
 
 
-def no_effect(tables, seed=0):
-    """`shuffled_pss` of an arm's tables [S, N, P] as results carry it: `pss_shuffled` with `_low` and `_high` (95 % of
-    the shuffles) and `_p`, the chance of a mean PSS as low as the arm's without any effect of personas."""
-    seen, drawn = pss(np.mean(tables, axis=1)).mean(), shuffled_pss(tables, seed=seed)
-    out = with_intervals({"pss_shuffled": drawn.mean()}, {"pss_shuffled": drawn})
-    return out | {"pss_shuffled_p": float((1 + (drawn <= seen + 1e-9).sum()) / (1 + len(drawn)))}
+def no_effect(tables, seed=0, n_draws=500):
+    """What an arm's tables [S, N, P] would give without any effect of personas, by shuffling.
+
+    `pss_shuffled` with `_low` and `_high` (95 % of the shuffles); `pss_shuffled_p`, the chance of a
+    mean PSS as low as the arm's; `persona_sd_p`, the chance of a spread as large. Shuffling keeps
+    each item's own sum of squares, so the variance of accuracies orders shuffles as S2 does
+    (evaluation/lottery.py).
+    """
+    seen, drawn = np.mean(tables, axis=1)[None], shuffled_accuracy(tables, n_draws, seed)
+    out = with_intervals({"pss_shuffled": pss(drawn).mean()}, {"pss_shuffled": pss(drawn).mean(axis=1)})
+    for name, extreme in (("pss_shuffled_p", lambda a: -pss(a)), ("persona_sd_p", lambda a: a.var(axis=-1))):
+        as_far = extreme(drawn).mean(axis=1) >= extreme(seen).mean() - 1e-9
+        out[name] = float((1 + as_far.sum()) / (1 + len(drawn)))
+    return out
 
 
 def draw_weights(n):
@@ -154,6 +164,21 @@ def with_intervals(values, draws):
     return out
 
 
+def detectable(low, high):
+    """The true difference that a design shows in 80 % of repetitions (two-sided, 5 %): 2.8 standard
+    errors, 1.96 of them being half of the 95 % interval (low, high). With few seeds the interval is
+    Student's t, and this a little too much."""
+    return 2.8 / 1.96 * (high - low) / 2
+
+
+def crossed(table, seed=0):
+    """Resampled means [B] of a table [questions, personas], both drawn anew: an interval for other
+    questions and other personas (the pigeonhole bootstrap, Owen 2007; errs on the wide side)."""
+    table = np.asarray(table, dtype=float)
+    rows, columns = (resamples(n, seed=[seed, axis]) for axis, n in enumerate(table.shape))
+    return (rows @ table * columns).sum(axis=1) / table.size
+
+
 def seed_spread(n, n_draws=2000, seed=0):
     """W [n, n_draws], columns summing to 0: values [n] @ W are draws of how far the mean of n training seeds is off.
 
@@ -195,22 +220,6 @@ def majority(rows):
         winner = Counter(row["extracted"] for row in ballot if row["extracted"]).most_common(1)
         right += any(row["correct"] for row in ballot if winner and row["extracted"] == winner[0][0])
     return right / len(ballots)
-
-
-def match_mean(accuracy, target):
-    """Accuracies [..., P] moved along the logit, all by one shift, until their mean is `target` [...]; 0 and 1 stay.
-
-    In theory reward training adds 1/beta to each item's logit, so a higher mean alone raises PSS. Comparing an arm
-    with the other arm shifted to its mean takes that away. Ours, and approximate: it shifts persona means, not items.
-    """
-    target = np.asarray(target, dtype=float)
-    low, high = np.full(target.shape, -30.0), np.full(target.shape, 30.0)
-    for _ in range(50):  # bisection: the mean rises with the shift
-        odds = np.exp((low + high) / 2)[..., None]
-        moved = accuracy * odds / (1 - accuracy + accuracy * odds)
-        above = moved.mean(axis=-1) > target
-        low, high = np.where(above, low, (low + high) / 2), np.where(above, (low + high) / 2, high)
-    return moved
 
 
 def identification(logprobs):

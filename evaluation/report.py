@@ -30,16 +30,22 @@ LIGHT = {name: pair[0] for name, pair in PALETTE.items()}
 SERIES = [LIGHT[f"c{i}"] for i in range(7)] * 9  # more arms than colours: they come round again
 MARKERS = "osD^vhp" * 9  # colour is not all that tells two arms apart
 CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
-MAIN = {"pss": "stability (pss)", "pss_shuffled": "pss, shuffled", "pss_at_matched_mean": "pss at equal mean accuracy",
-        "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
+MAIN = {"persona_sd": "persona_sd, points", "persona_sd_p": "p", "harmful_gap": "harmful gap, points",
+        "pss": "pss (shuffled)", "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
         "persona_identification": "persona identification"}  # of the tables of a comparison
+POINTS = ("persona_sd", "persona_sd_common", "harmful_gap")  # accuracies, printed as points of 0..100
 RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "text.parse_math": False, "font.size": 9,
       "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["line"],
       "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 9,
       "xtick.color": LIGHT["soft"], "ytick.color": LIGHT["soft"], "grid.color": LIGHT["line"], "grid.linewidth": 0.6,
       "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.8}
 SCORES = {  # name in results.json: what the reader is told
+    "persona_sd": "true spread over personas, points; luck cancels",
+    "persona_sd_common": "its part that repeats over seeds, points",
+    "persona_sd_logit": "spread in logits, free of saturation",
+    "harmful_gap": "points that harmful personas cost",
     "pss": "worst over best persona; 1 is no lottery",
+    "pss_deconvolved": "worst over best without the luck",
     "pss_shuffled": "pss if personas made no difference", "pss_mean_minus_std": "mean minus spread over personas",
     "pss_all_correct": "problems right under every persona", "worst_persona_accuracy": "the unlucky ticket",
     "mean_accuracy": "a persona at random", "no_persona_accuracy": "no system prompt",
@@ -127,27 +133,39 @@ def other(arms):
     return ("persona_identification", "fidelity") if measured else ("mean_accuracy", "accuracy")
 
 
+def stability(arms):
+    """(score, factor, label) to plot an arm's stability by: persona_sd, or pss where an arm has too
+    few problems for that."""
+    if any(results.get("persona_sd") is None for results in arms.values()):
+        return "pss", 1, "stability: PSS (1 is no lottery)"
+    return "persona_sd", 100, "spread over personas, points (persona_sd; 0 is no lottery)"
+
+
 def tradeoff(arms, runs=None):
     """Stability against fidelity, one point an arm; against mean accuracy where fidelity was not measured.
 
     runs: {arm: [scores of a training seed]}; where an arm has several, they stand around it as small points.
     """
-    key, kind = other(arms)
+    (key, kind), (x, factor, label) = other(arms), stability(arms)
     measured = kind == "fidelity"
     fig, ax = figure(4.6, 4)
     for colour, marker, (name, results) in zip(SERIES, MARKERS, arms.items(), strict=False):
         place = results["fidelity"] if measured else results
-        error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1)
-                 for row, k in ((results, "pss"), (place, key))]
-        ax.errorbar(results["pss"], place[key], xerr=error[0], yerr=error[1], color=colour, marker=marker, markersize=8,
-                    elinewidth=1, capsize=2, linestyle="none", label=name, markeredgecolor=LIGHT["card"], zorder=3)
+        error = [np.clip([[row[k] - row[k + "_low"]], [row[k + "_high"] - row[k]]], 0, 1) * times
+                 for row, k, times in ((results, x, factor), (place, key, 1))]
+        ax.errorbar(factor * results[x], place[key], xerr=error[0], yerr=error[1], color=colour, marker=marker,
+                    markersize=8, elinewidth=1, capsize=2, linestyle="none", label=name, markeredgecolor=LIGHT["card"],
+                    zorder=3)
         seeds = runs[name] if runs and len(runs[name]) > 1 else []
-        ax.scatter([seed["pss"] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker, s=16,
-                   alpha=0.7, linewidth=0)
+        ax.scatter([factor * seed[x] for seed in seeds], [seed[key] for seed in seeds], color=colour, marker=marker,
+                   s=16, alpha=0.7, linewidth=0)
     chance = f" (chance: {next(iter(arms.values()))['fidelity']['chance']:.3g})" if measured else ""
-    ax.set(xlabel="stability: PSS (1 is no lottery)", ylabel=key.replace("_", " ") + chance)
+    ax.set(xlabel=label, ylabel=key.replace("_", " ") + chance)
     for axis, (low, high) in (("x", ax.get_xlim()), ("y", ax.get_ylim())):
-        ax.set(**{f"{axis}lim": (max(low, -0.02), min(high, 1.03))})
+        if axis == "y" or x == "pss":
+            ax.set(**{f"{axis}lim": (max(low, -0.02), min(high, 1.03))})
+    if x == "persona_sd":
+        ax.invert_xaxis()  # stable arms stand on the right
     ax.grid()
     fig.legend(loc="outside lower center", ncols=3)
     return fig
@@ -194,16 +212,18 @@ def sentence(arms, comparison):
     if comparison:
         shown, against = ("; ".join(h["claim"] for h in comparison["hypotheses"] if h["verdict"] == word)
                           for word in ("shown", "opposite"))
-        scores = ", ".join(f"{label} {results['pss']:.2f}" for label, results in arms.items())
-        return f"Stability (PSS): {scores}. " + (f"Shown here: {shown}. " if shown else "") + (
+        key, factor, told = stability(arms)
+        scores = ", ".join(f"{label} {factor * results[key]:.{1 if factor > 1 else 2}f}"
+                           for label, results in arms.items())
+        return f"{told[0].upper()}{told[1:]}: {scores}. " + (f"Shown here: {shown}. " if shown else "") + (
             f"The data speak against: {against}." if against else "")
     (label, results), = arms.items()
     rows = [row for row in ranked(results) if row["name"] != "none"]
     return (f"With nothing changed but the persona in the system prompt, {label} answers between "
             f"{100 * rows[0]['accuracy']:.0f} % ({rows[0]['name']}) and {100 * rows[-1]['accuracy']:.0f} % "
             f"({rows[-1]['name']}) of {rows[0]['n']} problems, and {100 * results['no_persona_accuracy']:.0f} % "
-            f"without a persona. Stability (PSS) is {results['pss']:.2f}, 95 % interval {results['pss_low']:.2f} to "
-            f"{results['pss_high']:.2f}.")
+            f"without a persona. Stability (PSS) is {results['pss']:.2f}, and would be {results['pss_shuffled']:.2f} "
+            f"if personas made no difference.")
 
 
 def html_table(head, rows):
@@ -221,7 +241,8 @@ def html_table(head, rows):
 def numbers(arms):
     """The table of scores with their intervals, one column an arm."""
     def row(name, note, places, key):
-        cells = [interval(p[key], p[f"{key}_low"], p[f"{key}_high"]) if key in p else "–" for p in places]
+        cells = ["–" if p.get(key) is None else interval(p[key], p[f"{key}_low"], p[f"{key}_high"], name=key)
+                 for p in places]
         return [f"{name}\n{note}", *cells] if set(cells) != {"–"} else None
 
     results = list(arms.values())
@@ -247,18 +268,35 @@ def judged(gym):
             f"cost {gym['cost']:.2f}; {gym['unparsed']} without a score")
 
 
-def interval(value, low, high, sign=""):
+def number(name, value, sign=""):
+    """A score as text: three decimals, or points with one where the score is one of POINTS."""
+    return f"{100 * value:{sign}z.1f}" if name in POINTS else f"{value:{sign}.3f}"
+
+
+def interval(value, low, high, sign="", name=""):
     """A number with its 95 % interval; the space inside the brackets does not break."""
-    return f"{value:{sign}.3f} [{low:{sign}.3f},\u00a0{high:{sign}.3f}]"
+    value, low, high = (number(name, x, sign) for x in (value, low, high))
+    return f"{value} [{low},\u00a0{high}]"
+
+
+def arm_cell(scores, key):
+    """One score of an arm: with its interval, except a p value, and `pss` beside its shuffled value."""
+    if scores.get(key) is None:
+        return "–"
+    if key == "pss":
+        return f"{scores['pss']:.3f} ({scores['pss_shuffled']:.3f})"
+    if key == "persona_sd_p":
+        return f"{scores[key]:.3f}"
+    return interval(*(scores[key + end] for end in ("", "_low", "_high")), name=key)
 
 
 def arm_rows(comparison):
     """A head and a row for each arm: its training seeds and main scores."""
-    keys = [key for key in MAIN if any(key in scores for scores in comparison["arms"].values())]
+    arms = comparison["arms"]
+    keys = [key for key in MAIN if any(scores.get(key) is not None for scores in arms.values())]
     return [["arm", "seeds", *(MAIN[key] for key in keys)]] + [
-        [role, str(len(comparison["runs"][role])),
-         *(interval(*(scores[key + end] for end in ("", "_low", "_high"))) if key in scores else "–" for key in keys)]
-        for role, scores in comparison["arms"].items()]
+        [role, str(len(comparison["runs"][role])), *(arm_cell(scores, key) for key in keys)]
+        for role, scores in arms.items()]
 
 
 def difference_rows(comparison):
@@ -266,12 +304,13 @@ def difference_rows(comparison):
     pairs = comparison["differences"]
     keys = [key for key in MAIN if any(key in scores for scores in pairs.values())]
 
-    def cell(d):
+    def cell(d, key):
         arrow = "▲ " if d["low"] > 0 else "▼ " if d["high"] < 0 else ""
-        return arrow + interval(d["difference"], d["low"], d["high"], "+")
+        return arrow + interval(d["difference"], d["low"], d["high"], "+", key)
 
-    return [["difference", *(MAIN[key] for key in keys)]] + [
-        [pair, *(cell(scores[key]) if key in scores else "–" for key in keys)] for pair, scores in pairs.items()]
+    return [["difference", *(MAIN[key].replace(" (shuffled)", "") for key in keys)]] + [
+        [pair, *(cell(scores[key], key) if key in scores else "–" for key in keys)]
+        for pair, scores in pairs.items()]
 
 
 def cards(arms, transcripts, limit=6):

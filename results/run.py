@@ -4,6 +4,8 @@
     python results/run.py --arms rlvr permix --seeds 0 1    # part of it; what is there already is not run again
     python results/run.py --task problems.jsonl --out runs/other --steps 60 --learning-rate 1e-4
 
+    python results/run.py --rebuild main early              # the kept comparisons from the kept results, no run
+
 Flags that are not its own go to train.py, for every arm.
 
 All arms see the same problems in the same order, with as many steps and completions; only who speaks (and for `sft`
@@ -25,11 +27,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
-from evaluation import report  # noqa: E402
+from evaluation import compare, report  # noqa: E402
 from settings import settings  # noqa: E402
 
 ARMS = {
@@ -127,6 +131,28 @@ def tables(comparison: dict) -> str:
                         markdown(["", "claim", "verdict", "measured"], *verdicts)]) + "\n"
 
 
+def kept(name: str) -> tuple[dict, dict]:
+    """({arm: its results, one a training seed}, their comparison) of what results/NAME keeps."""
+    arms, folder = {}, ROOT / "results" / name
+    for file in sorted(folder.glob("*/results.json")):
+        role, results = compare.read_arm(file.parent)
+        arms.setdefault(role, []).append(results)
+    order = json.loads((folder / "compared" / "comparison.json").read_text())["arms"]
+    arms = {role: arms[role] for role in order}
+    return arms, compare.side_by_side(arms)
+
+
+def rebuild(name: str) -> None:
+    """comparison.json, tables.md and the plot of results/NAME again, from each run's table of right and wrong."""
+    (arms, comparison), folder = kept(name), ROOT / "results" / name
+    shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
+    with matplotlib.rc_context(report.RC):
+        plot = report.tradeoff(shown, comparison["runs"])
+        plot.savefig(folder / "compared" / "stability_against_fidelity.png", dpi=160)
+    (folder / "compared" / "comparison.json").write_text(json.dumps(comparison, indent=1))
+    (folder / "tables.md").write_text(tables(comparison))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -140,8 +166,13 @@ def main() -> None:
     p.add_argument("--questions", type=int, default=8, help="open questions for fidelity")
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders")
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
+    p.add_argument("--rebuild", nargs="+", metavar="NAME", help="only: the kept comparisons again, from kept results")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, 5.6 GB each, on its share of the cores")
     args, args.rest = p.parse_known_args()
+    if args.rebuild:
+        for name in args.rebuild:
+            rebuild(name)
+        return
     if args.jobs < 1:
         p.error(f"--jobs must be at least 1, not {args.jobs}")
     try:

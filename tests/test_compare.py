@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import compare, measures
+from evaluation import compare, lottery, measures
 from tests.test_evaluate import persona_tables
 
 
@@ -25,7 +25,7 @@ def results_of(accuracies, seed, identified=0.9, n_items=150, hard=True):
 
 Problem = namedtuple("Problem", "question answer id kind")
 Persona = namedtuple("Persona", "name stratum")
-BASE, RLVR, PERMIX = np.r_[0.3, np.linspace(0.05, 0.5, 8)], np.r_[0.7, np.linspace(0.3, 0.8, 8)], np.full(9, 0.8)
+BASE, RLVR, PERMIX = np.r_[0.3, np.linspace(0.05, 0.5, 8)], np.r_[0.7, np.linspace(0.45, 0.7, 8)], np.full(9, 0.8)
 
 
 def verdicts(arms):
@@ -49,22 +49,63 @@ def test_nothing_is_claimed_of_two_equal_arms_or_of_an_arm_that_is_missing():
     assert all(abs(d["difference"]) < 1e-9 and d["low"] <= 1e-9 and d["high"] >= -1e-9 for d in same.values())
 
 
-def test_a_stability_claim_needs_all_three_scores_to_agree(monkeypatch):
-    def disagreeing(first, second, seed):
-        row = {"first": 0.2, "second": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
-        return {"pss": row, "pss_mean_minus_std": row, "worst_persona_accuracy": row | {"difference": -0.1}}
-
-    monkeypatch.setattr(compare, "difference", disagreeing)
-    h1 = compare.hypotheses({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})[0]
-    assert h1["verdict"] == "not shown" and "disagree" in h1["words"]
+def told(monkeypatch, **rows):
+    """Hypotheses of two arms whose differences are made up: {score: (difference, low, high)}."""
+    made = {name: {"first": 0.05, "second": 0.05 + row[0], "difference": row[0], "low": row[1], "high": row[2],
+                   "detectable": 0.04} for name, row in rows.items()}
+    monkeypatch.setattr(compare, "difference", lambda a, b: made)
+    return compare.side_by_side({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})["hypotheses"][0]
 
 
-def test_at_matched_mean_accuracy_mere_saturation_gains_no_stability():
+def test_stability_is_decided_by_the_spread_and_a_growing_harmful_gap_forbids_the_claim(monkeypatch):
+    falls, grows = (-0.04, -0.05, -0.03), (0.04, 0.01, 0.07)
+    assert told(monkeypatch, persona_sd=falls, pss=(-0.2, -0.3, -0.1))["verdict"] == "shown"
+    assert told(monkeypatch, persona_sd=falls, harmful_gap=(0.04, -0.01, 0.09))["verdict"] == "shown"
+    got = told(monkeypatch, persona_sd=falls, harmful_gap=grows)
+    assert got["verdict"] == "not shown" and "gap of harmful personas grows" in got["words"]
+    assert told(monkeypatch, persona_sd=(0.04, 0.03, 0.05))["verdict"] == "opposite"
+
+
+def test_beside_not_shown_stands_what_could_have_been_shown(monkeypatch):
+    got = told(monkeypatch, persona_sd=(-0.02, -0.05, 0.01))["words"]
+    assert "persona_sd 5.0 -> 3.0 points, difference -2.0 [-5.0, +1.0]" in got
+    assert got.endswith("; a fall of 4.0 points could have been shown") and "shuffled) -> " in got
+    too_much = {"detectable": 0.06, "first": 0.05}
+    assert compare.could_show("persona_sd", too_much, -1) == "not even a fall to 0 could have been shown"
+    assert "-0.060 could" in compare.could_show("persona_identification", too_much, -1)
+    assert "+0.030 or more" in compare.could_show("no_persona_accuracy", too_much, 0)
+
+
+def test_mere_saturation_shrinks_the_spread_of_accuracy_and_not_the_spread_in_logits():
     logits = np.linspace(-2.5, -0.5, 9)
-    first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False)
-                     for shift in (0, 2))
-    got = compare.difference([first], [second])
-    assert got["pss"]["low"] > 0.1 and abs(got["pss_at_matched_mean"]["difference"]) < 0.06
+    first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False) for shift in (1, 5))
+    got = compare.difference(*(compare.arm_draws([run]) for run in (first, second)))
+    assert got["persona_sd"]["high"] < -0.02 and got["pss"]["low"] > 0.1
+    assert got["persona_sd_logit"]["low"] < 0 < got["persona_sd_logit"]["high"]
+
+
+def test_the_interval_of_a_difference_in_spread_leaves_out_0_exactly_where_that_of_its_square_does():
+    rng, verdicts = np.random.default_rng(0), []
+    for shift in np.linspace(-5, 5, 41):
+        squares = [(mean, mean + rng.normal(size=2000)) for mean in (1.0, 1.0 + shift)]
+        low, high = measures.interval(squares[1][1] - squares[0][1])
+        a, b = ({"persona_sd": tuple(map(lottery.signed_root, pair))} for pair in squares)
+        d = compare.difference(a, b)["persona_sd"]
+        assert (d["low"] > 0, d["high"] < 0) == (low > 0, high < 0)
+        verdicts.append(compare.verdict(d, -1))
+    assert set(verdicts) == {"shown", "opposite", "not shown"}
+
+
+def test_a_fall_that_could_be_shown_is_shown_in_four_of_five_repetitions():
+    rng, shown, start = np.random.default_rng(1), 0, 25.0
+    fall = compare.detectable_fall(*((5.0, lottery.signed_root(start + rng.normal(size=20_000))) for _ in range(2)))
+    truth = (5 - fall) ** 2  # of the second arm's square, each square with a standard error of 1
+    for _ in range(500):
+        estimated = [start + rng.normal(), truth + rng.normal()]
+        draws = ({"persona_sd": (lottery.signed_root(x), lottery.signed_root(x + rng.normal(size=400)))}
+                 for x in estimated)
+        shown += compare.difference(*draws)["persona_sd"]["high"] < 0
+    assert shown / 500 == pytest.approx(0.8, abs=0.06)
 
 
 def test_several_training_seeds_of_an_arm_are_averaged_and_widen_its_interval():
@@ -197,10 +238,3 @@ def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
 def test_learning_curves_of_several_seeds_are_averaged_step_by_step():
     runs = [[{"step": i, "reward": base + i, "entropy": None} for i in range(n)] for base, n in ((0, 3), (1, 2))]
     assert compare.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]
-
-
-def test_an_arm_with_fewer_seeds_meets_each_seed_of_the_other_at_matched_accuracy():
-    one, several = [results_of(BASE, 0)], [results_of(RLVR, seed) for seed in (1, 2, 3)]
-    got = compare.matched_pss(one, several)
-    each = [compare.matched_pss(one, [run])["difference"] for run in several]
-    assert got["difference"] == pytest.approx(np.mean(each)) and got["low"] < min(each) < max(each) < got["high"]

@@ -128,7 +128,7 @@ def test_shuffled_pss_has_the_distribution_of_all_ways_to_hand_out_each_items_an
     table = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=float)
     ways = [np.mean(rows, axis=0) for rows in itertools.product(*(itertools.permutations(row) for row in table))]
     exact = np.array([measures.pss(way) for way in ways])
-    drawn = measures.shuffled_pss(table[None], 20_000)
+    drawn = measures.pss(measures.shuffled_accuracy(table[None], 20_000))[:, 0]
     assert set(drawn.round(9)) == set(exact.round(9))
     for value in set(exact):
         assert np.isclose(drawn, value).mean() == pytest.approx(np.isclose(exact, value).mean(), abs=0.015)
@@ -190,17 +190,6 @@ def test_pass_at_k_equals_the_mean_over_all_subsets_of_samples(hits):
         assert measures.pass_at_k(hits, 5, k) == pytest.approx(brute)
 
 
-def test_matching_the_mean_moves_all_personas_by_one_logit_shift():
-    accuracy = np.array([0.2, 0.4, 0.5])
-    moved = measures.match_mean(accuracy, 0.7)
-    shift = np.log(moved / (1 - moved)) - np.log(accuracy / (1 - accuracy))
-    assert moved.mean() == pytest.approx(0.7) and shift == pytest.approx(np.full(3, shift[0]))
-    assert measures.pss(moved) > measures.pss(accuracy)  # saturation alone raises stability
-    batch = measures.match_mean(np.stack([accuracy, accuracy]), np.array([0.7, 0.3]))
-    assert batch.mean(axis=1) == pytest.approx([0.7, 0.3])
-    assert measures.match_mean(np.array([0.0, 0.5]), 0.25) == pytest.approx([0, 0.5])  # 0 stays 0
-
-
 def test_identification_equals_the_hand_computed_posterior_and_ties_score_chance():
     logprobs = np.log([[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [1 / 3, 1 / 3, 1 / 3], [0.0001, 0.0001, 0.9998]])
     hit, posterior = measures.identification(logprobs[:3])
@@ -259,6 +248,12 @@ def test_results_carry_what_the_design_names(evaluated):
     assert {"model", "task", "seed", "command", "commit", "seconds", "lottery", "noise_floor"} <= set(results)
     assert [row["name"] for row in results["personas"]] == ["none", "a pirate", "a nurse", "a cook"]
     assert all(row["n"] == 5 and row["stratum"] for row in results["personas"])
+    for name in ("persona_sd", "pss_deconvolved"):
+        assert results[f"{name}_low"] <= results[name] <= results[f"{name}_high"]
+    # one stratum, one seed, and a model that is never right
+    assert results["harmful_gap"] is results["persona_sd_common"] is results["persona_sd_logit"] is None
+    assert "harmful personas cost in points: not measured" in evaluate.table_text(results)
+    assert 0 < results["persona_sd_p"] <= 1 and results["pss_without_one"]["persona"] in results["correct"]
     assert len(results["lottery"]) == len(results["lottery_held_out"]) == 3  # none is no ticket of the lottery
     assert not list(out.glob("*.part"))
 

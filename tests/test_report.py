@@ -109,7 +109,7 @@ def test_without_fidelity_stability_is_plotted_against_accuracy_and_the_lead_giv
     assert report.other(arms)[1] == "fidelity" and report.other(plain)[1] == "accuracy"
     assert report.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy"
     lead = report.sentence(arms, comparison)
-    assert all(f"{label} {results['pss']:.2f}" in lead for label, results in arms.items())
+    assert all(f"{label} {100 * results['persona_sd']:.1f}" in lead for label, results in arms.items())
 
 
 def test_plots_follow_the_readers_colour_scheme(single):
@@ -132,7 +132,9 @@ def test_bars_and_points_stand_at_the_numbers_given():
     widths = [bar.get_width() for bar in fig.axes[0].patches]
     assert widths == sorted(row["accuracy"] for row in results["personas"])
     points = report.tradeoff({"rlvr": results}).axes[0].containers[0].lines[0].get_xydata()
-    assert points.tolist() == [[results["pss"], results["fidelity"]["persona_identification"]]]
+    assert points.tolist() == [[100 * results["persona_sd"], results["fidelity"]["persona_identification"]]]
+    fig = report.tradeoff({"rlvr": results | {"persona_sd": None}})  # an evaluation of two problems
+    assert fig.axes[0].containers[0].lines[0].get_xdata() == [results["pss"]]
 
 
 def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend_names_each_arm_once(seeds):
@@ -140,10 +142,11 @@ def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend
     fig = report.tradeoff(arms, comparison["runs"])
     clouds = [cloud for cloud in fig.axes[0].collections if isinstance(cloud, PathCollection)]
     for cloud, (role, runs) in zip(clouds, comparison["runs"].items(), strict=True):
-        points = [[run["pss"], run["persona_identification"]] for run in runs] if len(runs) > 1 else []
-        assert cloud.get_offsets().tolist() == points
-        mean = np.mean(points, axis=0) if points else None
-        assert mean is None or mean == pytest.approx([arms[role][k] for k in ("pss", "persona_identification")])
+        points = np.array([[100 * run["persona_sd"], run["persona_identification"]] for run in runs])
+        assert cloud.get_offsets().tolist() == (points.tolist() if len(runs) > 1 else [])
+        variance = np.mean(points[:, 0] * abs(points[:, 0]))  # an arm's spread is a mean of variances
+        assert variance == pytest.approx(1e4 * arms[role]["persona_sd"] * abs(arms[role]["persona_sd"]))
+        assert points[:, 1].mean() == pytest.approx(arms[role]["persona_identification"])
     assert [entry.get_text() for entry in fig.legends[0].get_texts()] == list(arms)
     markers = {box.lines[0].get_marker() for box in fig.axes[0].containers}
     assert len(markers) == 3  # told apart without colour too
@@ -152,10 +155,10 @@ def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend
 def test_paired_differences_carry_an_arrow_only_where_the_interval_leaves_out_zero():
     d = {"difference": 0.1, "low": -0.1, "high": 0.3}
     got = report.difference_rows({"differences": {"b - a": {"pss": d, "mean_accuracy": d | {"low": 0.05}},
-                                                  "c - a": {"pss": d | {"low": -0.3, "high": -0.1}}}})
-    assert got == [["difference", "stability (pss)", "mean accuracy"],
-                   ["b - a", "+0.100 [-0.100,\u00a0+0.300]", "▲ +0.100 [+0.050,\u00a0+0.300]"],
-                   ["c - a", "▼ +0.100 [-0.300,\u00a0-0.100]", "–"]]
+                                                  "c - a": {"persona_sd": d | {"low": -0.3, "high": -0.1}}}})
+    assert got == [["difference", "persona_sd, points", "pss", "mean accuracy"],
+                   ["b - a", "–", "+0.100 [-0.100,\u00a0+0.300]", "▲ +0.100 [+0.050,\u00a0+0.300]"],
+                   ["c - a", "▼ +10.0 [-30.0,\u00a0-10.0]", "–", "–"]]
 
 
 def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_and_costs():

@@ -10,7 +10,6 @@ import pytest
 import evaluate
 import personas
 import settings
-from evaluation import compare
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -23,13 +22,10 @@ def run():
 @pytest.mark.parametrize("name", ["main", "early", "ablations", "pushed", "anchors"])
 def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     """From each run's answers to intervals and verdicts, as `python results/run.py` computed them."""
-    arms = {}
-    for folder in sorted((RESULTS / name).glob("*/results.json")):
-        role, results = compare.read_arm(folder.parent)
-        arms.setdefault(role, []).append(results)
-    order = json.loads((RESULTS / name / "compared" / "comparison.json").read_text())["arms"]
-    comparison = compare.side_by_side({role: arms[role] for role in order})
+    comparison = run.kept(name)[1]
     assert run.tables(comparison) == (RESULTS / name / "tables.md").read_text()
+    written = json.loads((RESULTS / name / "compared" / "comparison.json").read_text())
+    assert run.tables(written) == run.tables(comparison)  # the numbers to the digits that the tables show
 
 
 def test_the_page_shows_how_far_rlvr_was_pushed_as_it_was_measured():
