@@ -111,7 +111,7 @@ class Tree:
                     for trunk, own in zip(self.cached(layer), (k, v), strict=True))
         keys, *lengths = self.sequences
         k, v = (x.float()[keys].to(x.dtype) for x in (k, v))    # so a trunk's gradient is summed over branches in fp32
-        return flash_attn_varlen_func(q, k, v, *lengths, **self.c.flash(layer))
+        return flash_attn_varlen_func(q, k, v, *lengths, deterministic=True, **self.c.flash(layer))     # P42
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -135,7 +135,9 @@ class Tree:
 
 
 def uses_flash(q: Tensor) -> bool:
-    return flash_attn_varlen_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """flash-attn 2 is for half precision on the A100 and later."""
+    return (flash_attn_varlen_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(q.device)[0] >= 8)
 
 
 def bias(at: Tensor, T: int, trunk: Tensor, P: int, window: int, dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,8 @@ def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
     """n completions a prompt in one call of the sampler -> list over prompts of lists of (text, Completion).
 
     log: a file that takes each completion as it is done; those that it holds of this very call are not sampled again.
-    That changes nothing: a sample depends on the model, its prompt, the settings and its place, not on the batch.
+    That changes nothing: a sample depends on the model, its prompt, the settings and its place, not on the batch (in
+    half precision: up to the rounding of its matmuls).
     """
     table, call = [[None] * n for _ in prompts], fingerprint(model, prompts, n, sampling) if log else None
     for row in files.rows(log) if log else ():

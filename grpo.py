@@ -227,7 +227,8 @@ def sequence_sum(values: Tensor, lengths: Tensor) -> Tensor:
 def sequence_mean(values: Tensor, lengths: Tensor) -> Tensor:
     """Each completion's mean of `values` [N], at each of its tokens [N]. GSPO's s_i = exp(sequence_mean(log ratio))."""
     means = sequence_sum(values, lengths) / lengths.clamp(min=1)
-    return means.repeat_interleave(lengths, output_size=len(values))
+    owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(values))
+    return means[owner]                                 # repeat_interleave's backward adds atomically on a GPU (P42)
 
 
 def sampler_correction(

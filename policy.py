@@ -221,7 +221,8 @@ def memory(policy: Policy, slots: int, micro_tokens: int, prompt: int, completio
         parts["copy"] = parts["weights"]
     if others:
         parts["others"] = sum(p.numel() * p.itemsize for model in others for p in model.parameters())
-    sampling = parts["cache"] + parts["weights"]        # with the sampler's rearranged weights
+    # The CPU's sampler has rearranged weights. Elsewhere a cache that grows is there twice.
+    sampling = parts["cache"] + parts["weights" if model.device.type == "cpu" else "cache"]
     training = parts["gradients"] + parts["activations"]
     always = sum(parts.get(name, 0) for name in ("weights", "masters", "AdamW", "checkpoint", "copy", "others"))
     return parts | {"peak": always + (sampling + training if overlap else max(sampling, training))}

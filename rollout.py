@@ -37,7 +37,7 @@ from graphs import Graphs
 from model import Transformer, chunks
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
-SAMPLE_ROWS = 8                                         # rows of logits drawn from at once
+SAMPLE_ROWS = {"cpu": 8}                                # rows of logits drawn from at once: few stay in a CPU's cache
 
 
 @dataclass
@@ -84,13 +84,14 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    at_once = SAMPLE_ROWS.get(logits.device.type, 512)
     parts = [sample_rows(*rows, temperature, top_k, top_p, min_p) for rows in
-             zip(logits.split(SAMPLE_ROWS), uniforms.split(SAMPLE_ROWS), strict=True)]
+             zip(logits.split(at_once), uniforms.split(at_once), strict=True)]
     return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
 
 
 def sample_rows(logits, uniforms, temperature, top_k, top_p, min_p) -> tuple[Tensor, Tensor]:
-    """`sample` for a few rows, which stay in the processor's cache over its passes."""
+    """`sample` for the rows that are drawn at once."""
     if top_k or top_p < 1 or min_p > 0:
         logits = filtered(logits / temperature, top_k, top_p, min_p) * temperature
     B, V = logits.shape

@@ -359,7 +359,8 @@ def batches(roll, author: Transformer | None, first: int, args):
         yield from ((roll(author, step), 0) for step in range(first, args.steps))
         return
     earlier, ahead = copy.deepcopy(author), None
-    thread = ThreadPoolExecutor(1)                      # not `with`: on Ctrl-C the verifier closes first, and ends it
+    on = (torch.cuda.set_device, (author.device,)) if author.device.type == "cuda" else (None, ())
+    thread = ThreadPoolExecutor(1, "", *on)             # not `with`: on Ctrl-C the verifier closes first, and ends it
     for step in range(first, args.steps):
         batch, lag = (ahead.result(), 1) if ahead else (roll(author, step), 0)
         ahead = None

@@ -102,13 +102,15 @@ def test_p22_the_kernels_answer_no_tokens_strides_and_targets_outside_the_vocabu
 
 @pytest.mark.skipif(memory_gb() < 14, reason="needs a GPU of 14 GB")
 def test_p22_offsets_of_the_kernels_pass_2_to_the_31():
-    """A weight whose rows lie 2^30 numbers apart, and 16,384 x 151,936 logits."""
+    """A weight whose rows lie 2^30 numbers apart; and more logits than 2^31, of which no tensor may be made."""
     hidden, weight, targets = on_gpu(4, 16, 3, torch.float16)
-    expected = double_slopes(linear_logprob, hidden, weight, targets)
     memory = torch.empty(2 ** 31 + 16, dtype=torch.float16, device=DEVICE)
     far_apart = memory.as_strided((3, 16), (2 ** 30, 1)).copy_(weight.detach()).requires_grad_()
-    assert max(relative_errors(double_slopes(linear_logprob, hidden, far_apart, targets), expected)) < 1e-5
-    del memory, far_apart
+    found = [linear_logprob(hidden.detach(), w, targets) for w in (weight, far_apart)]      # d hidden is cuBLAS's
+    found = [(*out, torch.autograd.grad(out[0].sum() + out[1].sum(), w)[0])
+             for out, w in zip(found, (weight, far_apart), strict=True)]
+    assert max(relative_errors(*([x.detach().double() for x in out] for out in reversed(found)))) < 1e-5
+    del memory, far_apart, found
     hidden, weight, targets = on_gpu(16384, 64, 151936, HALF)
     rows = [0, 8191, 14135, 14136, 16383]               # 14,136 x 151,936 is just above 2^31
     want = reference(hidden[rows], weight, targets[rows], 0.7)
@@ -235,8 +237,8 @@ def test_training_in_half_precision_follows_fp32(tiny_folder, tmp_path, dtype):
     assert half[0]["sampler_trainer_gap"] <= CLOSE[dtype] and half[0]["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("more", [[], ["--dtype", name(HALF)], ["--async-save"], ["--overlap", "--save-every", "2"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--dtype", name(HALF)], ["--async-save"], ["--overlap", "--save-every", "2"],
+                                  ["--loss", "gspo", "--inner-epochs", "2"]], ids=" ".join)
 def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path, more):
     whole = run(tiny_folder, tmp_path / "whole", *more)
     run(tiny_folder, tmp_path / "two", *more, "--steps", "2")
@@ -248,12 +250,14 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path, monkeypatch):
     peaks, record = [], train.monitor.record
 
     def watch(*args):
-        peaks.append(torch.cuda.max_memory_allocated() if GPU else 0)
+        peaks.append(torch.cuda.max_memory_allocated() if GPU else 0)       # of this step alone
         record(*args)
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
 
     monkeypatch.setattr(train.monitor, "record", watch)
     run(tiny_folder, tmp_path / "run", "--steps", "12")
-    assert peaks[-1] <= 1.05 * peaks[4]
+    assert max(peaks[8:]) <= 1.05 * max(peaks[2:6])
 
 
 def test_two_gpus_take_the_same_step_as_one(tiny_folder, tmp_path):

@@ -380,14 +380,18 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(tiny):
 
 
 def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):
-    def tensor(is_cuda, dtype):
-        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+    chips = {"A100": (8, 0), "T4": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", chips.get)
+
+    def tensor(is_cuda, dtype, chip="A100"):
+        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=chip)
 
     assert not attention.uses_flash(tensor(True, torch.bfloat16)) or attention.flash_attn_varlen_func
     monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen_stand_in)
     assert attention.uses_flash(tensor(True, torch.bfloat16)) and attention.uses_flash(tensor(True, torch.half))
     assert not attention.uses_flash(tensor(True, torch.float32))
     assert not attention.uses_flash(tensor(False, torch.bfloat16))
+    assert not attention.uses_flash(tensor(True, torch.half, "T4"))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
