@@ -353,7 +353,7 @@ def parse(argv):
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
     add("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
-    add("--personas", default="test", help="test, train, all, or a file of personas")
+    add("--personas", default="test", help=f"{', '.join(pool.POOLS)}, or a .jsonl file")
     add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")

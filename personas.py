@@ -10,9 +10,15 @@ the training pool opens the prompt, otherwise nobody does. rho = 0 is plain RLVR
 A draw is a function of (seed, key, sample) alone, not of batch, rank or order. It first takes u ~ U(0, 1) and compares
 it with rho, then picks the persona: the arms are nested, what speaks at rho = 0.25 speaks at rho = 0.5 too.
 
-The pool is data/personas.jsonl: three strata (expert, neutral, harmful: what they promise for mathematics, not what was
-measured), train and test disjoint. Left out: weights on personas and curricula over rho, since one draw is enough to
-compare arms, and personas made by a model, since nobody would have read them.
+The main pool is data/personas.jsonl: three strata (expert, neutral, harmful: what they promise for mathematics, not
+what was measured). Two more pools are for a harder lottery. Each persona of data/conflict.jsonl rules out the usual
+answer in its own manner (verse, binary, questions only), its `kind`. The kinds of train and test differ, and kinds that
+are akin, such as all languages or all ways to write a number, lie on one side. Six ordinary characters of the same
+length are tested beside them. data/paraphrases.jsonl says "helpful assistant" in other words: variation that means
+nothing. In every pool train and test are disjoint.
+
+Left out: weights on personas and curricula over rho, since one draw is enough to compare arms, and personas generated
+by the thousand, since nobody would have read them.
 """
 
 import itertools
@@ -40,24 +46,34 @@ class Persona:
     text: str                                           # the system prompt
     stratum: str
     split: str
+    kind: str = ""                                      # of a conflict persona: how it speaks (verse, lies ...)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The pool
 
+POOLS = {                                               # what --personas takes: a file in data/, and splits of it
+    "train": ("personas.jsonl", ("train",)),
+    "test": ("personas.jsonl", ("test",)),
+    "all": ("personas.jsonl", SPLITS),
+    "conflict-train": ("conflict.jsonl", ("train",)),
+    "conflict-test": ("conflict.jsonl", ("test",)),
+    "paraphrases-train": ("paraphrases.jsonl", ("train",)),
+    "paraphrases-test": ("paraphrases.jsonl", ("test",)),
+}
+
 
 def load(which: str = "test") -> list[Persona]:
-    """The personas of a split (train, test, or all), or of a .jsonl file, in the order of the file.
+    """The personas of one of POOLS, or of a .jsonl file, in the order of the file.
 
-    A file has lines {"name", "text", "stratum"} with an optional "split" (default test), or PersonaGym's
+    A file has lines {"name", "text", "stratum"} with an optional "split" (default test) and "kind", or PersonaGym's
     {"persona", "questions"} (arXiv 2407.18416). Raises ValueError naming file and line.
     """
-    splits = SPLITS if which == "all" else (which,)
-    builtin = which in (*SPLITS, "all")
+    file, splits = POOLS.get(which, (which, SPLITS))
+    path = DATA / file if which in POOLS else Path(file)
     found: dict[str, Persona] = {}
-    path = DATA / "personas.jsonl" if builtin else Path(which)
     if not path.is_file():
-        raise ValueError(f"no personas called {which!r}: give train, test, all, or a .jsonl file")
+        raise ValueError(f"no personas called {which!r}: give {', '.join(POOLS)}, or a .jsonl file")
     for _, where, row in numbered(path, "name, text and stratum"):
         persona = from_row(where, row)
         if persona.name in found:
@@ -65,7 +81,12 @@ def load(which: str = "test") -> list[Persona]:
         found[persona.name] = persona
     if not found:
         raise ValueError(f"{path} is empty")
-    return [p for p in found.values() if not builtin or p.split in splits]
+    return [p for p in found.values() if p.split in splits]
+
+
+def held_out_texts() -> set[str]:
+    """The texts of all test pools. Nobody may train on them (P26)."""
+    return {p.text for name in POOLS if name.endswith("test") for p in load(name)}
 
 
 def load_roleplay(split: str) -> list[str]:
@@ -87,13 +108,15 @@ def few(pool: list[Persona], count: int) -> list[Persona]:
 def from_row(where: str, row: dict) -> Persona:
     if "persona" in row and "name" not in row:
         row = {"name": row["persona"], "text": you_are(str(row["persona"])), "stratum": "personagym"}
-    row = {"split": "test"} | row
+    row = {"split": "test", "kind": ""} | row
     for field in ("name", "text", "stratum", "split"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise ValueError(f"{where}: no {field}; a persona has name, text and stratum, each a string")
     if row["split"] not in SPLITS:
         raise ValueError(f"{where}: split {row['split']!r} is neither train nor test")
-    return Persona(row["name"], row["text"], row["stratum"], row["split"])
+    if not isinstance(row["kind"], str):
+        raise ValueError(f"{where}: kind must be a string, not {row['kind']!r}")
+    return Persona(row["name"], row["text"], row["stratum"], row["split"], row["kind"])
 
 
 def you_are(description: str) -> str:

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("seed", 0, "of problems, personas and samples")
     add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
-    add("personas", "train", "training pool: train, or a .jsonl file")
+    add("personas", "train", "training pool: train, conflict-train, paraphrases-train, or a .jsonl file")
     add("prompts", None, "problems a step (default: 12 for arithmetic, else 64, since fewer of them teach something)",
         type=int)
     add("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)", type=int)

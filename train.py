@@ -449,9 +449,9 @@ def run(args) -> None:
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
     teacher = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device) if args.teacher else None
     problems, pool = tasks.load(args.task, "train", args.seed), personas.load(args.personas)
-    if tested := {p.text for p in pool} & {p.text for p in personas.load("test")}:
+    if tested := {p.text for p in pool} & personas.held_out_texts():
         raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the evaluation's personas: give "
-                         "train, or a file without them")
+                         "train, conflict-train, paraphrases-train, or a file without them")
     held = held_out(args) if args.eval_problems else None
     make_grader(args.reward, None)
     if args.tracker:

@@ -95,6 +95,7 @@ def test_the_real_personagym_file_is_read():
     ({"name": "x", "stratum": "s"}, "no text"), ({"text": "You are x.", "stratum": "s"}, "no name"),
     ({"name": "x", "text": " ", "stratum": "s"}, "no text"), ({"name": "x", "text": "You are x."}, "no stratum"),
     ({"name": "x", "text": "t", "stratum": "s", "split": "dev"}, "neither train nor test"),
+    ({"name": "x", "text": "t", "stratum": "s", "kind": 3}, "kind must be a string"),
     ({"persona": "", "questions": {}}, "no name"), ({"persona": 3, "questions": {}}, "no name"),
     ({"name": "a", "text": "You are a.", "stratum": "s"}, "second persona named 'a'"),
     ('{"name": ', "not JSON"), ('["x"]', "not an object"),
@@ -107,12 +108,96 @@ def test_a_bad_line_is_an_error_of_one_line_that_names_file_and_number(tmp_path,
 
 
 def test_a_missing_or_empty_file_and_an_unknown_split_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="give train, test, all, or a .jsonl file"):
+    with pytest.raises(ValueError, match="give train, test, all, conflict-train, .* or a .jsonl file"):
         personas.load("tset")
     with pytest.raises(ValueError, match="is empty"):
         personas.load(write(tmp_path, ""))
     with pytest.raises(ValueError, match="no role-play split"):
         personas.load_roleplay("dev")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The harder pools: conflict personas, paraphrases of the default prompt
+
+
+TRAIN, TEST = ([name for name in personas.POOLS if name.endswith(split)] for split in personas.SPLITS)
+CONFLICT, PARAPHRASES = (personas.load(f"{file}-train") + personas.load(f"{file}-test")
+                         for file in ("conflict", "paraphrases"))
+
+
+def test_the_conflict_pool_has_48_to_train_on_and_24_to_test_beside_six_ordinary_ones():
+    count = Counter((p.split, p.stratum) for p in CONFLICT)
+    assert count == {("train", "conflict"): 48, ("test", "conflict"): 24, ("test", "neutral"): 3, ("test", "expert"): 3}
+
+
+def test_the_paraphrases_are_48_to_train_on_and_24_to_test():
+    assert Counter((p.split, p.stratum) for p in PARAPHRASES) == {("train", "default"): 48, ("test", "default"): 24}
+
+
+def test_p26_no_kind_of_conflict_is_both_trained_and_tested_and_each_has_two_personas():
+    kinds = {split: Counter(p.kind for p in CONFLICT if p.split == split and p.stratum == "conflict")
+             for split in personas.SPLITS}
+    assert len(kinds["train"]) == 24 and len(kinds["test"]) == 12 and not set(kinds["train"]) & set(kinds["test"])
+    assert {*kinds["train"].values(), *kinds["test"].values()} == {2} and "" not in kinds["train"] | kinds["test"]
+    assert {p.kind for p in CONFLICT if p.stratum != "conflict"} == {"ordinary"}
+
+
+def test_the_first_24_conflict_personas_to_train_on_are_of_24_kinds():
+    assert len({p.kind for p in personas.few(personas.load("conflict-train"), 24)}) == 24
+
+
+def test_conflict_and_ordinary_personas_are_60_to_120_tokens_long(embedded):
+    lengths = {p.name: len(embedded[1](p.text).input_ids) for p in CONFLICT}
+    assert {name: n for name, n in lengths.items() if not 60 <= n <= 120} == {}
+
+
+def test_no_conflict_persona_or_paraphrase_holds_a_number_that_an_answer_could_copy():
+    number = re.compile(r"\d|\b(one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|dozen|hundred|"
+                        r"thousand|half|zero)s?\b", re.I)
+    assert [p.name for p in CONFLICT + PARAPHRASES if number.search(p.text)] == []
+
+
+def test_a_conflict_persona_says_who_it_is_and_what_it_never_does():
+    for p in CONFLICT:
+        assert p.text.startswith("You are ") and "never" in p.text and p.text[-1] in ".?" and len(p.name) <= 24
+
+
+def test_p26_names_and_texts_differ_over_all_files_and_splits():
+    everyone = [p for name in TRAIN + TEST for p in personas.load(name)]
+    for field in ("name", "text"):
+        assert len({re.sub(r"\W+", " ", getattr(p, field)).lower().strip() for p in everyone}) == len(everyone)
+
+
+def trigrams(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+@pytest.mark.parametrize("names, most", [                # the largest measured: 0.04 and 0.22
+    (("conflict-train", "conflict-test"), 0.06), (("paraphrases-train", "paraphrases-test"), 0.25)])
+def test_p26_no_text_to_test_shares_its_word_trigrams_with_a_text_to_train_on(names, most):
+    """Short prompts that all say "you are a helpful assistant" share more of them than long ones do."""
+    train, test = ([trigrams(p.text) for p in personas.load(name)] for name in names)
+    assert max(len(a & b) / len(a | b) for a in train for b in test) < most
+
+
+def test_p26_no_text_of_any_test_pool_can_be_trained_on():
+    held_out = personas.held_out_texts()
+    assert len(held_out) == 24 + 30 + 24
+    assert all({p.text for p in personas.load(name)} <= held_out for name in TEST)
+    assert not any({p.text for p in personas.load(name)} & held_out for name in TRAIN)
+
+
+def test_a_kind_survives_a_file_of_one_s_own(tmp_path):
+    path = write(tmp_path, *(vars(p) for p in CONFLICT))
+    assert personas.load(path) == CONFLICT
+
+
+@pytest.mark.parametrize("pool", ["conflict-train", "paraphrases-train"])
+def test_p27_the_mixer_draws_everybody_of_these_pools_too(pool):
+    people = personas.load(pool)
+    drawn = [group[0] for group in personas.mix(people, 0.7, "prompt", KEYS[:2000], 8, seed=0)]
+    assert set(drawn) == {None, *people} and within(drawn.count(None), len(drawn), 0.3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

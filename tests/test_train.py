@@ -554,6 +554,8 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     absent = next(name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None)
     for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
                         (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
+                        (["--personas", "conflict-test"], "30 of the evaluation's personas"),
+                        (["--personas", "paraphrases-test"], "24 of the evaluation's personas"),
                         (["--tracker", absent], f"pip install {absent}")):
         assert run(tiny_folder, tmp_path / "run", *flags) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
