@@ -43,6 +43,7 @@ from files import write_atomically
 from model import completion_logprobs, pack
 
 NONE = "none"  # the name of the prompt without a persona in every result
+FIDELITY = ("persona_identification", "log_posterior", "self_identification", "self_log_posterior", "style_shift")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,10 +237,12 @@ def rivals(rows, reruns, n_personas, seed):
 def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, max_new_tokens=48, log=None):
     """Does an answer to an open question still tell its persona? -> (dict for results.json, role-play transcripts).
 
-    The answer y ~ pi(. | q, s) is scored by the frozen start model, log p(y | q, s') for k candidates s': right when
-    its own persona wins. Candidates come in blocks of k personas, drawn anew for each question, each other's rivals.
-    style_shift: mean per token of log pi(y | q, s) - log pi(y | q, none) under the model.
-    Intervals over questions and personas.
+    The answer y ~ pi(. | q, s) is read by the frozen start model: log p(y | q, s') for k candidates s', right when its
+    own persona wins. That measures drift from the start model (`persona_identification`, `log_posterior`). The model
+    itself reads too: how much its answers depend on the persona, whatever it has drifted (`self_identification`,
+    `self_log_posterior`). Candidates come in blocks of k personas, drawn anew for each question, each other's rivals.
+    style_shift: mean per token of log pi(y | q, s) - log pi(y | q, none) under the model. Each role-play transcript has
+    its candidates and both readers' log-probs. Intervals over questions and personas.
     """
     k, n = min(k, len(personas)), len(personas)
     if k < 2 or not questions:
@@ -247,20 +250,25 @@ def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, ma
     prompts = [[pool.prompt_ids(tokenizer, q, persona) for persona in [*personas, None]] for q in questions]
     outs = sample(model, tokenizer, [p for row in prompts for p in row[:n]], log=log, temperature=0.9, top_p=0.9,
                   seed=seed, max_new_tokens=max_new_tokens)
-    names = ("persona_identification", "log_posterior", "style_shift")
-    tables = {name: np.zeros((len(questions), n)) for name in names}
+    tables = {name: np.zeros((len(questions), n)) for name in FIDELITY}
     rows, rng = [], np.random.default_rng(seed)
     for q, question in enumerate(questions):
         texts, ys = zip(*[(out[0][0], out[0][1].tokens) for out in outs[q * n:(q + 1) * n]], strict=True)
+        read = {}                                       # persona -> what its transcript tells of the readers
         for members, candidates in blocks(n, k, rng):
             written = [ys[p] for p in members]
-            scored = total_logprobs(start_model, [(prompts[q][c], written) for c in candidates]).reshape(k, -1).T
-            own = total_logprobs(model, [(prompts[q][p], [ys[p]]) for p in members])
-            shift = (own - total_logprobs(model, [(prompts[q][n], written)])) / [max(len(y), 1) for y in written]
-            for table, values in zip(tables.values(), (*measures.identification(scored), shift), strict=True):
+            asked = [(prompts[q][c], written) for c in candidates]
+            by_start, by_self = (total_logprobs(reader, asked).reshape(k, -1).T for reader in (start_model, model))
+            plain = total_logprobs(model, [(prompts[q][n], written)])
+            shift = (np.diagonal(by_self) - plain) / [max(len(y), 1) for y in written]
+            found = *measures.identification(by_start), *measures.identification(by_self), shift
+            for table, values in zip(tables.values(), found, strict=True):
                 table[q, members] = values
+            told = [personas[c].name for c in candidates]
+            read |= {p: {"candidates": told, "by_start": a.round(3).tolist(), "by_self": b.round(3).tolist()}
+                     for p, a, b in zip(members, by_start, by_self, strict=True)}
         rows += [{"persona": persona.name, "id": f"roleplay-{q}", "kind": "roleplay", "question": question,
-                  "answer": text, "tokens": len(y)} | {name: table[q, p] for name, table in tables.items()}
+                  "answer": text, "tokens": len(y)} | {name: table[q, p] for name, table in tables.items()} | read[p]
                  for p, (persona, text, y) in enumerate(zip(personas, texts, ys, strict=True))]
     out = measures.with_intervals({name: t.mean() for name, t in tables.items()},
                                   {name: measures.crossed(t, seed) for name, t in tables.items()})

@@ -214,7 +214,8 @@ def without_effect(runs, seed=0):
 
 def arm_scores(got):
     """{score: (value, draws)} of an arm -> values with intervals; shares keep to 0..1 however far seeds spread."""
-    bounds = dict.fromkeys(("style_shift", "persona_sd_logit"), (-np.inf, np.inf)) | {"log_posterior": (-np.inf, 0)}
+    bounds = dict.fromkeys(("style_shift", "persona_sd_logit"), (-np.inf, np.inf))
+    bounds |= dict.fromkeys(("log_posterior", "self_log_posterior"), (-np.inf, 0))
     bounds |= dict.fromkeys(("pss_mean_minus_std", *report.POINTS), (-1, 1))
     draws = {name: np.clip(drawn, *bounds.get(name, (0, 1))) for name, (_, drawn) in got.items()}
     return measures.with_intervals({name: value for name, (value, _) in got.items()}, draws)

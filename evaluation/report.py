@@ -32,7 +32,8 @@ MARKERS = "osD^vhp" * 9  # colour is not all that tells two arms apart
 CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
 MAIN = {"persona_sd": "persona_sd, points", "persona_sd_p": "p", "harmful_gap": "harmful gap, points",
         "pss": "pss (shuffled)", "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
-        "persona_identification": "persona identification"}  # of the tables of a comparison
+        "persona_identification": "persona identification",
+        "self_identification": "self identification"}  # of the tables of a comparison
 POINTS = ("persona_sd", "persona_sd_common", "harmful_gap")  # accuracies, printed as points of 0..100
 RC = {"svg.fonttype": "none", "svg.hashsalt": "permix", "text.parse_math": False, "font.size": 9,
       "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["line"],
@@ -49,7 +50,10 @@ SCORES = {  # name in results.json: what the reader is told
     "pss_shuffled": "pss if personas made no difference", "pss_mean_minus_std": "mean minus spread over personas",
     "pss_all_correct": "problems right under every persona", "worst_persona_accuracy": "the unlucky ticket",
     "mean_accuracy": "a persona at random", "no_persona_accuracy": "no system prompt",
-    "persona_identification": "answers traced to their persona", "log_posterior": "log posterior of that persona",
+    "persona_identification": "answers that the start model traces to their persona",
+    "log_posterior": "its log posterior of that persona",
+    "self_identification": "answers that the model itself traces to their persona",
+    "self_log_posterior": "its own log posterior of that persona",
     "style_shift": "log-prob a token that the persona adds", "persona_score": "PersonaGym, 1 to 5, by a judge model",
 }
 

@@ -423,6 +423,26 @@ def test_identification_is_at_chance_on_answers_given_without_a_persona(tiny, mo
     assert abs(got["persona_identification"] - 1 / 8) < 0.11  # 96 answers: three standard deviations
 
 
+def test_the_model_reads_its_own_answers_beside_the_start_model(tiny, tiny_folder):
+    """A model that has drifted: two readers, two tables, and each transcript has what both have read."""
+    drifted, tokenizer = weights.load(str(tiny_folder), "float32", "cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in drifted.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    speakers = [personas.Persona(f"p{i}", f"w{i} w{i + 40}", "x", "test") for i in (10, 20, 30, 40)]    # words it knows
+    got, rows = evaluate.fidelity(drifted, tokenizer, speakers, ["w5 w6"], tiny[0], k=4, max_new_tokens=5)
+    assert got["self_log_posterior"] != got["log_posterior"] and set(evaluate.FIDELITY) == set(got["tables"])
+    for row in rows:
+        own = row["candidates"].index(row["persona"])
+        for scores, hit in ((row["by_start"], row["persona_identification"]), (row["by_self"],
+                                                                             row["self_identification"])):
+            assert hit == (scores[own] == max(scores))
+    alike, rows = evaluate.fidelity(*tiny, speakers, ["w5 w6"], tiny[0], k=4, max_new_tokens=5)
+    assert alike["self_identification"] == alike["persona_identification"]
+    assert all(row["by_start"] == row["by_self"] for row in rows)
+
+
 def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(embedded):
     speakers = voices("a pirate captain", "a five-year-old child", "a nuclear physicist", "a medieval knight",
                       "a chef from Naples", "a cowboy in Texas", "a drill sergeant", "a Buddhist monk")
