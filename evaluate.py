@@ -116,6 +116,8 @@ def evaluate(model, tokenizer, problems, personas, seed=0, max_new_tokens=32, ou
     rows = ask(model, tokenizer, problems, [None, *personas], log=log, temperature=0.0, **sampling)
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv), "commit": files.commit()}
     results |= (info or {}) | sampling | summary(as_table(rows, n_items), problems, personas, seed)
+    for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
+        row |= more
     results |= {key: sum(row[k] for row in rows) / len(rows)
                 for key, k in (("tokens_per_answer", "tokens"), ("truncated_fraction", "truncated"))}
     results["errors"] = sum(row["error"] is not None for row in rows)
@@ -151,6 +153,19 @@ def log_in(out):
 def as_table(rows, n_items):
     """Transcripts with one answer a prompt, persona by persona -> [N, columns] of 0 and 1."""
     return np.array([row["correct"] for row in rows], dtype=float).reshape(-1, n_items).T
+
+
+def lengths(rows, n_items):
+    """How long each persona's answers are, from transcripts with one answer a prompt -> a dict each:
+    `tokens` an answer, `truncated` (the share cut off), and `accuracy_finished`, among the others
+    (None where all were cut off). A lottery of length is none of competence."""
+    table = np.array([[row["tokens"], row["truncated"], row["correct"]] for row in rows], float)
+    out = []
+    for tokens, cut, right in table.reshape(-1, n_items, 3).transpose(0, 2, 1):
+        finished = float(right[cut == 0].mean()) if not cut.all() else None
+        out.append({"tokens": float(tokens.mean()), "truncated": float(cut.mean()),
+                    "accuracy_finished": finished})
+    return out
 
 
 def summary(table, problems, personas, seed):
