@@ -366,7 +366,7 @@ def parse(argv):
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
-    add("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
+    add("--task", default="arithmetic", help="arithmetic, facts, svamp, gsm8k, math, math500 or a .jsonl file")
     add("--personas", default="test", help="test, train, all, or a file of personas")
     add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
     add("--limit", type=int, default=50, help="number of problems")

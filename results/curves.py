@@ -25,7 +25,8 @@ def points(comparisons: dict, arm: str, measure: str, seed=None) -> list[tuple[f
 
     comparisons: {step: comparison.json}. KeyError where the measure was not taken.
     """
-    found = [c["arms"][arm] if seed is None else by_seed(c, arm)[seed] for c in comparisons.values()]
+    found = [c["arms"][arm] if seed is None else by_seed(c, arm)[seed]
+             for c in comparisons.values()]
     return [(scores["mean_accuracy"], scores[measure]) for scores in found]
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 import matplotlib
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT_IN = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
@@ -132,7 +133,7 @@ def keep(folder: Path, target: Path) -> None:
 
 def one_run(arm: str, seed: int | None, args) -> list[Path]:
     """Trains, evaluates and keeps an arm (seed None: the start model) -> its evaluation at each checkpoint."""
-    kept_in = ROOT / "results" / args.name
+    kept_in = KEPT_IN / args.name
     if seed is None:
         folder = evaluated(args.model, arm, args.out / arm, args)
         keep(folder, kept_in / arm)
@@ -164,20 +165,20 @@ def page(comparisons: dict) -> str:
     """tables.md of {step: comparison}, in the order of training; {None: comparison} without --at."""
     if None in comparisons:
         return tables(comparisons[None])
-    parts = [f"## After {step} steps\n\n{tables(comparison)}" for step, comparison in comparisons.items()]
+    parts = [f"## At step {step}\n\n{tables(comparison)}" for step, comparison in comparisons.items()]
     return "\n".join([*parts, f"## At equal accuracy\n\n{markdown(*curves.rows(curves.differences(comparisons)))}\n"])
 
 
 def kept_comparisons(name: str) -> dict:
     """{step: comparison.json} of results/NAME in the order of training; {None: ...} without --at."""
-    folder = ROOT / "results" / name / "compared"
+    folder = KEPT_IN / name / "compared"
     steps = sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/comparison.json"))
     return {step: json.loads((folder / stage(step) / "comparison.json").read_text()) for step in steps or [None]}
 
 
 def kept(name: str, step: int | None = None) -> tuple[dict, dict]:
     """({arm: its results, one a training seed}, their comparison) of what results/NAME keeps, of one checkpoint."""
-    arms, folder = {}, ROOT / "results" / name
+    arms, folder = {}, KEPT_IN / name
     for file in sorted({*folder.glob(f"*/{stage(step)}/results.json"), folder / "start" / "results.json"}):
         role, results = compare.read_arm(file.parent)
         arms.setdefault(role, []).append(results)
@@ -189,7 +190,7 @@ def kept(name: str, step: int | None = None) -> tuple[dict, dict]:
 def rebuild(name: str) -> None:
     """comparison.json, tables.md and the plots of results/NAME again, from each run's table of right and wrong."""
     for step in kept_comparisons(name):
-        (arms, comparison), folder = kept(name, step), ROOT / "results" / name / "compared" / stage(step)
+        (arms, comparison), folder = kept(name, step), KEPT_IN / name / "compared" / stage(step)
         shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
         with matplotlib.rc_context(report.RC):
             plot = report.tradeoff(shown, comparison["runs"])
@@ -200,12 +201,21 @@ def rebuild(name: str) -> None:
 
 def write_page(name: str) -> None:
     """tables.md of the kept comparisons; with --at also compared/curves.json and its picture."""
-    folder, comparisons = ROOT / "results" / name, kept_comparisons(name)
+    folder, comparisons = KEPT_IN / name, kept_comparisons(name)
     (folder / "tables.md").write_text(page(comparisons))
     if None not in comparisons:
         (folder / "compared" / "curves.json").write_text(json.dumps(curves.differences(comparisons), indent=1))
         with matplotlib.rc_context(report.RC):
             curves.plot(comparisons).savefig(folder / "compared" / "curves.png", dpi=160)
+
+
+def compared(folders: list[list[Path]], args) -> None:
+    """All arms at each checkpoint, kept with their page; folders: what `one_run` gave for each arm and seed."""
+    for step, at_step in zip(args.at, zip(*folders, strict=True), strict=True):
+        folder = Path("compared") / stage(step)
+        call("evaluate.py", "--compare", *at_step, "--out", args.out / folder)
+        keep(args.out / folder, KEPT_IN / args.name / folder)
+    write_page(args.name)
 
 
 def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
@@ -259,11 +269,7 @@ def main() -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for step, at_step in zip(args.at, zip(*folders, strict=True), strict=True):
-        compared = Path("compared") / stage(step)
-        call("evaluate.py", "--compare", *at_step, "--out", args.out / compared)
-        keep(args.out / compared, ROOT / "results" / args.name / compared)
-    write_page(args.name)
+    compared(folders, args)
     print(f"{time.time() - began:.0f} seconds; everything is in {args.out}")
 
 
