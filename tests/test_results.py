@@ -117,7 +117,7 @@ def kept(tiny, tmp_path_factory):
 def test_the_kept_answers_are_all_that_the_evaluation_wrote(kept):
     _, folder, target = kept
     assert transcripts.read(target) == list(files.rows(folder / "transcripts.jsonl"))
-    text = gzip.decompress((target / "transcripts.jsonl.gz").read_bytes()).decode()
+    text = gzip.decompress((target / "transcripts.json.gz").read_bytes()).decode()
     assert text.count('"What is 1 + 5?"') == text.count('"Who?"') == 1  # not once a persona
 
 
@@ -150,7 +150,7 @@ def test_the_kept_answers_give_the_lengths_of_the_results_again(kept):
 def test_the_same_answers_are_the_same_bytes(kept, tmp_path):
     _, folder, target = kept
     transcripts.keep(folder, tmp_path)
-    first, again = ((path / "transcripts.jsonl.gz").read_bytes() for path in (target, tmp_path))
+    first, again = ((path / "transcripts.json.gz").read_bytes() for path in (target, tmp_path))
     assert first == again and first[4:8] == bytes(4)  # the header's time
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import settings
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,6 +221,11 @@ def test_training_opens_one_level_after_another_the_same_for_every_arm():
     assert any(1 in seen for seen in levels[8:10]) and any(2 in seen for seen in levels[16:20])
     late = [p for step in range(16, 41) for p in tasks.batch(problems, step, 12, seed=0)]
     assert len(set(late)) > 0.6 * len(problems)
+
+
+def test_facts_are_trained_on_with_the_settings_of_arithmetic():
+    facts, arithmetic = (vars(settings.settings(["--task", task])) for task in ("facts", "arithmetic"))
+    assert facts | {"task": "arithmetic"} == arithmetic and facts["prompts"] == 12
 
 
 def test_problems_that_are_all_of_a_high_level_are_open_from_the_first_step():
