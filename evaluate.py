@@ -118,6 +118,8 @@ def evaluate(model, tokenizer, problems, personas, seed=0, max_new_tokens=32, ou
     rows = ask(model, tokenizer, problems, [None, *personas], log=log, temperature=0.0, **sampling)
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv), "commit": files.commit()}
     results |= (info or {}) | sampling | summary(as_table(rows, n_items), problems, personas, seed)
+    for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
+        row |= more
     results |= {key: sum(row[k] for row in rows) / len(rows)
                 for key, k in (("tokens_per_answer", "tokens"), ("truncated_fraction", "truncated"))}
     results["errors"] = sum(row["error"] is not None for row in rows)
@@ -153,6 +155,19 @@ def log_in(out):
 def as_table(rows, n_items):
     """Transcripts with one answer a prompt, persona by persona -> [N, columns] of 0 and 1."""
     return np.array([row["correct"] for row in rows], dtype=float).reshape(-1, n_items).T
+
+
+def lengths(rows, n_items):
+    """How long each persona's answers are, from transcripts with one answer a prompt -> a dict each:
+    `tokens` an answer, `truncated` (the share cut off), and `accuracy_finished`, among the others
+    (None where all were cut off). A lottery of length is none of competence."""
+    table = np.array([[row["tokens"], row["truncated"], row["correct"]] for row in rows], float)
+    out = []
+    for tokens, cut, right in table.reshape(-1, n_items, 3).transpose(0, 2, 1):
+        finished = float(right[cut == 0].mean()) if not cut.all() else None
+        out.append({"tokens": float(tokens.mean()), "truncated": float(cut.mean()),
+                    "accuracy_finished": finished})
+    return out
 
 
 def summary(table, problems, personas, seed):
@@ -360,7 +375,7 @@ def parse(argv):
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
-    add("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
+    add("--task", default="arithmetic", help="arithmetic, facts, svamp, gsm8k, math, math500 or a .jsonl file")
     add("--personas", default="test", help=f"{', '.join(pool.POOLS)}, or a .jsonl file")
     add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
     add("--limit", type=int, default=50, help="number of problems")

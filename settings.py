@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         choices=["permix", "rlvr", "sft", "distill"])
     add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file (in parts: "
         "'file.gguf.part*')")
-    add("task", "arithmetic", "arithmetic, svamp, gsm8k, math, or a .jsonl file")
+    add("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file")
     add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
     add("resume", None, "run folder to continue with its own settings")
     add("steps", 34, "batches; each is --inner-epochs optimizer steps")
@@ -41,16 +41,16 @@ def parser() -> argparse.ArgumentParser:
     add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
     add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
     add("personas", "train", "training pool: train, conflict-train, paraphrases-train, or a .jsonl file")
-    add("prompts", None, "problems a step (default: 12 for arithmetic, else 64, since fewer of them teach something)",
+    add("prompts", None, "problems a step (default: 12 for generated tasks, else 64, since fewer of them teach)",
         type=int)
     add("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)", type=int)
-    add("max-new-tokens", None, "length limit of a completion (default: 32 for arithmetic, else 48)", type=int)
+    add("max-new-tokens", None, "length limit of a completion (default: 32 for generated tasks, else 48)", type=int)
     add("temperature", 0.6, "of sampling, and of the log-probs trained on")
-    add("prompt", None, "how a problem is asked (default: plain for arithmetic, else short)",
+    add("prompt", None, "how a problem is asked (default: plain for generated tasks, else short)",
         choices=sorted(tasks.PROMPTS))
     add("reward", "rewards:correctness", "module:function, called with (problem, completion text)")
     add("teacher", None, "model that writes the completions of distill (default: the start model)")
-    add("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for arithmetic, else 6e-5)", type=float)
+    add("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)", type=float)
     add("warmup", 2, "steps of linear warm-up")
     add("max-grad-norm", 1.0, "gradient clipping")
     add("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its paper's, unless given "
@@ -121,7 +121,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     for name in ("model", "task", "method", "seed", "dtype") if first.resume else ():
         if getattr(args, name) != before[name]:
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
-    small = args.task == "arithmetic"                   # what the embedded model solves often, in few words
+    small = args.task in tasks.GENERATED                # what the embedded model solves often, in few words
     unset = {"loss": "grpo", "group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
              "learning_rate": 3e-5 if small else 6e-5, "persona_prob": 0.7 if args.method == "permix" else 0.0,

@@ -1,7 +1,12 @@
 """What is asked: problems with a gold answer, generated or loaded.
 
 `arithmetic` is generated: a template, names, objects and numbers drawn from a seed. Train and test are disjoint by
-construction: a hash of the template and its numbers (not of the names) decides the split, whatever the seed.
+construction: a hash of the template and its numbers (not of the names) decides the split, whatever the seed. But a
+test problem may be another wording of a trained one.
+
+`facts` is generated from the same templates, and holds out facts: 7 + 5, 5 + 7, 12 - 5 and 12 - 7 are one, and a hash
+of it decides the split. So no test fact is seen in training, in any wording. Its problems have levels, and training
+opens them one after another (`batch`).
 
 Files are `.jsonl` with `question` (or `problem`) and `answer`; GSM8K's gold follows `####`. A line's `split` decides
 where it goes; in a file without any, the first 70 % train and the last 30 % test. `svamp`, `gsm8k`, `math` and
@@ -17,6 +22,7 @@ import random
 import sys
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from files import Parser, numbered
@@ -29,6 +35,7 @@ class Problem:
     answer: str                                         # the gold, as the verifier reads it
     id: str
     kind: str                                           # what it asks for, for tables: add, two-step, Algebra ...
+    level: int = 0                                      # how hard it is; training begins with the lowest (`batch`)
 
 
 # Solved examples for `few-shot`: written for this file, of no dataset, and with none of the numbers of TEMPLATES.
@@ -119,11 +126,16 @@ TEMPLATES = {
 }
 
 
+def first_step(text: str, x: dict[str, int]) -> int:
+    """What the first step of a two-step template comes to with the numbers x."""
+    return x["p"] * x["q"] if "{p}" in text else x["s"] - x["b"] if "{s}" in text else x["a"] + x["b"]
+
+
 def gold(kind: str, text: str, x: dict[str, int]) -> int:
     """The answer of a template with the numbers x."""
     if kind != "two-step":
         return {"add": x["a"] + x["b"], "subtract": x["a"], "multiply": x["p"] * x["q"], "divide": x["p"]}[kind]
-    first = x["p"] * x["q"] if "{p}" in text else x["s"] - x["b"] if "{s}" in text else x["a"] + x["b"]
+    first = first_step(text, x)
     return first + x["c"] if any(word in text for word in ("+ {c}", "loose", "drink", "found")) else first - x["c"]
 
 
@@ -142,17 +154,101 @@ def arithmetic(split: str, seed: int, limit: int) -> list[Problem]:
         x = {"a": draw.randint(2, 8), "b": draw.randint(2, 6), "p": draw.randint(2, 6), "q": draw.randint(2, 6)}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
         x["c"] = draw.randint(2, min(9, x["s"], x["d"]))
-        used = "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)
-        here = "test" if zlib.crc32((text + used).encode()) % 5 == 0 else "train"
-        if split not in ("all", here) or text + used in seen:
+        key = numbered_template(text, x)
+        here = "test" if zlib.crc32(key.encode()) % 5 == 0 else "train"
+        if split not in ("all", here) or key in seen:
             continue
-        seen.add(text + used)
+        seen.add(key)
         misses = 0
-        n, m = draw.sample(NAMES, 2)
-        question = text.format(**x, n=n, m=m, o=draw.choice(OBJECTS))
-        name = f"{kind}-{zlib.crc32((text + used).encode()):08x}"
-        problems.append(Problem(question, str(gold(kind, text, x)), name, kind))
+        problems.append(told(kind, text, x, draw))
     return problems
+
+
+def numbered_template(text: str, x: dict[str, int]) -> str:
+    """A template and the numbers that it uses: what makes a problem another one."""
+    return text + "".join(f" {key}={x[key]}" for key in "absdpqc" if f"{{{key}}}" in text)
+
+
+def told(kind: str, text: str, x: dict[str, int], draw: random.Random, level: int = 0) -> Problem:
+    """The problem of a template and its numbers, with names and objects drawn."""
+    n, m = draw.sample(NAMES, 2)
+    question = text.format(**x, n=n, m=m, o=draw.choice(OBJECTS))
+    name = f"{kind}-{zlib.crc32(numbered_template(text, x).encode()):08x}"
+    return Problem(question, str(gold(kind, text, x)), name, kind, level)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Facts. What is held out is what two numbers make, not how it is asked for. The mix is such that the embedded model
+# solves about 0.3 of it greedily, before any training: enough to learn from, and room above.
+
+EASY, LARGE = {"+": 12, "*": 9}, {"+": 49, "*": 12}      # the largest number of an easy fact, and of any
+LEVELS = (0, 0, 1, 0, 0, 0, 1, 0, 0, 2)                 # of ten problems: easy facts, larger numbers, two steps
+FACT_KINDS = {"add": 4, "subtract": 1, "multiply": 6, "divide": 1}      # and the kinds of one step
+LEFT_OUT = ("Add", "{n} is", "A train", "A ticket", "A garden")         # sums and products that it hardly ever solves
+STORY = 1                                               # how often a story is drawn, to BARE of a bare sum
+LEVEL_STEPS = 8                                         # training steps until the next level opens
+
+
+def facts_of(text: str, x: dict[str, int]) -> list[tuple[str, int, int]]:
+    """The facts that a template with the numbers x takes, one a step: ("+" or "*", smaller, larger number). A fact
+    stands for its inverse too: 12 - 5 is ("+", 5, 7)."""
+    sign, pair = ("*", (x["p"], x["q"])) if "{q}" in text else ("+", (x["a"], x["b"]))
+    found = [(sign, *sorted(pair))]
+    if "{c}" in text:                                   # the second step: first + c, or first - c
+        smaller = min(first_step(text, x), gold("two-step", text, x))
+        found.append(("+", *sorted((smaller, x["c"]))))
+    return found
+
+
+@cache
+def side(fact: tuple[str, int, int]) -> str:
+    """The split of a fact, whatever the seed; one in four is for the test."""
+    return "test" if random.Random(f"held out {fact}").random() < 0.25 else "train"     # SHA-512: the same everywhere
+
+
+def facts_fit(found: list[tuple[str, int, int]], level: int, split: str) -> bool:
+    """Are these facts of the level, and all on one side, that of the split?"""
+    within = all(2 <= small and large <= LARGE[sign] for sign, small, large in found)
+    easy = all(large <= EASY[sign] for sign, _, large in found)
+    sides = {side(fact) for fact in found}
+    return within and (level == 2 or easy == (level == 0)) and len(sides) == 1 and split in ("all", *sides)
+
+
+def facts(split: str, seed: int, limit: int) -> list[Problem]:
+    """As `arithmetic`, but no fact of one split is in the other, in any wording; the levels are mixed as LEVELS says.
+    ValueError where the templates can't give as many."""
+    draw = random.Random(f"facts {split} {seed}")
+    problems, seen = [], set()
+    while len(problems) < limit:
+        level = LEVELS[len(problems) % len(LEVELS)]
+        for _ in range(5000):                           # else the level's problems are used up
+            kind, text = wording(draw, level)
+            x = numbers_of(draw, text, level, split)
+            if numbered_template(text, x) not in seen:
+                break
+        else:
+            raise ValueError(f"facts has hardly more than {len(problems)} {split} problems; lower the limit")
+        seen.add(numbered_template(text, x))
+        problems.append(told(kind, text, x, draw, level))
+    return problems
+
+
+def wording(draw: random.Random, level: int) -> tuple[str, str]:
+    """The kind and the template of a problem of the level."""
+    kind = draw.choices(list(FACT_KINDS), FACT_KINDS.values())[0] if level < 2 else "two-step"
+    rows = [row for row in TEMPLATES[kind] if not row[1].startswith(LEFT_OUT)]
+    _, text = draw.choices(rows, [BARE if weight == BARE else STORY for weight, _ in rows])[0]
+    return kind, text
+
+
+def numbers_of(draw: random.Random, text: str, level: int, split: str) -> dict[str, int]:
+    """Numbers for a template, drawn again until its facts are of the level and the split."""
+    top = LARGE if level == 1 else EASY
+    while True:
+        x = {key: draw.randint(2, top["+"]) for key in "abc"} | {key: draw.randint(2, top["*"]) for key in "pq"}
+        x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}
+        if facts_fit(facts_of(text, x), level, split):
+            return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,8 +329,11 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+GENERATED = {"arithmetic": arithmetic, "facts": facts}
+
+
 def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[Problem]:
-    """The problems of a task's split ("train" | "test" | "all"): `arithmetic`, a hub task, or a .jsonl file.
+    """The problems of a task's split ("train" | "test" | "all"): `arithmetic`, `facts`, a hub task, or a .jsonl file.
 
     Generated tasks give `limit` problems (600 for training, 200 else). Raises ValueError in one line.
     """
@@ -242,8 +341,8 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
         raise ValueError(f"unknown split {split!r}: give train, test or all")
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves no problem: give 1 or more")
-    if task == "arithmetic":
-        return arithmetic(split, seed, limit or (600 if split == "train" else 200))
+    if task in GENERATED:
+        return GENERATED[task](split, seed, limit or (600 if split == "train" else 200))
     if task in HUB:
         problems = from_hub(task, split)
     elif task.endswith(".jsonl"):
@@ -251,7 +350,7 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
             raise ValueError(f"no file {task}: give the path of a .jsonl file with question and answer")
         problems = from_file(Path(task), split)
     else:
-        known = ["arithmetic", *HUB]
+        known = [*GENERATED, *HUB]
         close = difflib.get_close_matches(task, known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown task {task!r}: give one of {', '.join(known)} or a .jsonl file{hint}")
@@ -263,8 +362,13 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
 def batch(problems: list[Problem], step: int, size: int, seed: int) -> list[Problem]:
     """The `size` problems of training step `step`: a function of (seed, step), the same for every arm.
 
-    Epochs are shuffled anew; a step may end one epoch and open the next.
+    Epochs are shuffled anew; a step may end one epoch and open the next. Every LEVEL_STEPS steps the next level of
+    problems is open too, and the stream is one of all that are open; most tasks have one level.
     """
+    levels = sorted({problem.level for problem in problems})
+    last = levels[min(step // LEVEL_STEPS, len(levels) - 1)]
+    problems = [problem for problem in problems if problem.level <= last]
+
     def shuffled(epoch: int) -> list[Problem]:
         return random.Random(f"order {seed} {epoch}").sample(problems, len(problems))
 
@@ -275,7 +379,7 @@ def batch(problems: list[Problem], step: int, size: int, seed: int) -> list[Prob
 
 def main() -> None:
     p = Parser(description="Print problems of a task.")
-    p.add_argument("--task", default="arithmetic", help="arithmetic, svamp, gsm8k, math, math500 or a .jsonl file")
+    p.add_argument("--task", default="arithmetic", help="arithmetic, facts, svamp, gsm8k, math, math500 or a file")
     p.add_argument("--split", default="train", choices=["train", "test", "all"])
     p.add_argument("--limit", type=int, default=10, help="how many")
     p.add_argument("--seed", type=int, default=0)

@@ -4,6 +4,7 @@
     python results/run.py --arms rlvr permix --seeds 0 1    # part of it; what is there already is not run again
     python results/run.py --task problems.jsonl --out runs/other --steps 60 --learning-rate 1e-4
 
+    python results/run.py --at 12 34                        # arms evaluated after 12 steps, and at the end, after 34
     python results/run.py --rebuild main early              # the kept comparisons from the kept results, no run
 
 Flags that are not its own go to train.py, for every arm.
@@ -12,8 +13,13 @@ All arms see the same problems in the same order, with as many steps and complet
 and `distill` who writes) differs. Evaluation: greedy accuracy on 50 held-out problems under 24 test personas, and
 fidelity by persona identification over 8 open questions, neither of which any arm was trained on.
 
-Each arm is a run folder of train.py under --out; stopped anywhere, the same command goes on. Kept in results/NAME: each
-arm's results.json, and the comparison of all as JSON, tables and plots.
+Each arm is a run folder of train.py under --out; stopped anywhere, the same command goes on. With --at an arm is
+trained to the first step, evaluated, and resumed: resuming is exact, and only the warm-up knows of steps, so the run is
+that of one go.
+
+Kept in results/NAME: each arm's results.json, its answers and training metrics gzipped (transcripts.py reads them), and
+the comparison of all as JSON, tables and plots. With --at, results and comparisons lie in a folder step-N for each
+checkpoint, and curves.py compares the arms at equal accuracy.
 """
 
 import argparse
@@ -30,10 +36,12 @@ from pathlib import Path
 import matplotlib
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT_IN = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
 from evaluation import compare, report  # noqa: E402
+from results import curves, transcripts  # noqa: E402
 from settings import settings  # noqa: E402
 
 ARMS = {
@@ -99,66 +107,126 @@ def flags(arm: str, out: Path) -> list[str]:
     return [*rest, str(file)]
 
 
-def trained(arm: str, seed: int, args) -> Path:
-    """The run folder of an arm, trained to the end, its checkpoints removed."""
-    run = args.out / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
-    if not (run / "model" / "config.json").is_file():
-        goes_on = ["--resume", run] if (run / "config.json").is_file() else [
-            *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", args.steps,
-            "--eval-problems", 0, "--keep", 1, "--out", run, *args.rest]
-        call("train.py", *goes_on)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return run
+def stage(step: int | None) -> str:
+    """The folder of a checkpoint that --at names; without --at there is one, and no folder of its own."""
+    return f"step-{step}" if step else ""
 
 
-def keep(folder: Path, name: str, args) -> None:
-    """What is small enough for the repository, into results/NAME."""
-    target = ROOT / "results" / args.name / name
+def trained(arm: str, seed: int, step: int, run: Path, args) -> Path:
+    """The model of an arm after `step` steps, in its run folder; goes on with a run that has fewer."""
+    goes_on = ["--resume", run, "--steps", step] if (run / "config.json").is_file() else [
+        *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", step,
+        "--eval-problems", 0, "--keep", 1, "--out", run, *args.rest]
+    call("train.py", *goes_on)
+    return run / "model"
+
+
+def keep(folder: Path, target: Path) -> None:
+    """What is small enough for the repository of an evaluation or a comparison, into `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         if (folder / file).is_file():
             shutil.copy(folder / file, target / file)
+    if (folder / transcripts.TRANSCRIPTS).is_file():
+        transcripts.keep(folder, target)
+
+
+def one_run(arm: str, seed: int | None, args) -> list[Path]:
+    """Trains, evaluates and keeps an arm (seed None: the start model) -> its evaluation at each checkpoint."""
+    kept_in = KEPT_IN / args.name
+    if seed is None:
+        folder = evaluated(args.model, arm, args.out / arm, args)
+        keep(folder, kept_in / arm)
+        return [folder] * len(args.at)
+    run = args.out / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
+    folders = [run / "evaluation" / stage(step) for step in args.at]
+    for step, folder in zip(args.at, folders, strict=True):
+        if not (folder / "results.json").is_file():
+            evaluated(trained(arm, seed, step or args.steps, run, args), arm, folder, args)
+        keep(folder, kept_in / run.name / stage(step))
+    transcripts.keep_training(run, kept_in / run.name)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)      # until here, a resumed run starts from the last one
+    return folders
+
+
+def markdown(head: list[str], *rows: list[str]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tables(comparison: dict) -> str:
     """A comparison as Markdown: the arms, their differences, a verdict for each hypothesis."""
-    def markdown(head, *rows):
-        lines = [head, ["---"] * len(head), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
     verdicts = [[h["name"], h["claim"], h["verdict"], h["words"]] for h in comparison["hypotheses"]]
     return "\n\n".join([markdown(*report.arm_rows(comparison)), markdown(*report.difference_rows(comparison)),
                         markdown(["", "claim", "verdict", "measured"], *verdicts)]) + "\n"
 
 
-def kept(name: str) -> tuple[dict, dict]:
-    """({arm: its results, one a training seed}, their comparison) of what results/NAME keeps."""
-    arms, folder = {}, ROOT / "results" / name
-    for file in sorted(folder.glob("*/results.json")):
+def page(comparisons: dict) -> str:
+    """tables.md of {step: comparison}, in the order of training; {None: comparison} without --at."""
+    if None in comparisons:
+        return tables(comparisons[None])
+    parts = [f"## At step {step}\n\n{tables(comparison)}" for step, comparison in comparisons.items()]
+    return "\n".join([*parts, f"## At equal accuracy\n\n{markdown(*curves.rows(curves.differences(comparisons)))}\n"])
+
+
+def kept_comparisons(name: str) -> dict:
+    """{step: comparison.json} of results/NAME in the order of training; {None: ...} without --at."""
+    folder = KEPT_IN / name / "compared"
+    steps = sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/comparison.json"))
+    return {step: json.loads((folder / stage(step) / "comparison.json").read_text()) for step in steps or [None]}
+
+
+def kept(name: str, step: int | None = None) -> tuple[dict, dict]:
+    """({arm: its results, one a training seed}, their comparison) of what results/NAME keeps, of one checkpoint."""
+    arms, folder = {}, KEPT_IN / name
+    for file in sorted({*folder.glob(f"*/{stage(step)}/results.json"), folder / "start" / "results.json"}):
         role, results = compare.read_arm(file.parent)
         arms.setdefault(role, []).append(results)
-    order = json.loads((folder / "compared" / "comparison.json").read_text())["arms"]
+    order = json.loads((folder / "compared" / stage(step) / "comparison.json").read_text())["arms"]
     arms = {role: arms[role] for role in order}
     return arms, compare.side_by_side(arms)
 
 
 def rebuild(name: str) -> None:
-    """comparison.json, tables.md and the plot of results/NAME again, from each run's table of right and wrong."""
-    (arms, comparison), folder = kept(name), ROOT / "results" / name
-    shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
-    with matplotlib.rc_context(report.RC):
-        plot = report.tradeoff(shown, comparison["runs"])
-        plot.savefig(folder / "compared" / "stability_against_fidelity.png", dpi=160)
-    (folder / "compared" / "comparison.json").write_text(json.dumps(comparison, indent=1))
-    (folder / "tables.md").write_text(tables(comparison))
+    """comparison.json, tables.md and the plots of results/NAME again, from each run's table of right and wrong."""
+    for step in kept_comparisons(name):
+        (arms, comparison), folder = kept(name, step), KEPT_IN / name / "compared" / stage(step)
+        shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
+        with matplotlib.rc_context(report.RC):
+            plot = report.tradeoff(shown, comparison["runs"])
+            plot.savefig(folder / "stability_against_fidelity.png", dpi=160)
+        (folder / "comparison.json").write_text(json.dumps(comparison, indent=1))
+    write_page(name)
 
 
-def main() -> None:
+def write_page(name: str) -> None:
+    """tables.md of the kept comparisons; with --at also compared/curves.json and its picture."""
+    folder, comparisons = KEPT_IN / name, kept_comparisons(name)
+    (folder / "tables.md").write_text(page(comparisons))
+    if None not in comparisons:
+        (folder / "compared" / "curves.json").write_text(json.dumps(curves.differences(comparisons), indent=1))
+        with matplotlib.rc_context(report.RC):
+            curves.plot(comparisons).savefig(folder / "compared" / "curves.png", dpi=160)
+
+
+def compared(folders: list[list[Path]], args) -> None:
+    """All arms at each checkpoint, kept with their page; folders: what `one_run` gave for each arm and seed."""
+    for step, at_step in zip(args.at, zip(*folders, strict=True), strict=True):
+        folder = Path("compared") / stage(step)
+        call("evaluate.py", "--compare", *at_step, "--out", args.out / folder)
+        keep(args.out / folder, KEPT_IN / args.name / folder)
+    write_page(args.name)
+
+
+def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; `rest` are train.py's flags, `at` the evaluated checkpoints (None: the end)."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *ABLATIONS], help="trained arms")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds of each")
     p.add_argument("--steps", type=int, default=34, help="of training")
+    p.add_argument("--at", nargs="+", type=int, metavar="STEP",
+                   help="evaluate after each of these steps; the last ends the training, whatever --steps says")
     p.add_argument("--model", default="smollm2-135m", help="start model")
     p.add_argument("--task", default="arithmetic", help="trained and evaluated on")
     p.add_argument("--personas", default="test", help="of the evaluation")
@@ -168,42 +236,40 @@ def main() -> None:
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
     p.add_argument("--rebuild", nargs="+", metavar="NAME", help="only: the kept comparisons again, from kept results")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, 5.6 GB each, on its share of the cores")
-    args, args.rest = p.parse_known_args()
+    args, args.rest = p.parse_known_args(argv)
+    if args.jobs < 1:
+        p.error(f"--jobs must be at least 1, not {args.jobs}")
+    args.at = args.at or [None]
+    if args.at != [None] and (args.at[0] < 1 or args.at != sorted(set(args.at))):
+        p.error("--at takes steps from 1 on, each later than the one before")
+    try:
+        told = settings(args.rest)                      # train.py's flags: a mistyped one is told before anything runs
+    except ValueError as error:
+        p.error(str(error))
+    if told.overlap and len(args.at) > 1:
+        p.error("--at stops and resumes, which with --overlap is another run than one that goes through")
+    return args
+
+
+def main() -> None:
+    args = flags_of()
     if args.rebuild:
         for name in args.rebuild:
             rebuild(name)
         return
-    if args.jobs < 1:
-        p.error(f"--jobs must be at least 1, not {args.jobs}")
-    try:
-        settings(args.rest)                             # train.py's flags: a mistyped one is told before anything runs
-    except ValueError as error:
-        p.error(str(error))
     args.out, began = args.out.resolve(), time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     args.flags = {arm: flags(arm, args.out) for arm in args.arms}
-
-    def run(arm: str, seed: int | None) -> Path:
-        if arm == "start":
-            model, name, folder = args.model, "start", args.out / "start"
-        else:
-            model = trained(arm, seed, args) / "model"
-            name, folder = model.parent.name, model.parent / "evaluation"
-        keep(evaluated(model, arm, folder, args), name, args)
-        return folder
 
     # All arms of a seed first: stopped early, arms are comparable.
     todo = [("start", None), *((arm, seed) for seed in args.seeds for arm in args.arms)]
     with workers(args.jobs) as pool:
         try:
-            folders = [future.result() for future in [pool.submit(run, *one) for one in todo]]
+            folders = [future.result() for future in [pool.submit(one_run, *one, args) for one in todo]]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    call("evaluate.py", "--compare", *folders, "--out", args.out / "compared")
-    keep(args.out / "compared", "compared", args)
-    comparison = json.loads((args.out / "compared" / "comparison.json").read_text())
-    (ROOT / "results" / args.name / "tables.md").write_text(tables(comparison))
+    compared(folders, args)
     print(f"{time.time() - began:.0f} seconds; everything is in {args.out}")
 
 

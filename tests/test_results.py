@@ -1,15 +1,25 @@
 """The experiment's script: its arms, and the tables it left."""
 
+import gzip
 import json
+import random
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import evaluate
+import files
 import personas
+import rewards
 import settings
+import tasks
+import train
+from evaluation import lottery
+from results import curves, transcripts
+from rollout import Completion
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -78,3 +88,201 @@ def test_a_number_of_personas_is_a_file_of_as_many_training_personas_from_all_st
     pool = personas.load(run.flags(f"personas={count}", tmp_path)[-1])
     assert len(pool) == count and set(pool) <= set(personas.load("train"))
     assert len({p.stratum for p in pool}) == min(count, 3)
+
+
+# -- what a run keeps ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tiny, tmp_path_factory):
+    """(results.json of an evaluation with made-up answers, its folder, where it is kept)."""
+    folder, target = (tmp_path_factory.mktemp(name) for name in ("evaluation", "kept"))
+    draw = random.Random(0)
+
+    def answered(model, tokenizer, prompts, n=1, log=None, **sampling):
+        log.touch()
+        return [[(draw.choice(["It is 6.", "So 8\u2028apples.", "six", "9, no, 6."]),
+                  Completion(i, j, [draw.randint(3, 98) for _ in range(3)], [], draw.random() < 0.3))
+                 for j in range(n)] for i in range(len(prompts))]
+
+    problems = [tasks.Problem(f"What is {i} + {g - i}?", str(g), f"{g}-{i}", "add") for g in (6, 8) for i in (1, 2, 3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "sample", answered)
+        results = evaluate.evaluate(*tiny, problems, personas.load("test")[:8], out=folder, samples=2,
+                                    fidelity_args={"questions": ["Who?", "Why?"], "start_model": tiny[0]})
+    transcripts.keep(folder, target)
+    return results, folder, target
+
+
+def test_the_kept_answers_are_all_that_the_evaluation_wrote(kept):
+    _, folder, target = kept
+    assert transcripts.read(target) == list(files.rows(folder / "transcripts.jsonl"))
+    text = gzip.decompress((target / "transcripts.json.gz").read_bytes()).decode()
+    assert text.count('"What is 1 + 5?"') == text.count('"Who?"') == 1  # not once a persona
+
+
+def test_the_kept_answers_give_the_verdicts_and_the_tables_of_the_results_again(kept):
+    results, _, target = kept
+    rows = transcripts.read(target)
+    greedy = [row for row in rows if row.get("temperature") == 0]
+    table = {name: "" for name in results["correct"]}
+    for row in greedy:
+        verdict = rewards.verify(row["gold"], row["answer"]).verdict
+        assert verdict == row["verdict"]
+        table[row["persona"]] += "01"[verdict == "correct"]
+    assert table == results["correct"] and "1" in str(table) and "0" in str(table)
+    spoken = [row for row in rows if row["kind"] == "roleplay"]
+    for name, want in results["fidelity"]["tables"].items():
+        assert np.array([row[name] for row in spoken]).round(4).reshape(2, 8).tolist() == want
+
+
+def test_the_kept_answers_give_the_lengths_of_the_results_again(kept):
+    results, _, target = kept
+    greedy = [row for row in transcripts.read(target) if row.get("temperature") == 0]
+    for row in results["personas"]:
+        own = [answer for answer in greedy if answer["persona"] == row["name"]]
+        finished = [answer["correct"] for answer in own if not answer["truncated"]]
+        assert row["tokens"] == np.mean([answer["tokens"] for answer in own])
+        assert row["truncated"] == pytest.approx(np.mean([answer["truncated"] for answer in own]))
+        assert row["accuracy_finished"] == (pytest.approx(np.mean(finished)) if finished else None)
+
+
+def test_the_same_answers_are_the_same_bytes(kept, tmp_path):
+    _, folder, target = kept
+    transcripts.keep(folder, tmp_path)
+    first, again = ((path / "transcripts.json.gz").read_bytes() for path in (target, tmp_path))
+    assert first == again and first[4:8] == bytes(4)  # the header's time
+
+
+# -- checkpoints on the way ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stages(run, tiny_folder, tmp_path_factory):
+    """(arguments, calls) of two arms evaluated after 1 and 3 steps, with the scripts called in this process."""
+    out, calls = tmp_path_factory.mktemp("stages"), []
+    people = out / "people.jsonl"
+    people.write_text("".join(json.dumps(vars(p)) + "\n" for p in personas.load("test")[:8]))
+    args = run.flags_of([
+        "--arms", "rlvr", "permix", "--seeds", "0", "--at", "1", "3", "--model", str(tiny_folder), "--problems", "4",
+        "--questions", "1", "--personas", str(people), "--name", "staged", "--out", str(out / "runs"),
+        "--prompts", "2", "--group-size", "4", "--max-new-tokens", "6", "--dtype", "float32", "--truncated", "keep",
+        "--learning-rate", "1e-3", "--temperature", "1.0", "--reward", "tests.test_train:word_reward"])
+    args.out.mkdir()
+    args.flags = {arm: run.flags(arm, args.out) for arm in args.arms}
+
+    def call(script, *flags):
+        calls.append((script, *map(str, flags)))
+        assert {"train.py": train, "evaluate.py": evaluate}[script].main(list(map(str, flags))) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.one_run.__globals__, "call", call)
+        patch.setitem(run.one_run.__globals__, "KEPT_IN", out)
+        everything = [("start", None), ("rlvr", 0), ("permix", 0)]
+        run.compared([run.one_run(*one, args) for one in everything], args)
+        yield args, calls, out / "staged", lambda: [run.one_run(*one, args) for one in everything]
+
+
+def test_a_run_that_is_evaluated_on_the_way_is_the_run_of_one_go(stages, tmp_path):
+    args, calls, _, _ = stages
+    first = next(flags for script, *flags in calls if script == "train.py" and "rlvr" in flags)
+    at, out = first.index("--steps"), first.index("--out")
+    whole = [*first[:at], "--steps", "3", *first[at + 2:out], "--out", str(tmp_path / "whole"), *first[out + 2:]]
+    assert train.main(whole) == 0
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (tmp_path / "whole",
+                                                                                args.out / "rlvr-seed0")]
+    assert weights[0] == weights[1]
+    rewarded = [row["reward"] for row in files.rows(args.out / "rlvr-seed0/metrics.jsonl")]
+    assert rewarded == [row["reward"] for row in files.rows(tmp_path / "whole/metrics.jsonl")] and len(rewarded) == 3
+
+
+def test_each_checkpoint_is_kept_with_its_answers_and_the_run_with_its_metrics(stages):
+    args, _, target, _ = stages
+    for arm in ("rlvr-seed0", "permix-seed0"):
+        tables = [json.loads((target / arm / step / "results.json").read_text()) for step in ("step-1", "step-3")]
+        answers = [transcripts.read(target / arm / step) for step in ("step-1", "step-3")]
+        assert answers[0] != answers[1] and len(answers[0]) == 4 * 9 + 8
+        assert all(table["training_seed"] == 0 for table in tables)
+        lines = gzip.decompress((target / arm / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+        config = json.loads(gzip.decompress((target / arm / "config.json.gz").read_bytes()))
+        assert config["settings"]["steps"] == 3 and not (args.out / arm / "checkpoints").exists()
+    assert transcripts.read(target / "start") and not (target / "start" / "step-1").exists()
+
+
+def test_the_same_command_again_runs_nothing_that_is_there(stages):
+    _, calls, _, again = stages
+    before = len(calls)
+    again()
+    assert len(calls) == before > 0
+
+
+def test_the_page_has_a_part_for_each_checkpoint_and_is_rebuilt_from_what_is_kept(run, stages):
+    _, _, target, _ = stages
+    page = (target / "tables.md").read_text()
+    heads = [line for line in page.splitlines() if line.startswith("## ")]
+    assert heads == ["## At step 1", "## At step 3", "## At equal accuracy"]
+    (target / "tables.md").unlink()
+    (target / "compared/step-3/stability_against_fidelity.png").unlink()
+    run.rebuild("staged")
+    assert (target / "tables.md").read_text() == page
+    assert (target / "compared/step-3/stability_against_fidelity.png").stat().st_size > 0
+    assert json.loads((target / "compared/curves.json").read_text()).keys() == curves.MEASURES.keys()
+
+
+@pytest.mark.parametrize("given, says", [(["34", "12"], "each later"), (["0", "12"], "from 1 on"),
+                                         (["12", "12"], "each later"), (["12", "34", "--overlap"], "another run")])
+def test_checkpoints_that_cannot_be_had_are_refused(run, given, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.flags_of(["--at", *given])
+    assert says in capsys.readouterr().err
+
+
+# -- curves ----------------------------------------------------------------------------------------
+
+
+def comparisons(**arms):
+    """{step: comparison}: arms {name: [seeds, steps, (accuracy, persona_sd)]}, and a start model."""
+    out = {}
+    for i, step in enumerate((12, 34)):
+        runs = {name: [{"training_seed": seed, "mean_accuracy": points[i][0], "persona_sd": points[i][1]}
+                       for seed, points in enumerate(seeds)] for name, seeds in arms.items()}
+        runs["start"] = [{"training_seed": None, "mean_accuracy": 0.2, "persona_sd": 0.1}]
+        means = {name: {key: np.mean([row[key] for row in rows]) for key in ("mean_accuracy", "persona_sd")}
+                 for name, rows in runs.items()}
+        out[step] = {"arms": means, "runs": runs}
+    return out
+
+
+def test_arms_are_compared_at_the_accuracies_that_both_have():
+    """rlvr's spread falls from 8 to 4 points between 0.4 and 0.6; permix has 2 points less there."""
+    made = comparisons(rlvr=[[(0.4, 0.08), (0.6, 0.04)]], permix=[[(0.5, 0.04), (0.7, 0.0)]])
+    got = curves.differences(made)
+    assert list(got) == ["persona_sd"] and list(got["persona_sd"]) == ["permix - rlvr"]
+    found = got["persona_sd"]["permix - rlvr"]
+    assert found["difference"] == pytest.approx(-0.02) and found["accuracy"] == pytest.approx([0.5, 0.6])
+    assert found == {"seeds": {"0": pytest.approx(-0.02)}} | lottery.at_equal_accuracy(
+        [(0.4, 0.08), (0.6, 0.04)], [(0.5, 0.04), (0.7, 0.0)])
+    assert curves.rows(got)[1] == ["persona_sd, points", "permix - rlvr", "0.500 to 0.600", "-2.0"]
+
+
+def test_arms_without_a_common_accuracy_are_not_compared():
+    got = curves.differences(comparisons(rlvr=[[(0.3, 0.08), (0.4, 0.04)]], permix=[[(0.5, 0.04), (0.7, 0.0)]]))
+    assert got["persona_sd"]["permix - rlvr"] is None
+    assert curves.rows(got)[1][-2:] == ["none in common", "–"]
+
+
+def test_the_interval_of_a_curve_is_students_t_over_the_seeds():
+    seeds = [[(0.4, 0.05 + x), (0.6, 0.05 + x)] for x in (0.0, 0.01, 0.05)]
+    found = curves.difference(comparisons(rlvr=[seeds[0]] * 3, permix=seeds), "rlvr", "permix", "persona_sd")
+    assert list(found["seeds"].values()) == pytest.approx([0, 0.01, 0.05])
+    half = 4.3027 * np.std([0, 0.01, 0.05], ddof=1) / np.sqrt(3)
+    assert found["difference"] == pytest.approx(0.02)
+    assert [found["low"], found["high"]] == pytest.approx([0.02 - half, 0.02 + half], abs=0.2 * half)
+
+
+def test_the_picture_begins_each_arm_at_the_start_model():
+    fig = curves.plot(comparisons(rlvr=[[(0.4, 0.08), (0.6, 0.04)]], permix=[[(0.5, 0.04), (0.7, 0.0)]]))
+    lines = fig.axes[0].get_lines()
+    assert [line.get_xydata()[0].tolist() for line in lines] == [[0.2, 10], [0.2, 10]]
+    assert lines[1].get_xydata()[2] == pytest.approx([0.7, 0])

@@ -1,5 +1,6 @@
 """tasks.py: generated problems are right and disjoint, files are read or refused, the training order is fixed."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import settings
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +118,119 @@ def test_more_problems_than_there_are_is_an_error_instead_of_an_endless_loop(mon
     monkeypatch.setattr(tasks, "TEMPLATES", {"multiply": [(1, "What is {p} * {q}?")]})
     with pytest.raises(ValueError, match="hardly more than 25 all problems; lower the limit"):
         tasks.load("arithmetic", "all", limit=65)
+
+
+@pytest.mark.parametrize("split, digest", [
+    ("train", "a838eac45e48eca96d72c6a31bb886fc89b8be74a454563116ac88f0cc838050"),
+    ("test", "7b60071f879d88cb6f398610febdd954e7bef862b9a5f11339526ef948794fc4")])
+def test_the_problems_of_arithmetic_are_those_that_the_kept_results_were_measured_on(split, digest):
+    lines = ["|".join((p.question, p.answer, p.id, p.kind)) for p in tasks.load("arithmetic", split, 0, 200)]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == digest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Facts
+
+
+def fact(sign: str, x: int, y: int) -> tuple:
+    """Independent of tasks.py: the numbers that are joined, of x + y, x - y, x * y or x / y."""
+    small, large = {"+": (x, y), "-": (y, x - y), "*": (x, y), "/": (y, x // y)}[sign]
+    return "+" if sign in "+-" else "*", min(small, large), max(small, large)
+
+
+# The signs of the two steps of each two-step template; the numbers are taken in the order they are read.
+STEPS = {r"buys \d+ more and then loses": "+-", r"What is \d+ \+ \d+ - ": "+-", r"What is \d+ \* \d+ \+ ": "*+",
+         r"boxes with \d+ \w+ each and \d+ loose": "*+", r"tickets for \d+ dollars each and a drink": "*+",
+         r"gave away \d+ and then found": "-+", r"Together they give": "+-",
+         r"shelves with \d+ books each. It sells": "*-"}
+APPLY = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "/": lambda x, y: x / y}
+
+
+def solved(problem) -> tuple[float, set]:
+    """(answer, facts) of a problem, from the numbers in its question alone."""
+    x, y, *rest = numbers(problem.question)
+    if problem.kind == "two-step":
+        [signs] = [signs for pattern, signs in STEPS.items() if re.search(pattern, problem.question)]
+        first = APPLY[signs[0]](x, y)
+        return APPLY[signs[1]](first, *rest), {fact(signs[0], x, y), fact(signs[1], first, *rest)}
+    sign = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}[problem.kind]
+    x, y = (max(x, y), min(x, y)) if sign in "-/" else (x, y)
+    return APPLY[sign](x, y), {fact(sign, x, y)}
+
+
+@pytest.fixture(scope="module")
+def every():
+    """{split: problems that between them take every fact that `facts` can give}; larger numbers are drawn more often
+    here, since there are more of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "LEVELS", (0, 1, 1, 1, 1, 1, 1, 1, 1, 2))
+        return {"train": tasks.load("facts", "train", 0, 15_000), "test": tasks.load("facts", "test", 0, 5000)}
+
+
+def test_no_fact_of_a_test_problem_stands_in_a_training_problem_in_any_wording(every):
+    seen = {split: set().union(*(solved(p)[1] for p in problems)) for split, problems in every.items()}
+    assert not seen["train"] & seen["test"]
+    possible = {("+", x, y) for y in range(2, 50) for x in range(2, y + 1)}
+    possible |= {("*", x, y) for y in range(2, 13) for x in range(2, y + 1)}
+    assert seen["train"] | seen["test"] == possible and 0.2 < len(seen["test"]) / len(possible) < 0.3
+
+
+def test_another_seed_holds_out_the_same_facts(every):
+    trained = set().union(*(solved(p)[1] for p in every["train"]))
+    assert not trained & set().union(*(solved(p)[1] for p in tasks.load("facts", "test", 5, 1000)))
+    assert trained >= set().union(*(solved(p)[1] for p in tasks.load("facts", "train", 5, 1000)))
+
+
+def test_golds_of_facts_follow_from_the_numbers_in_the_question(every):
+    for problem in every["train"][:4000] + every["test"][:1000]:
+        assert int(problem.answer) == solved(problem)[0], problem
+        assert all(n <= 98 for n in numbers(problem.question)) or problem.kind == "divide", problem
+        assert 2 <= int(problem.answer) <= 144 and max(numbers(problem.question)) <= 144, problem
+
+
+def test_the_questions_of_facts_are_distinct_and_a_larger_limit_only_adds(every):
+    for split, most in (("train", 3000), ("test", 1000)):
+        problems = tasks.load("facts", split, 0, most)
+        for some in (problems, every[split]):
+            assert len({p.question for p in some}) == len({p.id for p in some}) == len(some)
+        assert len(problems) == most and problems[:400] == tasks.load("facts", split, 0, 400)
+        assert tasks.load("facts", split, 0, 400) != tasks.load("facts", split, 1, 400)
+    assert len(tasks.load("facts", "train")) == 600 and len(tasks.load("facts", "all")) == 200
+
+
+def test_the_levels_of_facts_are_easy_then_larger_numbers_then_two_steps(every):
+    for problem in every["train"][:2000]:
+        easy = all(large <= {"+": 12, "*": 9}[sign] for sign, _, large in solved(problem)[1])
+        assert problem.level == (2 if problem.kind == "two-step" else 0 if easy else 1), problem
+    asked = tasks.load("facts", "test", limit=200)
+    assert Counter(p.level for p in asked) == {0: 140, 1: 40, 2: 20}
+    assert len({(p.level, p.kind) for p in asked}) == 4 + 4 + 1
+
+
+def test_more_facts_than_there_are_is_an_error_instead_of_an_endless_loop(monkeypatch):
+    monkeypatch.setattr(tasks, "LEVELS", (2,))
+    monkeypatch.setitem(tasks.TEMPLATES, "two-step", [(1, "What is {p} * {q} + {c}?")])
+    with pytest.raises(ValueError, match=r"facts has hardly more than \d+ test problems; lower the limit"):
+        tasks.load("facts", "test", limit=10_000)
+
+
+def test_training_opens_one_level_after_another_the_same_for_every_arm():
+    problems = tasks.load("facts", "train", limit=300)
+    levels = [Counter(p.level for p in tasks.batch(problems, step, 12, seed=0)) for step in range(34)]
+    assert all(set(seen) == {0} for seen in levels[:8]) and all(2 not in seen for seen in levels[:16])
+    assert any(1 in seen for seen in levels[8:10]) and any(2 in seen for seen in levels[16:20])
+    late = [p for step in range(16, 41) for p in tasks.batch(problems, step, 12, seed=0)]
+    assert len(set(late)) > 0.6 * len(problems)
+
+
+def test_facts_are_trained_on_with_the_settings_of_arithmetic():
+    facts, arithmetic = (vars(settings.settings(["--task", task])) for task in ("facts", "arithmetic"))
+    assert facts | {"task": "arithmetic"} == arithmetic and facts["prompts"] == 12
+
+
+def test_problems_that_are_all_of_a_high_level_are_open_from_the_first_step():
+    problems = [p for p in tasks.load("facts", "train", limit=300) if p.level > 0]
+    assert {p.level for p in tasks.batch(problems, 0, 40, seed=0)} == {1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""Arms compared at equal accuracy, from several evaluated checkpoints of each (`run.py --at`).
+
+An arm that solves more has less room for a lottery. So two arms are not compared after equal steps
+alone: each is a curve over its checkpoints, (accuracy, measure), interpolated by lines, and the
+difference is the mean over the accuracies that both have (`lottery.at_equal_accuracy`).
+
+The start model is the first point of every curve in the picture. It is left out of differences: it
+is the same for all arms, and would pull each difference towards 0.
+
+Left out: an interval over items. The interval here is of training seeds alone (Student's t), each
+seed of one arm against the same seed of the other.
+"""
+
+from itertools import combinations
+
+import numpy as np
+
+from evaluation import lottery, measures, report
+
+MEASURES = {"persona_sd": "persona_sd, points", "persona_identification": "persona identification"}
+
+
+def points(comparisons: dict, arm: str, measure: str, seed=None) -> list[tuple[float, float]]:
+    """(mean accuracy, measure) of an arm at each checkpoint; seed: of that training seed alone.
+
+    comparisons: {step: comparison.json}. KeyError where the measure was not taken.
+    """
+    found = [c["arms"][arm] if seed is None else by_seed(c, arm)[seed]
+             for c in comparisons.values()]
+    return [(scores["mean_accuracy"], scores[measure]) for scores in found]
+
+
+def by_seed(comparison: dict, arm: str) -> dict:
+    """{training seed: its scores} of an arm."""
+    return {run["training_seed"]: run for run in comparison["runs"][arm]}
+
+
+def difference(comparisons: dict, first: str, second: str, measure: str) -> dict | None:
+    """Second arm minus first at equal accuracy; None where they have no accuracy in common.
+
+    What `lottery.at_equal_accuracy` gives for the arms' means, and `seeds` {training seed:
+    difference}, whose spread gives `low` and `high` (95 %) from two seeds on.
+    """
+    def apart(seed=None):
+        curves = (points(comparisons, arm, measure, seed) for arm in (first, second))
+        return lottery.at_equal_accuracy(*curves)
+
+    found = apart()
+    if found is None:
+        return None
+    common = [set(by_seed(c, arm)) for c in comparisons.values() for arm in (first, second)]
+    seeds = {seed: apart(seed) for seed in sorted(set.intersection(*common))}
+    found["seeds"] = {str(seed): got["difference"] for seed, got in seeds.items() if got}
+    values = np.array(list(found["seeds"].values()))
+    if len(values) > 1:
+        draws = found["difference"] + values @ measures.seed_spread(len(values))
+        found["low"], found["high"] = measures.interval(draws)
+    return found
+
+
+def differences(comparisons: dict) -> dict:
+    """{measure: {"second - first": difference}} for every pair of trained arms."""
+    every = list(comparisons.values())
+    arms = [arm for arm in every[0]["arms"] if arm != "start"]
+    taken = [m for m in MEASURES if all(m in c["arms"][arm] for c in every for arm in arms)]
+    return {m: {f"{b} - {a}": difference(comparisons, a, b, m) for a, b in combinations(arms, 2)}
+            for m in taken}
+
+
+def rows(found: dict) -> list[list[str]]:
+    """A table of `differences`: head, then a row for each measure and pair."""
+    out = [["at equal accuracy", "difference", "accuracies", "mean difference [over seeds]"]]
+    for measure, pairs in found.items():
+        for pair, got in pairs.items():
+            out.append([MEASURES[measure], pair, *cells(measure, got)])
+    return out
+
+
+def cells(measure: str, got: dict | None) -> list[str]:
+    if got is None:
+        return ["none in common", "–"]
+    value = report.number(measure, got["difference"], "+")
+    if "low" in got:
+        low, high = (report.number(measure, got[end], "+") for end in ("low", "high"))
+        value += f" [{low}, {high}]"
+    return [f"{got['accuracy'][0]:.3f} to {got['accuracy'][-1]:.3f}", value]
+
+
+def plot(comparisons: dict):
+    """Each measure against mean accuracy, a line an arm from the start model on -> Figure."""
+    last = list(comparisons.values())[-1]["arms"]
+    taken = [m for m in MEASURES if all(m in scores for scores in last.values())]
+    fig, axes = report.figure(4.6, 1 + 2.4 * len(taken), rows=len(taken))
+    for ax, measure in zip(np.atleast_1d(axes), taken, strict=True):
+        factor = 100 if measure in report.POINTS else 1
+        for i, arm in enumerate(arm for arm in last if arm != "start"):
+            start = points(comparisons, "start", measure)[:1] if "start" in last else []
+            x, y = np.array(start + points(comparisons, arm, measure)).T
+            ax.plot(x, factor * y, color=report.SERIES[i], marker=report.MARKERS[i], label=arm)
+        ax.set_title(MEASURES[measure], loc="left")
+        ax.grid()
+    ax.set_xlabel("mean accuracy")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
