@@ -60,7 +60,7 @@ ABLATIONS = {
     **{f"kl={beta}": ["--method", "permix", "--kl-coef", beta] for beta in ("0.03", "0.1")},
     **{f"personas={n}": ["--method", "permix", "--personas", n] for n in ("1", "4", "16", "64")},
 }
-KEPT = ("results.json", "comparison.json", "stability_against_fidelity.png", "learning_curves.png")
+KEPT = ("comparison.json", "stability_against_fidelity.png", "learning_curves.png")     # of a comparison
 
 
 def workers(jobs: int) -> ThreadPoolExecutor:
@@ -124,10 +124,11 @@ def trained(arm: str, seed: int, step: int, run: Path, args) -> Path:
 def keep(folder: Path, target: Path) -> None:
     """What is small enough for the repository of an evaluation or a comparison, into `target`."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
+    evaluation = (folder / "results.json").is_file()
+    for file in ("results.json",) if evaluation else KEPT:
         if (folder / file).is_file():
             shutil.copy(folder / file, target / file)
-    if (folder / transcripts.TRANSCRIPTS).is_file():
+    if evaluation:
         transcripts.keep(folder, target)
 
 
