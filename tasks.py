@@ -359,14 +359,15 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
     return problems[:limit]
 
 
-def batch(problems: list[Problem], step: int, size: int, seed: int) -> list[Problem]:
+def batch(problems: list[Problem], step: int, size: int, seed: int, rounds: int = 1) -> list[Problem]:
     """The `size` problems of training step `step`: a function of (seed, step), the same for every arm.
 
     Epochs are shuffled anew; a step may end one epoch and open the next. Every LEVEL_STEPS steps the next level of
-    problems is open too, and the stream is one of all that are open; most tasks have one level.
+    problems is open too, and the stream is one of all that are open; most tasks have one level. rounds: that a
+    training step may take, where `step` counts rounds (dynamic sampling).
     """
     levels = sorted({problem.level for problem in problems})
-    last = levels[min(step // LEVEL_STEPS, len(levels) - 1)]
+    last = levels[min(step // (LEVEL_STEPS * rounds), len(levels) - 1)]
     problems = [problem for problem in problems if problem.level <= last]
 
     def shuffled(epoch: int) -> list[Problem]:

@@ -93,7 +93,7 @@ def roll_outs(author: Transformer | None, tokenizer, problems, pool, grade, args
     batch = None
     for turn in range(1 + args.dynamic_sampling):
         at = step * (1 + args.dynamic_sampling) + turn
-        chosen = tasks.batch(problems, at, args.prompts, args.seed)
+        chosen = tasks.batch(problems, at, args.prompts, args.seed, 1 + args.dynamic_sampling)
         keys = [f"{at}:{i}" for i in range(args.prompts)]
         drawn = personas.mix(pool, args.persona_prob, args.mix, keys, args.group_size, args.seed)
         more = roll_out(author, tokenizer, chosen[share], drawn[share], grade, args, at, share.start)

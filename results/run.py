@@ -53,6 +53,9 @@ ARMS = {
 }
 ABLATIONS = {
     "rlvr+anchor": ["--method", "rlvr", "--anchor-coef", "0.5"],
+    "rlvr+kl": ["--method", "rlvr", "--kl-coef", "0.03"],
+    "permix+kl": ["--method", "permix", "--kl-coef", "0.03"],
+    "rlvr+paraphrases": ["--method", "permix", "--personas", "paraphrases-train"],      # prompts vary, nobody speaks
     "permix+anchor, 1 a step": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-count", "1"],
     **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "0.75", "1.0")},
     "per rollout": ["--method", "permix", "--mix", "rollout"],
@@ -99,7 +102,7 @@ def evaluated(model, arm: str, folder: Path, args) -> Path:
 def flags(arm: str, out: Path) -> list[str]:
     """Those of train.py for an arm; a number of personas becomes a file of as many, evenly from the strata."""
     *rest, last = (ARMS | ABLATIONS)[arm]
-    if rest[-1] != "--personas":
+    if rest[-1] != "--personas" or not last.isdigit():
         return [*rest, last]
     file = out / f"{last}-personas.jsonl"
     chosen = personas.few(personas.load("train"), int(last))

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import files  # noqa: E402
+import personas  # noqa: E402
 from evaluation import compare, lottery  # noqa: E402
 
 LEAST_SD, PILOT_SD = 0.08, 0.04  # persona_sd, as accuracies
@@ -121,7 +122,7 @@ def parse(argv):
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="start model, as for evaluate.py")
     add("--task", default="facts", help="as for evaluate.py")
-    add("--personas", default="test", help="test, train, all, or a file of personas")
+    add("--personas", default="test", help=f"{', '.join(personas.POOLS)}, or a .jsonl file")
     add("--problems", type=int, default=100, help="held-out problems (100)")
     add("--max-new-tokens", type=int, default=32, help="longest answer (32)")
     add("--prompt", default="plain", choices=sorted(evaluate.tasks.PROMPTS), help="how it is put")

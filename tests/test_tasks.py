@@ -228,6 +228,13 @@ def test_facts_are_trained_on_with_the_settings_of_arithmetic():
     assert facts | {"task": "arithmetic"} == arithmetic and facts["prompts"] == 12
 
 
+def test_with_several_rounds_a_step_a_level_opens_after_as_many_steps():
+    problems = tasks.load("facts", "train", limit=300)
+    for step in (7, 8, 15, 16):
+        last = {max(p.level for p in tasks.batch(problems, 3 * step + turn, 200, 0, rounds=3)) for turn in range(3)}
+        assert last == {max(p.level for p in tasks.batch(problems, step, 200, 0))}
+
+
 def test_problems_that_are_all_of_a_high_level_are_open_from_the_first_step():
     problems = [p for p in tasks.load("facts", "train", limit=300) if p.level > 0]
     assert {p.level for p in tasks.batch(problems, 0, 40, seed=0)} == {1}
