@@ -79,6 +79,7 @@ def whole(x: Tensor) -> Tensor:
 # The weights
 
 GROWTH = 200                                            # steps without an overflow before fp16's loss scale doubles
+MOST = 2.0 ** 24                                        # of the loss scale
 
 
 class Policy:
@@ -143,7 +144,8 @@ class Policy:
             self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / max(1, self.warmup))
             self.optimizer.step()
             self.refresh()
-        self.rescale(math.isfinite(norm))
+        if norm:                                        # a flat batch says nothing of the scale
+            self.rescale(math.isfinite(norm))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -154,7 +156,7 @@ class Policy:
         if self.scaled and not finite:
             self.loss_scale = max(1.0, self.loss_scale / 2)
         elif self.scaled and self.good_steps % GROWTH == 0:
-            self.loss_scale *= 2
+            self.loss_scale = min(MOST, 2 * self.loss_scale)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -207,6 +207,8 @@ class Generation:
         """Draws one token for every row; the first `decoding` rows are decoded, the others have just been prefilled."""
         hidden = [self.decode(decoding)] if decoding else []
         logits = self.model.logits(torch.cat(hidden + [row.hidden for row in self.rows[decoding:]]))
+        if logits.device.type == "mps":                 # has no float64, in which the CDF is summed
+            logits = logits.cpu()
         uniforms = torch.tensor([row.uniforms[len(row.out.tokens)] for row in self.rows], device=logits.device)
         tokens, logprobs = draw(logits, uniforms)
         plain = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist() if self.model_logprobs else None

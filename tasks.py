@@ -305,6 +305,9 @@ def from_hub(task: str, split: str) -> list[Problem]:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # its retries would hide our one line
         parts = datasets.get_dataset_config_names(name) if configuration == "*" else [configuration]
         loaded = [datasets.load_dataset(name, part, split=splits[split]) for part in parts]
+    except ImportError as error:
+        raise ValueError(f"task {task} needs a package: pip install {error.name}; or pass a file: --task FILE.jsonl "
+                         "with question and answer") from error
     except Exception as error:                          # network, hub and parser each raise their own kinds
         raise ValueError(f"cannot fetch {name} from the hub ({type(error).__name__}); check the network, "
                          f"or pass a file: --task FILE.jsonl with question and answer") from error

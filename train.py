@@ -445,6 +445,7 @@ def run(args) -> None:
         wait()                                          # until rank 0 has fetched what was not there
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     model.checkpointing = args.recompute
+    args.dtype = str(model.dtype).removeprefix("torch.")        # what auto meant here is what a resumed run computes in
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, take another copy")
     teacher = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device) if args.teacher else None

@@ -54,6 +54,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
             model = Transformer(config_from_hf(hf_config))
         model.to(pick_dtype(dtype, device, hf_config.model_type)).to_empty(device=device)
         fill(model, tensors)
+    except ImportError as error:
+        raise ValueError(f"reading {name!r} needs a package: pip install {error.name}") from error
     except Exception as error:                          # each file format's reader raises kinds of its own
         raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of another kind: "
                          "fetch it again)") from error
@@ -127,6 +129,8 @@ def pick_device(name: str) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: torch sees no Apple GPU here; try --device cpu")
+    if name == "mps" and "LOCAL_RANK" in os.environ:
+        raise ValueError("--device mps is for one process: leave out torchrun, or give --device cpu")
     if name != "cuda":
         return name
     if not torch.cuda.is_available():
@@ -220,7 +224,7 @@ def resolve(name: str) -> Path:
     if name == EMBEDDED:
         return embedded_model()
     path = Path(name).expanduser()
-    if ".gguf.part" in path.name:
+    if ".gguf.part" in path.name and not path.is_dir():
         return joined(path)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
@@ -240,16 +244,18 @@ def joined(part: Path) -> Path:
     """The whole file of a GGUF cut into parts that lie beside each other: file.gguf.part1, .part2, ..., or .partaa, ...
 
     part: one of them, or their pattern file.gguf.part*. Joined once, into the cache folder, under a name made of the
-    parts' names, sizes and times. Raises ValueError where there are none, or a number is missing.
+    parts' places, sizes and times. Raises ValueError where there are none, or a number is missing.
     """
     stem = part.name.partition(".part")[0]
-    parts = sorted(part.parent.glob(glob.escape(stem) + ".part*"), key=lambda p: (len(p.name), p.name))
-    ends = [p.name.removeprefix(stem + ".part") for p in parts]
-    numbers = [int(end) for end in ends if end.isdigit()]
-    if not parts or numbers and numbers not in ([*range(len(parts))], [*range(1, 1 + len(parts))]):
+    found = {p.name.removeprefix(stem + ".part"): p for p in part.parent.glob(glob.escape(stem) + ".part*")}
+    ends = sorted((end for end in found if end.isdecimal() or end.isalpha()), key=lambda end: (len(end), end))
+    numbers = [int(end) for end in ends if end.isdecimal()]
+    gaps = numbers and numbers not in ([*range(len(ends))], [*range(1, 1 + len(ends))])
+    if not ends or gaps or "*" not in part.name and not part.is_file():
         raise ValueError(f"{part.parent / stem}.part*: found the parts {', '.join(ends) or 'none'}; put all of them "
                          "there, numbered without a gap")
-    known = hashlib.sha256(repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]).encode())
+    parts = [found[end].resolve() for end in ends]
+    known = hashlib.sha256(repr([(p, p.stat().st_size, p.stat().st_ctime_ns) for p in parts]).encode())
     target = cache_folder() / f"{known.hexdigest()[:16]}-{stem}"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +268,7 @@ def joined(part: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("PERMIX_CACHE", Path.home() / ".cache" / "permix-rlvr"))
+    return Path(os.environ.get("PERMIX_CACHE") or Path.home() / ".cache" / "permix-rlvr")
 
 
 def embedded_model() -> Path:

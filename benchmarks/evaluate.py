@@ -73,7 +73,7 @@ def main():
     args = parser.parse_args()
     problems = tasks.load(args.task, "test", 0, args.problems)
     personas = [None, *pool.load("test")[:args.personas]]
-    model, tokenizer = weights.load(args.model)
+    model, tokenizer = weights.load(args.model, device="cpu")
     prompts = [pool.prompt_ids(tokenizer, problem.question, p) for p in personas for problem in problems]
     seconds, texts, tokens = ours(model, tokenizer, prompts, args.max_new_tokens)
     part = prompts[::args.sample]

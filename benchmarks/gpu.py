@@ -101,6 +101,18 @@ def facts(args) -> dict:
             "command": shlex.join([sys.executable, *sys.argv])}
 
 
+def earlier(out: Path, card: str) -> dict:
+    """The stages that `out` holds of the same card. One that was killed with its command keeps what it had written."""
+    if not (out / "summary.json").exists():
+        return {}
+    before = json.loads((out / "summary.json").read_text())
+    stages = before["stages"] if before["card"] == card else {}
+    for name, entry in stages.items():
+        if entry["state"] == "running" and (out / f"{name}.json").is_file():
+            entry |= {"state": "stopped"} | json.loads((out / f"{name}.json").read_text())
+    return stages
+
+
 def table(summary: dict) -> str:
     lines = [("stage", "what", "value", "ratio", "s"), ("---", "---", "---:", "---:", "---:")]
     for name, entry in summary["stages"].items():
@@ -146,6 +158,8 @@ def main(argv: list[str] | None = None, script: str = __file__) -> int:
     p = parser()
     args = p.parse_args(argv)
     if args.stage:
+        if hasattr(signal, "alarm"):                    # should the command that started it be gone by then
+            signal.alarm(int(args.seconds) + 30)
         report = gpu_stages.Report(args)
         STAGES[args.stage][0](report)
         print(*report.failed, sep="\n", file=sys.stderr)
@@ -156,13 +170,13 @@ def main(argv: list[str] | None = None, script: str = __file__) -> int:
         p.error(f"--minutes must be positive, not {args.minutes}")
     args.out, summary, code = args.out.resolve(), facts(args) | {"stages": {}}, 0
     try:
+        if args.model != weights.EMBEDDED:              # without the embedded one its rows say why
+            weights.resolve(args.model)
         args.out.mkdir(parents=True, exist_ok=True)
-        if (args.out / "summary.json").exists():
-            before = json.loads((args.out / "summary.json").read_text())
-            summary["stages"] = before["stages"] if before["card"] == summary["card"] else {}
-    except (OSError, ValueError, KeyError) as error:
-        p.exit(2, f"gpu.py: {args.out} cannot take results: {files.one_line(error)}\n")
-    for number in (signal.SIGTERM, signal.SIGINT):
+        summary["stages"] = earlier(args.out, summary["card"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        p.exit(2, f"gpu.py: {args.out} cannot take results, or is not of this command: {files.one_line(error)}\n")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     end = time.monotonic() + 60 * args.minutes
     try:
@@ -177,8 +191,8 @@ def main(argv: list[str] | None = None, script: str = __file__) -> int:
             run_stage(name, seconds, args, script, entry)
             code |= entry["state"] != "done"
     finally:
+        print(table(summary), flush=True)               # also where the disk is full
         write(summary, args.out)
-        print(table(summary), flush=True)
     return int(code)
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=120)
     p.add_argument("--completion", type=int, default=40)
     args = p.parse_args()
-    model, _ = weights.load(weights.EMBEDDED)
+    model, _ = weights.load(weights.EMBEDDED, device="cpu")
     draw = torch.Generator().manual_seed(0)
     batch = (torch.randint(3, 49000, (args.prompt,), generator=draw).tolist(),
              torch.randint(3, 49000, (args.group, args.completion), generator=draw).tolist())

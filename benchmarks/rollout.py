@@ -126,7 +126,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--vllm", metavar="PYTHON", help="the Python of a virtual environment with vLLM")
     args = p.parse_args()
-    model, tokenizer = weights.load(weights.EMBEDDED)
+    model, tokenizer = weights.load(weights.EMBEDDED, device="cpu")
     stops = sorted({tokenizer(s).input_ids[-1] for s in STOPS} | set(model.c.stop_ids))
     settings = {"equal": (prompts_of(tokenizer, 8), 8, 64, []), "longtail": (prompts_of(tokenizer, 32), 4, 128, stops)}
     engines, speed = {"ours": (ours, model)}, {}

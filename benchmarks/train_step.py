@@ -43,7 +43,8 @@ def ours(folder: Path, args) -> dict:
     import train
 
     out = folder / "run"
-    code = train.main(["--model", str(folder / "model"), "--task", str(folder / "problems.jsonl"), "--method", "rlvr",
+    code = train.main(["--device", "cpu", "--model", str(folder / "model"), "--method", "rlvr",
+                       "--task", str(folder / "problems.jsonl"),
                        "--steps", str(args.steps + 1), "--prompts", str(PROMPTS), "--group-size", str(GROUP),
                        "--max-new-tokens", str(NEW), "--prompt", "plain", "--loss", "grpo", "--learning-rate", "1e-6",
                        "--truncated", "keep", "--reward", "benchmarks.train_step:checksum", "--eval-problems", "0",
@@ -91,7 +92,7 @@ def floor(folder: Path, length: float) -> float:
     from benchmarks.rollout import inputs, matmuls
     from personas import prompt_ids
 
-    model, tokenizer = weights.load(str(folder / "model"))
+    model, tokenizer = weights.load(str(folder / "model"), device="cpu")
     problems = tasks.from_file(folder / "problems.jsonl", "all")
     prompt_tokens = sum(len(prompt_ids(tokenizer, p.question, None)) for p in problems)
     rows = PROMPTS * GROUP
@@ -126,7 +127,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        weights.save(*weights.load(weights.EMBEDDED), folder / "model")
+        weights.save(*weights.load(weights.EMBEDDED, device="cpu"), folder / "model")
         rows = [{"question": p.question, "answer": p.answer, "split": "train"}
                 for p in tasks.load("arithmetic", "train", 0, PROMPTS)]
         (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -39,7 +39,7 @@ def sums(scorer, groups: list[tuple[list[int], list[list[int]]]]) -> np.ndarray:
     where a completion has ended."""
     logprobs, _ = completion_logprobs(scorer, pack(groups, scorer))
     lengths = [len(y) for _, ys in groups for y in ys]
-    rows = [np.concatenate([[0.0], part.numpy().cumsum()]) for part in logprobs.double().split(lengths)]
+    rows = [np.concatenate([[0.0], part.cpu().numpy().cumsum()]) for part in logprobs.double().split(lengths)]
     padded = [np.pad(row, (0, max(lengths) + 1 - len(row)), mode="edge") for row in rows]
     return np.array(padded).reshape(len(groups), len(groups[0][1]), -1)
 

@@ -27,6 +27,7 @@ COUNTS = {"reads": 0, "kernels": 0, "synchronized": 0}
 aten = torch.ops.aten
 TRANSFERS = (aten._to_copy.default, aten.copy_.default)
 READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+TAKE_NUMBERS = (aten.index_put, aten.index_put_, aten.masked_fill, aten.masked_fill_, aten.where, aten.fill, aten.fill_)
 
 
 class Mixed(RuntimeError):
@@ -71,7 +72,10 @@ def operator(func, args, kwargs):
             return func.decompose(*args, **kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, OnDevice)]
-    theirs = [x for x in tensors if x.device.type == "cpu" and x.dim()]         # a number may come along
+    arguments = [*zip(func._schema.arguments, args, strict=False)]
+    written = [id(x) for told, x in arguments if told.is_write for x in tree_leaves(x)] + [id(kwargs.get("out"))]
+    with_numbers = torch.Tag.pointwise in func.tags or func.overloadpacket in TAKE_NUMBERS
+    theirs = [x for x in tensors if x.device.type == "cpu" and (x.dim() or not with_numbers or id(x) in written)]
     if ours and theirs and func not in TRANSFERS:
         raise Mixed(f"{func}: {len(ours)} operands on the device, one of shape {list(theirs[0].shape)} on the host")
     asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
@@ -113,14 +117,14 @@ def counted(name: str, function):
     return call
 
 
-def use(monkeypatch) -> tuple:
+def use(monkeypatch, capability=(9, 0)) -> tuple:
     """Makes the pretended device that of every model. Returns the contexts to enter, and sets COUNTS to 0."""
     def kernel(hidden, weight, targets, temperature=1.0, softcap=None):
         return reference(hidden, weight, targets, temperature, softcap, dtype=torch.float32)
 
     COUNTS.update(dict.fromkeys(COUNTS, 0))
     monkeypatch.setattr(weights, "pick_device", lambda name: str(DEVICE))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(kernels.triton_linear_logprob, "triton_linear_logprob", counted("kernels", kernel))
     monkeypatch.setattr(torch.pretended, "synchronize", counted("synchronized", lambda: None), raising=False)
     monkeypatch.setattr(filesystem, "_OverlappingCpuLoader",                    # it wants streams

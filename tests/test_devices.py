@@ -6,15 +6,19 @@ first one starts. What only a real GPU can show is in test_gpu.py.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
+import monitor
 import rollout
 import train
 import weights
@@ -73,6 +77,80 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(main, flags, dev
     assert not (tmp_path / "out").exists()
 
 
+@outside
+def test_load_asks_for_the_dtype_by_family_and_refuses_before_it_reads(tiny_folder, monkeypatch):
+    asked, pick = [], weights.pick_dtype
+    monkeypatch.setattr(weights, "pick_dtype", lambda *args: asked.append(args) or pick(*args))
+    weights.load(str(tiny_folder), "auto", "cpu")
+    assert asked == [("auto", "cpu", "llama")]
+    monkeypatch.setattr(weights, "check_dtype", lambda dtype, device: (_ for _ in ()).throw(ValueError("none here")))
+    with pytest.raises(ValueError, match="^none here$"):
+        weights.load("/nowhere", "bfloat16", "cpu")
+
+
+@outside
+def test_every_model_of_a_command_goes_to_its_device(tiny_folder, tmp_path, monkeypatch):
+    asked, load = [], weights.load
+    monkeypatch.setattr(weights, "load", lambda *args: asked.append(args[1:]) or load(*args))
+    other = str(shutil.copytree(tiny_folder, tmp_path / "other"))
+    sheet = tmp_path / "gym.jsonl"
+    sheet.write_text("\n".join(json.dumps({"persona": f"w{i}", "questions": dict.fromkeys(
+        evaluate.judge.TASKS, ["w5 w6?"])}) for i in (10, 20)))
+    flags = ["--model", str(tiny_folder), "--device", "cpu", "--dtype", "float32"]
+    assert train.main([*flags, *FAST, *REWARD, "--method", "distill", "--teacher", other, "--steps", "1", "--out",
+                       str(tmp_path / "run")]) == 0
+    assert evaluate.main([*flags, "--limit", "2", "--max-new-tokens", "4", "--fidelity", "1", "--start-model", other,
+                          "--personagym", str(sheet), "--judge-model", other, "--out", str(tmp_path / "out")]) == 0
+    assert asked == [("float32", "cpu")] * 5            # model and teacher; model, reader and judge
+
+
+@outside
+@pytest.mark.parametrize("device, backend, chosen", [("cpu", "gloo", []), ("cuda:1", "cpu:gloo,cuda:nccl", ["cuda:1"])])
+def test_ranks_meet_over_what_their_device_needs(monkeypatch, device, backend, chosen):
+    met, devices = [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("policy.dist.rendezvous", lambda url: iter([(None, 1, 2)]))
+    monkeypatch.setattr("policy.dist.PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr("policy.dist.init_process_group", lambda name, **more: met.append(name))
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    train.join(device)
+    assert met == [backend] and devices == chosen
+
+
+@outside
+def test_a_resumed_run_computes_in_the_dtype_that_auto_meant_and_may_change_its_device(tiny_folder, tmp_path):
+    flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--dtype", "auto", "--steps", "1", "--out"]
+    assert train.main([*flags, str(tmp_path / "run")]) == 0
+    told = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert told["dtype"] in weights.DTYPES and told["device"] == "auto"
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2", "--device", "cpu"]) == 0
+
+
+@outside
+@pytest.mark.parametrize("capability, dtype, triton", [((7, 5), torch.float16, False), ((8, 0), torch.float16, True),
+                                                       ((9, 0), torch.float32, True), ((9, 0), torch.float64, False)])
+def test_triton_is_for_gpus_from_the_a100_on(monkeypatch, capability, dtype, triton):
+    from kernels import linear_logprob
+    module = sys.modules[linear_logprob.__module__]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert module._uses_triton(SimpleNamespace(dtype=dtype, device="cuda:0")) == triton
+
+
+@outside
+def test_a_clock_waits_before_it_reads_the_time(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda *_: time.sleep(0.05))
+    clock = monitor.Clock(torch.device("cpu"))
+    with clock("phase"):
+        pass
+    assert clock.seconds["phase"] >= 0.05
+
+
+@outside
+def test_tests_and_what_they_start_see_no_gpu():
+    assert torch.cuda.is_available.__module__ == "tests.conftest" and not torch.cuda.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 # -- fp16's loss scale -------------------------------------------------------------------------------------------------
 
 
@@ -113,13 +191,31 @@ def test_the_scale_doubles_after_enough_good_steps_and_never_falls_below_1(tiny_
     monkeypatch.setattr("policy.GROWTH", 3)
     policy = policy_in("float16", tiny_folder)
     scales = []
-    for finite in (True, True, True, False, True, True, True):
+    for finite in (True, True, True, True, False, True, True, True):
         policy.rescale(finite)
         scales.append(policy.loss_scale / 2 ** 16)
-    assert scales == [1, 1, 2, 1, 1, 1, 2]
-    for _ in range(40):
-        policy.rescale(False)
-    assert policy.loss_scale == 1
+    assert scales == [1, 1, 2, 2, 1, 1, 1, 2]           # three good ones in a row
+    for finite, bound in ((False, 1), (True, 2 ** 24)):
+        for _ in range(100):
+            policy.rescale(finite)
+        assert policy.loss_scale == bound
+
+
+@outside
+def test_a_batch_without_a_gradient_says_nothing_of_the_scale(tiny_folder):
+    policy = policy_in("float16", tiny_folder)
+    assert policy.step(1.0) == 0 and policy.good_steps == policy.skipped == 0
+
+
+@outside
+def test_steps_that_overflow_are_counted_one_by_one_and_break_no_run(tiny_folder, tmp_path, monkeypatch):
+    """Imitation's loss is large: fp16 overflows until its scale has come down."""
+    monkeypatch.setattr(train, "MAX_BROKEN", 1)
+    flags = ["--model", str(tiny_folder), *FAST, "--reward", "tests.test_train:flat_reward", "--method", "sft"]
+    assert train.main([*flags, "--dtype", "float16", "--out", str(tmp_path / "run")]) == 0
+    found = [(m["skipped_steps"], m["loss_scale"]) for m in metrics(tmp_path / "run")]
+    assert found[0][0] == 1 and found[-1][0] == 0
+    assert found[-1][1] == 2.0 ** 16 / 2 ** sum(skipped for skipped, _ in found)
 
 
 @outside
@@ -147,11 +243,11 @@ def test_host_and_device_never_mix_in_a_second_pytest_on_a_pretended_gpu():
 
 
 @pytest.fixture
-def counts(monkeypatch):
-    """Within it every model is loaded onto the pretended GPU."""
+def counts(monkeypatch, request):
+    """Within it every model is loaded onto the pretended GPU: one of capability 9.0, or of the test's own."""
     from tests import pretended
 
-    modes = pretended.use(monkeypatch)
+    modes = pretended.use(monkeypatch, getattr(request, "param", (9, 0)))
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
@@ -162,12 +258,13 @@ def counts(monkeypatch):
 def test_pretended_mixing_is_an_error_that_names_the_operator(counts):
     from tests.pretended import DEVICE, Mixed
 
-    there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+    there, here, number = torch.ones(3, device=DEVICE), torch.ones(3), torch.tensor(2.0)
     for mix in (lambda: there + here, lambda: here @ there, lambda: there[torch.tensor([0, 2])],
-                lambda: torch.cat([there, here]), lambda: torch.where(here > 0, there, there)):
+                lambda: torch.cat([there, here]), lambda: torch.where(here > 0, there, there),
+                lambda: number.add_(there.sum()), lambda: torch.stack([there.sum(), number])):
         with pytest.raises(Mixed, match="on the host"):
             mix()
-    assert (there + torch.tensor(2.0)).sum().item() == 9 and (there.cpu() + here).tolist() == [2, 2, 2]
+    assert (there + number).sum().item() == 9 and (there.cpu() + here).tolist() == [2, 2, 2]
     assert counts["reads"] == 2                         # of .item() and of .cpu()
 
 
@@ -200,6 +297,27 @@ def test_pretended_decoding_reads_no_more_values_for_more_rows(tiny_folder, coun
         list(generate(model, [random_ids(5)], n=rows, max_new_tokens=30, stop_ids=[]))
         found.append(counts["reads"])
     assert found[0] == found[1] <= 3 * 30 + 2           # tokens, log-probs and the longest row, a step
+
+
+@on_it
+def test_pretended_rows_are_drawn_in_one_go(tiny_folder, counts, monkeypatch):
+    calls, model = [], weights.load(str(tiny_folder), "float32")[0]
+    draw = rollout.sample_rows
+    monkeypatch.setattr(rollout, "sample_rows", lambda *args: calls.append(len(args[0])) or draw(*args))
+    list(generate(model, [random_ids(5)], n=16, max_new_tokens=3, stop_ids=[]))
+    assert calls == [16, 16, 16]
+
+
+@on_it
+@pytest.mark.parametrize("counts", [(7, 5)], indirect=True)
+def test_pretended_training_on_a_gpu_before_the_a100_takes_the_cpus_steps_without_triton(tiny_folder, tmp_path, counts,
+                                                                                         monkeypatch):
+    flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--steps", "2", "--kl-coef", "0.1", "--entropy-coef", "0.1"]
+    assert train.main([*flags, "--out", str(tmp_path / "there")]) == 0 and counts["kernels"] == 0
+    monkeypatch.setattr(weights, "pick_device", lambda name: "cpu")
+    assert train.main([*flags, "--out", str(tmp_path / "here")]) == 0
+    for there, here in zip(metrics(tmp_path / "there"), metrics(tmp_path / "here"), strict=True):
+        assert there["grad_norm"] == pytest.approx(here["grad_norm"], rel=1e-5)
 
 
 @on_it

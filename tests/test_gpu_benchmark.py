@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GPU = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 STAGES = "card tests logprob decode train main experiment".split()
 SCRIPT = f"""
-import os, sys, time
+import os, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from benchmarks import gpu
 
@@ -28,12 +28,19 @@ def crash(report):
         raise ValueError("passed over")
     raise RuntimeError("on purpose")
 
+def wrong(report):
+    with report.row("a failure within a row") as row:
+        raise ValueError("and no other")
+
 def hang(report):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    with report.row("its child") as row:
+        row |= {{"value": float(child.pid), "unit": "process"}}
     with report.row("before it hangs") as row:
         row |= {{"value": float(os.getpid()), "unit": "process"}}
     time.sleep(1000)
 
-gpu.STAGES |= {{"crash": (crash, 60), "hang": (hang, float(os.environ["HANGS"]))}}
+gpu.STAGES |= {{"crash": (crash, 60), "wrong": (wrong, 60), "hang": (hang, float(os.environ["HANGS"]))}}
 sys.exit(gpu.main(script=__file__))
 """
 
@@ -115,43 +122,51 @@ def test_the_main_job_and_the_arms_are_in_the_summary(dry):
 
 
 def test_a_crash_and_a_cut_lose_no_measurement_and_stop_no_other_stage(script, tmp_path, tiny_folder):
-    run = started(script, tmp_path / "out", tiny_folder, ["card", "crash", "hang", "logprob"], hangs=20)
+    run = started(script, tmp_path / "out", tiny_folder, ["card", "crash", "wrong", "hang", "logprob"], hangs=20)
     printed, said = run.communicate(timeout=300)
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert run.returncode == 1, printed + said
-    assert [stages[name]["state"] for name in ("card", "crash", "hang", "logprob")] == [
-        "done", "failed", "cut after 20 s", "done"]
+    assert [stages[name]["state"] for name in ("card", "crash", "wrong", "hang", "logprob")] == [
+        "done", "failed", "failed", "cut after 20 s", "done"]
     assert stages["crash"]["rc"] == 1 and stages["crash"]["error"] == "RuntimeError: on purpose"
     assert values(stages["crash"]) == {"before the crash": 1.0,
                                        "a failure within a row": "failed: ValueError: passed over"}
-    assert gone(int(values(stages["hang"])["before it hangs"]))
+    assert all(gone(int(values(stages["hang"])[what])) for what in ("before it hangs", "its child"))
     assert "RuntimeError: on purpose" in printed and "before it hangs" in printed
 
 
-def test_sigterm_ends_the_running_stage_and_still_gives_the_table(script, tmp_path, tiny_folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_running_stage_and_still_gives_the_table(script, tmp_path, tiny_folder, number):
     out = tmp_path / "out"
     run = started(script, out, tiny_folder, ["hang", "card"])
     began = time.monotonic()
     while "before it hangs" not in ((out / "hang.json").read_text() if (out / "hang.json").exists() else ""):
         assert time.monotonic() - began < 120 and run.poll() is None
         time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     printed, _ = run.communicate(timeout=60)
     entry = json.loads((out / "summary.json").read_text())["stages"]["hang"]
-    assert run.returncode == 143 and entry["state"] == "stopped"
+    assert run.returncode == 128 + number and entry["state"] == "stopped"
     assert gone(int(values(entry)["before it hangs"])) and "| **hang** | stopped" in printed
 
 
 def test_a_second_run_keeps_the_first_ones_stages_and_reads_its_card(dry, tmp_path, tiny_folder):
-    (tmp_path / "summary.json").write_text(json.dumps(dry[0]))
-    run = started([*GPU, "--minutes", "0.01"], tmp_path, tiny_folder, ["logprob"])
-    assert run.communicate(timeout=120) and run.returncode == 0
-    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
-    assert stages["logprob"]["state"] == "not run: no time left" and stages["card"] == dry[0]["stages"]["card"]
+    killed = dry[0]["stages"] | {"decode": {"state": "running", "commit": ""}}      # its command was
+    (tmp_path / "decode.json").write_text('{"rows": [], "failed": ["of what it had"]}')
+    for card, kept in (("CPU", {*STAGES}), ("another", {"logprob"})):
+        (tmp_path / "summary.json").write_text(json.dumps(dry[0] | {"card": card, "stages": killed}))
+        run = started([*GPU, "--minutes", "0.01"], tmp_path, tiny_folder, ["logprob"])
+        assert run.communicate(timeout=120) and run.returncode == 0
+        stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+        assert stages["logprob"]["state"] == "not run: no time left" and set(stages) == kept
+        if card == "CPU":
+            assert stages["card"] == dry[0]["stages"]["card"]
+            assert stages["decode"]["state"] == "stopped" and stages["decode"]["failed"] == ["of what it had"]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--minutes", "-1"], "--minutes must be positive"), (["--stages", "cards"], "invalid choice")])
+    (["--minutes", "-1"], "--minutes must be positive"), (["--stages", "cards"], "invalid choice"),
+    (["--model", "/nowhere"], "no model at")])
 def test_wrong_usage_is_one_line(flags, words, tmp_path):
     run = subprocess.run([*GPU, "--out", str(tmp_path), "--device", "cpu", *flags], capture_output=True, text=True)
     assert run.returncode == 2 and words in run.stderr and len(run.stderr.splitlines()) == 1

@@ -221,7 +221,7 @@ def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     for cu, longest, tokens in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
         assert cu.dtype == torch.int32 and cu[0] == 0 and cu[-1] == len(tokens) and cu.is_contiguous()
         assert type(longest) is int and longest == cu.diff().max() and cu.diff().min() > 0
-    assert dropout_p == softcap == 0 and causal and type(window_size) is tuple
+    assert dropout_p == softcap == 0 and causal and deterministic and type(window_size) is tuple
     left, out = window_size[0] if window_size[0] >= 0 else 10 ** 6, []
     for i in range(len(cu_seqlens_q) - 1):
         a = q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]
@@ -282,7 +282,7 @@ def kvcache_stand_in(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotar
         ends = [torch.tensor([0, x], dtype=torch.int32) for x in (new, length + new)]
         out[i] = varlen_stand_in(q[i], k_cache[i, :length + new].contiguous(), v_cache[i, :length + new].contiguous(),
                                  *ends, new, length + new, softmax_scale=softmax_scale, causal=causal,
-                                 window_size=window_size)
+                                 window_size=window_size, deterministic=True)   # the kvcache call has one order
     return out
 
 

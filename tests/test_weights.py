@@ -1,5 +1,6 @@
 """Weights in and out: folders, broken files, and the embedded model's download. GGUF: test_gguf_weights.py."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,39 @@ def test_a_gguf_in_parts_is_read_as_one_file(tmp_path, monkeypatch, ends, asked)
     before = joined.stat().st_mtime_ns
     weights.resolve(name)                               # joined once
     assert [f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()] == [before]
+
+
+def test_parts_of_another_folder_and_parts_that_were_replaced_are_joined_anew(tmp_path, monkeypatch):
+    """Fine-tunes of one model have files of one size, and archives give them one time."""
+    monkeypatch.setenv("PERMIX_CACHE", str(tmp_path / "cache"))
+    for folder, text in (("[a]", b"12"), ("b", b"34")):
+        (tmp_path / folder).mkdir()
+        for end in "01":
+            (tmp_path / folder / f"m[x].gguf.part{end}").write_bytes(text)
+            os.utime(tmp_path / folder / f"m[x].gguf.part{end}", (1e9, 1e9))
+    found = [weights.resolve(str(tmp_path / folder / "m[x].gguf.part0")).read_bytes() for folder in ("[a]", "b")]
+    assert found == [b"1212", b"3434"]
+    (tmp_path / "b" / "m[x].gguf.part1").write_bytes(b"56")
+    os.utime(tmp_path / "b" / "m[x].gguf.part1", (1e9, 1e9))
+    assert weights.resolve(str(tmp_path / "b" / "m[x].gguf.part*")).read_bytes() == b"3456"
+
+
+def test_a_folder_may_be_called_like_a_part_and_other_files_lie_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERMIX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf.parts").mkdir()
+    assert weights.resolve(str(tmp_path / "x.gguf.parts")) == tmp_path / "x.gguf.parts"
+    for name, text in (("y.gguf.partaa", b"1"), ("y.gguf.partab", b"2"), ("y.gguf.partaa.sha256", b"3")):
+        (tmp_path / name).write_bytes(text)
+    assert weights.resolve(str(tmp_path / "y.gguf.part*")).read_bytes() == b"12"
+    with pytest.raises(ValueError, match="found the parts aa, ab"):
+        weights.resolve(str(tmp_path / "y.gguf.partac"))
+
+
+def test_a_package_that_is_missing_is_told_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="pip install gguf$"):
+        weights.load(str(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize("ends", [["1", "3"], ["2", "3"], []])
