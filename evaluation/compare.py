@@ -102,7 +102,8 @@ CLAIMS = (  # hypothesis, first arm, second arm, the score that decides, the sig
     ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
     ("H5", "rlvr", "permix", "no_persona_accuracy", 0, "PerMix loses no accuracy without a persona"),
 )
-BESIDE = {"persona_sd": ("persona_sd_logit", "harmful_gap")}  # told beside the score that decides
+BESIDE = {"persona_sd": ("persona_sd_logit", "harmful_gap"),
+          "self_identification": ("persona_identification",)}  # told beside the score that decides
 MARGIN = 0.03  # of accuracy: H5 claims no loss, and less than this is none
 NEAR_ZERO = 0.1  # of accuracy, for H6
 
@@ -118,6 +119,8 @@ def hypotheses(arms, draws, scores, seed=0):
     for name, first, second, score, sign, claim in CLAIMS:
         missing = [arm for arm in (first, second) if arm not in arms]
         got = {} if missing else difference(draws[first], draws[second])
+        if score == "persona_identification" and "self_identification" in got:
+            score = "self_identification"  # the start model's reading is of drift; older results have no other
         found, said = "not tested", f"no arm {' or '.join(missing)} given" if missing else f"no {score} was measured"
         if score in got:
             found = verdict(got[score], sign)

@@ -66,6 +66,18 @@ def test_stability_is_decided_by_the_spread_and_a_growing_harmful_gap_forbids_th
     assert told(monkeypatch, persona_sd=(0.04, 0.03, 0.05))["verdict"] == "opposite"
 
 
+def test_character_is_decided_by_the_models_own_reading_where_it_was_measured():
+    """The start model's reading is of drift, which may go the other way."""
+    arms = {"start": [results_of(BASE, 0, 0.5)], "rlvr": [results_of(RLVR, 1, 0.95)]}
+    assert verdicts(arms)["H2"] == "opposite"
+    for role, share in (("start", 0.95), ("rlvr", 0.5)):
+        own = (np.random.default_rng(5).random((40, 8)) < share).astype(float)
+        arms[role][0]["fidelity"]["tables"]["self_identification"] = own.tolist()
+    got = compare.side_by_side(arms)["hypotheses"][1]
+    assert got["verdict"] == "shown" and got["words"].startswith("self_identification ")
+    assert "; persona_identification " in got["words"]
+
+
 def test_beside_not_shown_stands_what_could_have_been_shown(monkeypatch):
     got = told(monkeypatch, persona_sd=(-0.02, -0.05, 0.01))["words"]
     assert "persona_sd 5.0 -> 3.0 points, difference -2.0 [-5.0, +1.0]" in got
