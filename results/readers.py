@@ -78,12 +78,11 @@ def answers(folder: Path, k: int = 8, seed: int = 0) -> list[dict]:
     return out
 
 
-def by(rows: list[dict], *fields: str) -> dict[object, list[dict]]:
-    """Rows grouped by the values of some fields (one field: its value; several: a tuple)."""
+def by(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
+    """Rows grouped by the values of these fields, as strings."""
     groups = defaultdict(list)
     for row in rows:
-        key = tuple(str(row[field]) for field in fields)
-        groups[key if len(fields) > 1 else key[0]].append(row)
+        groups[tuple(str(row[field]) for field in fields)].append(row)
     return dict(groups)
 
 
@@ -216,7 +215,7 @@ def read_by_ngrams(rows: list[dict], train: list[dict]) -> tuple[np.ndarray, np.
 def persona_counts(rows: list[dict]) -> dict[str, tuple[np.ndarray, int]]:
     """{persona: (how often each bucket [BUCKETS], their sum)}."""
     of = {name: np.bincount(np.concatenate([row["ngrams"] for row in group]), minlength=BUCKETS)
-          for name, group in by(rows, "persona").items()}
+          for (name,), group in by(rows, "persona").items()}
     return {name: (counts, counts.sum()) for name, counts in of.items()}
 
 
@@ -262,7 +261,8 @@ def identified(rows: list[dict], scores: np.ndarray, sizes: np.ndarray) -> dict[
 # Controls: answers or labels changed, so that what must come out is known
 
 CONTROLS = {
-    "swapped": "answers are told to be by the next of their block: below chance, their author wins",
+    "swapped": "answers are said to be by the next of their block: below chance, as their author "
+               "wins; n-grams that learn from them too: chance",
     "shuffled": "labels are shuffled within blocks: chance",
     "echo": "every answer is its persona's text: n-grams name it, and are at chance once masked",
     "16-words": "answers are cut after 16 words: little is lost",
@@ -304,6 +304,17 @@ def ngram_reader(train: list[dict] | None, people: dict):
     return reader
 
 
+def training_rows(path: Path) -> list[dict]:
+    """Answers to learn from; rows of another kind than role-play are passed over."""
+    rows = []
+    for _, where, row in files.numbered(path, "persona, question and answer"):
+        if missing := {"persona", "question", "answer"} - row.keys():
+            raise ValueError(f"{where}: no {sorted(missing)[0]}")
+        if row.get("kind", "roleplay") == "roleplay":
+            rows.append(row)
+    return rows
+
+
 def make_reader(args, train: list[dict] | None, people: dict):
     """ngram_reader, or rows -> {"": (rows, scores, sizes)} by a model as weights.load has it."""
     if args.reader == "ngrams":
@@ -324,9 +335,9 @@ def evaluations(folder: Path) -> list[Path]:
     return found
 
 
-def read_all(args, start, name: str, people: dict) -> dict:
+def read_all(args, train: list[dict] | None, name: str, people: dict) -> dict:
     """{reader: {run: its arm, checkpoint, seed and tables}}: this reader's part of --out, to which
-    the runs that it has not read are added."""
+    the runs that it has not read are added. ValueError where a persona is not among `people`."""
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
     reader = None
     for folder in evaluations(args.folder):
@@ -336,11 +347,13 @@ def read_all(args, start, name: str, people: dict) -> dict:
         if not rows:
             continue                                    # an evaluation without role-play
         run = folder.relative_to(args.folder).as_posix()
-        same = zlib.crc32(json.dumps(rows).encode())    # answers that changed are read again
+        same = zlib.crc32(json.dumps([rows, train]).encode())   # what changed is read again
         if kept.get(name, {}).get(run, {}).get("answers") == same:
             continue
+        if unknown := {name for row in rows for name in row["candidates"]} - people.keys():
+            raise ValueError(f"no text of {sorted(unknown)[0]!r}: give the evaluation's --personas")
         rows = controlled(rows, args.control, people, args.seed) if args.control else rows
-        reader = reader or start()                      # loaded once something is to be read
+        reader = reader or make_reader(args, train, people)     # once something is to be read
         arm, results = compare.read_arm(folder)
         told = {"arm": arm, "at": folder.name if folder.name.startswith("step-") else "",
                 "training_seed": results.get("training_seed"), "answers": same,
@@ -406,8 +419,9 @@ def main(argv: list[str] | None = None) -> int:
         people = {person.name: person for person in personas.load(args.personas)}
         train = training_rows(args.train) if args.train else None
         name = args.reader + (f" trained on {args.train.stem}" if train else "")
+        name += f", {args.questions} questions" if args.questions else ""
         name += f", {args.control}" if args.control else ""
-        found = read_all(args, lambda: make_reader(args, train, people), name, people)
+        found = read_all(args, train, name, people)
     except (ValueError, OSError) as error:
         print(f"results/readers.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -415,17 +429,6 @@ def main(argv: list[str] | None = None) -> int:
         chance = next(iter(runs.values()))["chance"]
         print(f"{label} (chance {chance:.3f})\n{compare.aligned(lines(arms(runs)))}\n")
     return 0
-
-
-def training_rows(path: Path) -> list[dict]:
-    """Answers to learn from; rows of another kind than role-play are passed over."""
-    rows = []
-    for _, where, row in files.numbered(path, "persona, question and answer"):
-        if missing := {"persona", "question", "answer"} - row.keys():
-            raise ValueError(f"{where}: no {sorted(missing)[0]}")
-        if row.get("kind", "roleplay") == "roleplay":
-            rows.append(row)
-    return rows
 
 
 if __name__ == "__main__":

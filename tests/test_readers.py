@@ -277,7 +277,8 @@ def test_a_model_in_a_folder_reads_an_experiment(experiment, tiny_folder, capsys
     folder, flags = experiment
     flags += ["--reader", str(tiny_folder), "--questions", "2"]
     assert readers.main([str(folder), *flags]) == 0
-    kept = json.loads((folder / "readers.json").read_text())[str(tiny_folder)]
+    kept = json.loads((folder / "readers.json").read_text())
+    kept = kept[f"{tiny_folder}, 2 questions"]
     assert len(kept) == 5 and np.shape(kept["start"]["identification"]) == (2, K)
     assert "chance 0.167" in capsys.readouterr().out
 
@@ -297,12 +298,13 @@ def test_rows_that_keep_no_candidates_get_those_of_the_evaluation(tiny, tmp_path
 @pytest.mark.parametrize("flags, told", [
     (["nowhere", "--reader", "ngrams"], "keeps no answers"),
     (["FOLDER", "--reader", "nowhere"], "no model at 'nowhere'"),
+    (["FOLDER", "--reader", "ngrams", "--personas", "test"], "no text of 'p0'"),
     (["FOLDER", "--reader", "ngrams", "--train", "FILE"], "line 1: no answer")])
 def test_a_mistake_is_one_line(experiment, tmp_path, capsys, flags, told):
     folder, people = experiment
     file = tmp_path / "train.jsonl"
     file.write_text('{"persona": "p0", "question": "w40"}\n')
     flags = [{"FOLDER": str(folder), "FILE": str(file)}.get(flag, flag) for flag in flags]
-    assert readers.main([*flags, *people]) == 2
+    assert readers.main([*people, *flags]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
