@@ -115,6 +115,18 @@ def test_what_a_candidate_gets_of_any_answer_is_subtracted_by_length():
     assert readers.table(rows, readers.without_prior(rows, liked, sizes)).mean() == 1
 
 
+def test_a_candidate_is_not_paid_for_reading_among_unlikely_answers():
+    """p0's blocks hold answers that nobody is likely to give; its rivals are in easier ones too."""
+    blocks = [("p0", "p1"), ("p2", "p3")], [("p0", "p2"), ("p1", "p3")]
+    rows = [{"persona": name, "question": str(q), "candidates": list(block)}
+            for q, pair in enumerate(blocks) for block in pair for name in block]
+    rows.sort(key=lambda row: (row["question"], row["persona"]))
+    scores = np.array([[(name == row["persona"]) - 50 * ("p0" in row["candidates"])
+                        for name in row["candidates"]] for row in rows])
+    fair = readers.without_prior(rows, scores, np.ones(len(rows)))
+    assert readers.table(rows, fair).mean() == 1
+
+
 def test_an_answer_without_text_is_a_tie():
     rows = planted(0.5)
     rows[3]["answer"] = ""
@@ -153,6 +165,23 @@ def test_a_model_reads_as_each_answer_alone_under_each_candidate(tiny, base, mon
             alone = [tokenizer(row["answer"], add_special_tokens=False).input_ids]
             want = evaluate.total_logprobs(model, [(prompt, alone)])[0]
             assert value == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("template, wanted", [(None, " Hm."), ("chat", "Hm.")])
+def test_an_answer_opens_with_a_space_only_after_plain_text(monkeypatch, template, wanted):
+    """"Answer:" and a word without a space is text that no base model has seen."""
+    class Tokenizer:
+        chat_template, seen = template, []
+
+        def __call__(self, text, add_special_tokens):
+            self.seen.append(text)
+            return SimpleNamespace(input_ids=[5])
+
+    monkeypatch.setattr(readers, "asked", lambda *_: [3])
+    monkeypatch.setattr(readers, "total_logprobs", lambda _, groups: np.zeros(len(groups)))
+    rows = [planted(0)[0] | {"answer": " Hm.\n"}]
+    readers.read_by_model(None, Tokenizer(), rows, PEOPLE)
+    assert Tokenizer.seen == [wanted]
 
 
 SPOKEN = {
