@@ -50,7 +50,7 @@ from evaluation import compare, measures  # noqa: E402
 from results import transcripts  # noqa: E402
 
 BUCKETS = 2**18                 # of the hashed n-grams
-ALPHA = 0.1                     # added to the count of each bucket
+PRIOR = 10_000                  # n-grams of all personas' text, added to each persona's counts
 WORD = re.compile(r"[^\W_]+")
 PAIRS = (("start", "rlvr"), ("rlvr", "permix"), ("rlvr+paraphrases", "permix"),
          ("permix", "permix+anchor"), ("rlvr", "rlvr+anchor"))
@@ -200,23 +200,28 @@ def read_by_ngrams(rows: list[dict], train: list[dict]) -> tuple[np.ndarray, np.
     read = [ngrams(row["answer"]) for row in rows]
     scores = np.zeros((len(rows), len(rows[0]["candidates"])))
     for question in {row["question"] for row in rows}:
-        counts = persona_counts([row for row in seen if row["question"] != question])
+        rates = ngram_rates([row for row in seen if row["question"] != question])
         for i in [i for i, row in enumerate(rows) if row["question"] == question]:
             names = rows[i]["candidates"]
-            if missing := set(names) - counts.keys():
+            if missing := set(names) - rates.keys():
                 raise ValueError(f"no answer of {sorted(missing)[0]!r} to train on but to "
                                  f"{question!r}: give answers to two questions or more")
             for j, name in enumerate(names):
-                of, total = counts[name]
-                scores[i, j] = np.log((of[read[i]] + ALPHA) / (total + ALPHA * BUCKETS)).sum()
+                scores[i, j] = np.log(rates[name][read[i]]).sum()
     return scores, np.array([len(x) for x in read])
 
 
-def persona_counts(rows: list[dict]) -> dict[str, tuple[np.ndarray, int]]:
-    """{persona: (how often each bucket [BUCKETS], their sum)}."""
-    of = {name: np.bincount(np.concatenate([row["ngrams"] for row in group]), minlength=BUCKETS)
-          for (name,), group in by(rows, "persona").items()}
-    return {name: (counts, counts.sum()) for name, counts in of.items()}
+def ngram_rates(rows: list[dict]) -> dict[str, np.ndarray]:
+    """{persona: p(n-gram) [BUCKETS]}, smoothed towards the rates of all personas together.
+
+    That is Dirichlet smoothing (Zhai and Lafferty 2001). Equal counts added to all buckets would
+    favour the persona with the longest answers.
+    """
+    counts = {name: np.bincount(np.concatenate([row["ngrams"] for row in group]), minlength=BUCKETS)
+              for (name,), group in by(rows, "persona").items()}
+    pooled = sum(counts.values(), np.full(BUCKETS, 0.01))    # no bucket has the rate 0
+    prior = PRIOR * pooled / pooled.sum()
+    return {name: (each + prior) / (each.sum() + PRIOR) for name, each in counts.items()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -103,6 +103,13 @@ def test_ngrams_learn_from_given_answers_in_place_of_the_runs_own():
     assert found(rows, train=other)[""] == pytest.approx(1 / K)
 
 
+def test_a_persona_with_longer_answers_does_not_draw_those_of_others():
+    long, short = planted(0.25, words=200), planted(0.25, words=12)
+    rows = [a if a["persona"] == "p0" else b for a, b in zip(long, short, strict=True)]
+    tables = readers.identified(*readers.ngram_reader(None, PEOPLE)(rows)[""])
+    assert tables["identification_raw"][:, 1:].mean() > 0.6
+
+
 # -- scores to hits --------------------------------------------------------------------------------
 
 
@@ -240,6 +247,8 @@ def test_parts_become_one_file_or_none(tmp_path, monkeypatch):
     whole.write_bytes(bytes([0, 0, 1, 1, 2, 2, 3, 3]))
     monkeypatch.setattr(readers, "GEMMA_SHA256", weights.sha256(whole))
     assert readers.gemma().read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(readers, "fetched", lambda part, folder: pytest.fail("fetched again"))
+    readers.gemma()
 
 
 # -- all runs --------------------------------------------------------------------------------------
