@@ -9,6 +9,9 @@
 
 Flags that are not its own go to train.py, for every arm.
 
+What results/NAME keeps of the same task and as many problems is not run again, also where its run folder is gone: so an
+experiment of many days goes on from what was committed.
+
 All arms see the same problems in the same order, with as many steps and completions; only who speaks (and for `sft`
 and `distill` who writes) differs. Evaluation: greedy accuracy on 50 held-out problems under 24 test personas, and
 fidelity by persona identification over 8 open questions, neither of which any arm was trained on.
@@ -135,14 +138,29 @@ def keep(folder: Path, target: Path) -> None:
         transcripts.keep(folder, target)
 
 
+def done_before(folder: Path, args) -> bool:
+    """Does results/NAME keep this evaluation already, of the same task and as many problems?"""
+    if not (folder / "results.json").is_file():
+        return False
+    results = json.loads((folder / "results.json").read_text())
+    return results["task"] == args.task and len(results["items"]) == args.problems
+
+
 def one_run(arm: str, seed: int | None, args) -> list[Path]:
-    """Trains, evaluates and keeps an arm (seed None: the start model) -> its evaluation at each checkpoint."""
+    """Trains, evaluates and keeps an arm (seed None: the start model) -> its evaluation at each checkpoint.
+
+    What results/NAME keeps is not run again: a long experiment goes on from what was committed.
+    """
     kept_in = KEPT_IN / args.name
+    name = arm if seed is None else f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
+    before = [kept_in / name / ("" if seed is None else stage(step)) for step in args.at]
+    if all(done_before(folder, args) for folder in before):
+        return before
     if seed is None:
         folder = evaluated(args.model, arm, args.out / arm, args)
         keep(folder, kept_in / arm)
         return [folder] * len(args.at)
-    run = args.out / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
+    run = args.out / name
     folders = [run / "evaluation" / stage(step) for step in args.at]
     for step, folder in zip(args.at, folders, strict=True):
         if not (folder / "results.json").is_file():

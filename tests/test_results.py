@@ -211,10 +211,21 @@ def test_each_checkpoint_is_kept_with_its_answers_and_the_run_with_its_metrics(s
 
 
 def test_the_same_command_again_runs_nothing_that_is_there(stages):
-    _, calls, _, again = stages
+    args, calls, target, again = stages
     before = len(calls)
     again()
     assert len(calls) == before > 0
+
+
+def test_what_is_kept_is_not_run_again_where_its_run_folder_is_gone(run, stages):
+    args, calls, target, again = stages
+    before, moved = len(calls), args.out.rename(args.out.with_name("elsewhere"))
+    folders = again()
+    assert len(calls) == before and folders[0] == [target / "start"] * 2
+    assert folders[1] == [target / "rlvr-seed0" / step for step in ("step-1", "step-3")]
+    moved.rename(args.out)
+    others = {"task": "facts"}, {"problems": 5}         # of another experiment under the same name
+    assert not any(run.done_before(target / "start", SimpleNamespace(**vars(args) | other)) for other in others)
 
 
 def test_the_page_has_a_part_for_each_checkpoint_and_is_rebuilt_from_what_is_kept(run, stages):
