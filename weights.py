@@ -262,7 +262,8 @@ def joined(part: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             with open(Path(folder, stem), "wb") as whole:
                 for p in parts:
-                    whole.write(p.read_bytes())
+                    with open(p, "rb") as piece:        # a part may be larger than the memory
+                        shutil.copyfileobj(piece, whole, 1 << 20)
             os.replace(Path(folder, stem), target)
     return target
 
