@@ -273,7 +273,9 @@ def fidelity(model, tokenizer, personas, questions, start_model, seed=0, k=8, ma
         for members, candidates in blocks(n, k, rng):
             written = [ys[p] for p in members]
             asked = [(prompts[q][c], written) for c in candidates]
-            by_start, by_self = (total_logprobs(reader, asked).reshape(k, -1).T for reader in (start_model, model))
+            by_start = by_self = total_logprobs(start_model, asked).reshape(k, -1).T
+            if model is not start_model:
+                by_self = total_logprobs(model, asked).reshape(k, -1).T
             plain = total_logprobs(model, [(prompts[q][n], written)])
             shift = (np.diagonal(by_self) - plain) / [max(len(y), 1) for y in written]
             found = *measures.identification(by_start), *measures.identification(by_self), shift
