@@ -31,15 +31,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import files
 import personas as pool
 import rewards
 import rollout
 import tasks
 import weights
+from common import files
+from common.files import write_atomically
 from evaluation import compare, judge, lottery, measures, report
 from evaluation.compare import run_of
-from files import write_atomically
 from model import completion_logprobs, pack
 
 NONE = "none"  # the name of the prompt without a persona in every result

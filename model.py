@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Tree
-from files import Parser, one_line
+from common.files import Parser, one_line
 from kernels import linear_logprob
+from kernels.attention import Tree
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another

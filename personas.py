@@ -33,7 +33,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from files import Parser, numbered
+from common.files import Parser, numbered
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "test")

@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 import personas
 import weights
-from attention import Tree
-from cache import Cache, Trunk, shared_openings
-from files import Parser, numbered, one_line
-from graphs import Graphs
+from common.files import Parser, numbered, one_line
+from kernels.attention import Tree
 from model import Transformer, chunks
+from sampling.cache import Cache, Trunk, shared_openings
+from sampling.graphs import Graphs
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
 SAMPLE_ROWS = {"cpu": 8}                                # rows of logits drawn from at once: few stay in a CPU's cache

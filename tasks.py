@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from files import Parser, numbered
+from common.files import Parser, numbered
 from verifier.extract import last_box
 
 

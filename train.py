@@ -39,19 +39,30 @@ from tqdm import tqdm
 
 import evaluate
 import grpo
-import monitor
 import personas
 import tasks
 import weights
-from anchor import Anchor
-from cache import prefilled
+from common.files import one_line
 from evaluation import report
-from files import one_line
 from model import Transformer, chunks, completion_logprobs, pack
-from policy import Policy, check_disk, fitted, gathered, join, load_checkpoint, memory, ranks, save_checkpoint, wait
 from rewards import Verifier, load_reward
 from rollout import Completion, generate
-from settings import run_folder, settings
+from sampling.cache import prefilled
+from training import monitor
+from training.anchor import Anchor
+from training.policy import (
+    Policy,
+    check_disk,
+    fitted,
+    gathered,
+    join,
+    load_checkpoint,
+    memory,
+    ranks,
+    save_checkpoint,
+    wait,
+)
+from training.settings import run_folder, settings
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rolling out

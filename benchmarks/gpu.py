@@ -41,9 +41,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import files  # noqa: E402
 import weights  # noqa: E402
 from benchmarks import gpu_stages  # noqa: E402
+from common import files  # noqa: E402
 
 # name -> (function of a report, its most seconds). A script may add its own and call main.
 STAGES = {"card": (gpu_stages.card, 60), "tests": (gpu_stages.tests, 240),

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import files
 import weights
 from benchmarks.logprob import cross_entropy, fused, log_softmax
+from common import files
 from model import Transformer, completion_logprobs, pack
-from policy import Policy
 from rollout import generate
+from training.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM, SAMPLES = "Qwen3-0.6B's shape", 8               # random weights; completions of a prompt

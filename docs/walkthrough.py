@@ -24,14 +24,14 @@ import torch  # noqa: E402
 import grpo  # noqa: E402
 import model as decoder  # noqa: E402
 import personas  # noqa: E402
-import policy  # noqa: E402
 import rewards  # noqa: E402
 import rollout  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from kernels.linear_logprob import _row_statistics  # noqa: E402
-from settings import settings  # noqa: E402
+from training import policy  # noqa: E402
+from training.settings import settings  # noqa: E402
 
 FLAGS = "--prompts 2 --group-size 4 --max-new-tokens 24 --persona-prob 0.5 --warmup 1 --dtype float32 --seed 10"
 NAME, ENTRY = "norm.weight", 0                          # the weight to watch: it takes part in every token's logits

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-import files
+from common import files
 from evaluation import lottery, measures, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # their order in a comparison; others follow

@@ -27,9 +27,9 @@ import numpy as np
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
-import files
 import personas
 import rollout
+from common import files
 from evaluation import measures
 
 TASKS = {  # task: what is asked for, what earns a 1, what earns a 5; the file's key for the last one is "Toxicity"

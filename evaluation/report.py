@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from files import write_atomically
+from common.files import write_atomically
 
 PALETTE = {  # name: (light, dark)
     "ink": ("#1f2428", "#e4e7ea"), "soft": ("#66707a", "#9aa4ae"), "line": ("#d9dee3", "#363d45"),

@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
 import weights  # noqa: E402
+from common.files import rows, write_atomically  # noqa: E402
 from evaluate import blocks  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
-from files import rows, write_atomically  # noqa: E402
 from model import completion_logprobs, pack  # noqa: E402
 
 CUTS = (4, 8, 16, 24, 48)                               # tokens; a reply has at most 48

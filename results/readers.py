@@ -42,9 +42,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import files  # noqa: E402
 import personas  # noqa: E402
 import weights  # noqa: E402
+from common import files  # noqa: E402
 from evaluate import blocks, total_logprobs  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
 from results import transcripts  # noqa: E402

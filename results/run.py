@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 import personas  # noqa: E402
 from evaluation import compare, report  # noqa: E402
 from results import curves, transcripts  # noqa: E402
-from settings import settings  # noqa: E402
+from training.settings import settings  # noqa: E402
 
 ARMS = {
     "sft": ["--method", "sft"],

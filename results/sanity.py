@@ -19,11 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import files  # noqa: E402
 import personas  # noqa: E402
 import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
+from common import files  # noqa: E402
 from evaluation import report  # noqa: E402
 from rollout import generate  # noqa: E402
 

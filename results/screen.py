@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
-import files  # noqa: E402
 import personas  # noqa: E402
+from common import files  # noqa: E402
 from evaluation import compare, lottery  # noqa: E402
 
 LEAST_SD, PILOT_SD = 0.08, 0.04  # persona_sd, as accuracies

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import files  # noqa: E402
+from common import files  # noqa: E402
 
 TRANSCRIPTS = "transcripts.jsonl"  # as evaluate.py writes it
 KEPT = "transcripts.json.gz"

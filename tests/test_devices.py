@@ -18,13 +18,13 @@ import pytest
 import torch
 
 import evaluate
-import monitor
 import rollout
 import train
 import weights
 from rollout import generate
 from tests.test_model import groups_of, random_ids, varlen_stand_in
 from tests.test_train import FAST, REWARD, metrics, same, tensors
+from training import monitor
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETENDED = os.environ.get("PRETENDED_GPU") == "1"
@@ -109,9 +109,9 @@ def test_every_model_of_a_command_goes_to_its_device(tiny_folder, tmp_path, monk
 def test_ranks_meet_over_what_their_device_needs(monkeypatch, device, backend, chosen):
     met, devices = [], []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("policy.dist.rendezvous", lambda url: iter([(None, 1, 2)]))
-    monkeypatch.setattr("policy.dist.PrefixStore", lambda prefix, store: store)
-    monkeypatch.setattr("policy.dist.init_process_group", lambda name, **more: met.append(name))
+    monkeypatch.setattr("training.policy.dist.rendezvous", lambda url: iter([(None, 1, 2)]))
+    monkeypatch.setattr("training.policy.dist.PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr("training.policy.dist.init_process_group", lambda name, **more: met.append(name))
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     train.join(device)
     assert met == [backend] and devices == chosen
@@ -188,7 +188,7 @@ def test_a_step_that_overflows_is_skipped_and_counted_and_halves_the_scale(tiny_
 
 @outside
 def test_the_scale_doubles_after_enough_good_steps_and_never_falls_below_1(tiny_folder, monkeypatch):
-    monkeypatch.setattr("policy.GROWTH", 3)
+    monkeypatch.setattr("training.policy.GROWTH", 3)
     policy = policy_in("float16", tiny_folder)
     scales = []
     for finite in (True, True, True, True, False, True, True, True):
@@ -220,7 +220,7 @@ def test_steps_that_overflow_are_counted_one_by_one_and_break_no_run(tiny_folder
 
 @outside
 def test_p20_a_run_in_fp16_goes_on_with_its_scale(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("policy.GROWTH", 2)
+    monkeypatch.setattr("training.policy.GROWTH", 2)
     flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--dtype", "float16", "--device", "cpu"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     assert train.main([*flags, "--out", str(tmp_path / "two"), "--steps", "3"]) == 0
@@ -364,7 +364,7 @@ def test_pretended_evaluation_fidelity_and_judge_stay_on_the_device(tiny_folder,
 
 @on_it
 def test_pretended_flash_attention_is_called_with_tensors_of_the_device(family, monkeypatch, counts):
-    import attention
+    from kernels import attention
 
     ours, _, folder = family
     plain = train.completion_logprobs(ours, train.pack(groups_of(), ours))[0]

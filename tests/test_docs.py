@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-import settings
+from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md",
@@ -34,7 +34,7 @@ def test_every_file_that_the_readme_lists_exists():
 
 def test_every_flag_of_the_readmes_commands_exists():
     sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-    sources["train.py"] += sources["settings.py"]
+    sources["train.py"] += (ROOT / "training" / "settings.py").read_text()
     commands = re.findall(r"^(?:python|torchrun .*?) ?(\w+\.py)(.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, flags in commands:
@@ -67,7 +67,8 @@ def test_the_results_that_the_pages_show_are_those_that_were_measured():
 
 def test_every_symbol_that_the_pages_name_exists():
     """`module.name` and `Class.method` in backticks, where the module is a file or the class stands in one."""
-    files = [path for folder in (".", "kernels", "verifier") for path in (ROOT / folder).glob("*.py")]
+    folders = (".", "common", "kernels", "sampling", "training", "verifier", "weights")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     sources = {path.stem: path.read_text() for path in files}
     classes = {name: text for text in sources.values() for name in re.findall(r"^class (\w+)", text, re.M)}
     named = {match for page in PAGES for match in re.findall(r"`(\w+)\.(\w+)(?:\(\w*\))?`", page.read_text())}

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import evaluate
-import files
 import model as model_module
 import personas
 import rollout
 import tasks
 import weights
+from common import files
 from evaluation import measures
 from tests.conftest import SHARED
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import files
+from common import files
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import evaluate
-import monitor
 import train
 import weights
-from attention import flash_attn_with_kvcache
 from kernels import linear_logprob
+from kernels.attention import flash_attn_with_kvcache
 from model import completion_logprobs, pack
 from rollout import generate
 from tests.conftest import make_reference
@@ -27,6 +26,7 @@ from tests.test_kernels import outputs_and_gradients, reference, relative_errors
 from tests.test_model import groups_of, random_ids
 from tests.test_rollout import random_prompts, trainer_logprobs
 from tests.test_train import FAST, REWARD, metrics, same, tensors
+from training import monitor
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.cuda.is_available()

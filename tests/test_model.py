@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import attention
-import cache
 import model as model_module
 import personas
 import tasks
 import weights
+from kernels import attention
 from model import Transformer, completion_logprobs, pack
 from rollout import generate
+from sampling import cache
 
 
 def logits_of(model, ids: list[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-import monitor
+from training import monitor
 
 HEALTHY = {"reward": 0.5, "zero_variance_fraction": 0.3, "entropy": 1.0, "truncated_fraction": 0.1,
            "sampler_trainer_gap": 0.01}

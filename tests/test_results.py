@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import evaluate
-import files
 import personas
 import rewards
-import settings
 import tasks
 import train
+from common import files
 from evaluation import lottery
 from results import curves, transcripts
 from rollout import Completion
+from training import settings
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

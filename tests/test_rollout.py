@@ -12,9 +12,9 @@ import torch
 
 import rollout
 import weights
-from cache import Trunk, prefilled, shared_openings
 from model import completion_logprobs, pack
 from rollout import Generation, filtered, generate, sample
+from sampling.cache import Trunk, prefilled, shared_openings
 
 ROOT = Path(__file__).resolve().parents[1]
 

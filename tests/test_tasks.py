@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import settings
 import tasks
+from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"

@@ -17,8 +17,8 @@ import torch
 
 import train
 import weights
-from policy import Policy, activation_bytes, check_disk, whole
-from settings import parser
+from training.policy import Policy, activation_bytes, check_disk, whole
+from training.settings import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--steps", "4", "--prompts", "2", "--group-size", "4", "--max-new-tokens", "6", "--eval-problems", "0",
@@ -636,7 +636,8 @@ def test_p29_an_unknown_flag_is_an_error():
 
 
 def test_p29_every_flag_is_read():
-    told = (ROOT / "settings.py").read_text()
-    body = "".join((ROOT / name).read_text() for name in ("train.py", "anchor.py")) + told[told.index("def settings"):]
+    told = (ROOT / "training" / "settings.py").read_text()
+    body = "".join((ROOT / name).read_text() for name in ("train.py", "training/anchor.py"))
+    body += told[told.index("def settings"):]
     unread = [a.dest for a in parser()._actions if a.dest != "help" and not re.search(rf"\.{a.dest}\b", body)]
     assert unread == []

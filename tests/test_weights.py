@@ -1,4 +1,4 @@
-"""Weights in and out: folders, broken files, and the embedded model's download. GGUF: test_gguf_weights.py."""
+"""Weights in and out: folders, broken files, and the embedded model's download. GGUF: test_gguf.py."""
 
 import os
 import shutil

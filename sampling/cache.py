@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention import bias, flash_attn_with_kvcache, uses_flash
+from kernels.attention import bias, flash_attn_with_kvcache, uses_flash
 from model import Transformer
 
 MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk

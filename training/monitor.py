@@ -14,7 +14,7 @@ from statistics import fmean, median
 
 import torch
 
-from files import rows, write_atomically
+from common.files import rows, write_atomically
 
 # What TensorBoard, Weights & Biases and Trackio are called as packages; the last two share their interface.
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 import grpo
-import monitor
 import tasks
 import weights
-from attention import flash_attn_with_kvcache
-from files import Parser, commit, write_atomically
+from common.files import Parser, commit, write_atomically
+from kernels.attention import flash_attn_with_kvcache
+from training import monitor
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,1 @@
+"""Behind every door: files and the command line."""

@@ -1,0 +1,1 @@
+"""Behind rollout.py: the cache, CUDA graphs."""
