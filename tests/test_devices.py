@@ -25,6 +25,7 @@ from rollout import generate
 from tests.test_model import groups_of, random_ids, varlen_stand_in
 from tests.test_train import FAST, REWARD, metrics, same, tensors
 from training import monitor
+from training.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETENDED = os.environ.get("PRETENDED_GPU") == "1"
@@ -139,10 +140,10 @@ def test_triton_is_for_gpus_from_the_a100_on(monkeypatch, capability, dtype, tri
 @outside
 def test_a_clock_waits_before_it_reads_the_time(monkeypatch):
     monkeypatch.setattr(torch.cpu, "synchronize", lambda *_: time.sleep(0.05))
-    clock = monitor.Clock(torch.device("cpu"))
-    with clock("phase"):
+    watch = SimpleNamespace(seconds={}, policy=SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))))
+    with monitor.Monitor.phase(watch, "phase"):
         pass
-    assert clock.seconds["phase"] >= 0.05
+    assert watch.seconds["phase"] >= 0.05
 
 
 @outside
@@ -155,7 +156,7 @@ def test_tests_and_what_they_start_see_no_gpu():
 
 
 def policy_in(dtype: str, folder):
-    return train.Policy(weights.load(str(folder), dtype, "cpu")[0], 1e-3, 0)
+    return Policy(weights.load(str(folder), dtype, "cpu")[0], 1e-3, 0)
 
 
 def gradient(policy, size: float = 1.0) -> torch.Tensor:
@@ -210,7 +211,7 @@ def test_a_batch_without_a_gradient_says_nothing_of_the_scale(tiny_folder):
 @outside
 def test_steps_that_overflow_are_counted_one_by_one_and_break_no_run(tiny_folder, tmp_path, monkeypatch):
     """Imitation's loss is large: fp16 overflows until its scale has come down."""
-    monkeypatch.setattr(train, "MAX_BROKEN", 1)
+    monkeypatch.setattr(monitor, "MAX_BROKEN", 1)
     flags = ["--model", str(tiny_folder), *FAST, "--reward", "tests.test_train:flat_reward", "--method", "sft"]
     assert train.main([*flags, "--dtype", "float16", "--out", str(tmp_path / "run")]) == 0
     found = [(m["skipped_steps"], m["loss_scale"]) for m in metrics(tmp_path / "run")]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,7 +248,7 @@ def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path, more):
 
 
 def test_p28_memory_does_not_grow(tiny_folder, tmp_path, monkeypatch):
-    peaks, record = [], train.monitor.record
+    peaks, record = [], monitor.record
 
     def watch(*args):
         peaks.append(torch.cuda.max_memory_allocated() if GPU else 0)       # of this step alone
@@ -255,7 +256,7 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path, monkeypatch):
         if GPU:
             torch.cuda.reset_peak_memory_stats()
 
-    monkeypatch.setattr(train.monitor, "record", watch)
+    monkeypatch.setattr(monitor, "record", watch)
     run(tiny_folder, tmp_path / "run", "--steps", "12")
     assert max(peaks[8:]) <= 1.05 * max(peaks[2:6])
 
@@ -296,11 +297,12 @@ def test_evaluation_with_fidelity_and_a_judge_runs_on_the_gpu(tiny_folder, tmp_p
 
 
 def test_a_clock_waits_for_what_the_gpu_still_does():
-    x, clock = torch.randn(2048, 2048, device=DEVICE), monitor.Clock(torch.device(DEVICE))
+    x = torch.randn(2048, 2048, device=DEVICE)
+    watch = SimpleNamespace(seconds={}, policy=SimpleNamespace(model=x))
     for phase in ("warm", "timed"):
-        with clock(phase):
+        with monitor.Monitor.phase(watch, phase):
             for _ in range(10 if phase == "warm" else 50):
                 y = x @ x
     start = time.perf_counter()
     float(y[0, 0])                                      # nothing is left to wait for
-    assert time.perf_counter() - start < 0.5 * clock.seconds["timed"]
+    assert time.perf_counter() - start < 0.5 * watch.seconds["timed"]

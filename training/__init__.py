@@ -1,1 +1,1 @@
-"""Behind train.py: settings, masters and ranks, checkpoints, what a run says of itself, the anchor."""
+"""Behind train.py: settings, masters and ranks, checkpoints, the monitor, the anchor, the run."""

@@ -1,11 +1,11 @@
-"""The expressivity anchor (ours, not the paper's): open role-play is held to the start model, problems are left to the
-verifier.
+"""The expressivity anchor (ours, not the paper's): role-play is held to the start model.
 
     loss += anchor_coef * mean over tokens of KL(start || policy)
 
-on a few answers a step, that the start model gave to role-play questions under training personas before training. The
-KL is exact, over the full vocabulary, and no reward is involved. A KL on the problems' own tokens would buy character
-with accuracy; this one never sees a problem. Questions and personas are disjoint from the evaluation's.
+on a few answers a step. The start model gave them to role-play questions, under training personas,
+before training. The KL is exact, over the full vocabulary, and no reward is involved. A KL on the
+problems' own tokens would buy character with accuracy; this one never sees a problem. Questions and
+personas are disjoint from those of the evaluation.
 """
 
 import torch
@@ -13,36 +13,48 @@ from torch import Tensor
 
 import personas
 from model import Transformer, pack
-from rollout import generate
+from rollout import SamplingParams, generate
 from training.policy import Policy, ranks
 
 
 class Anchor:
-    """The start model's answers and its hidden states on them. Prepared once; a function of the seed."""
+    """The start model's answers, and its hidden states on them: a function of the seed.
 
-    def __init__(self, model: Transformer, tokenizer, pool: list[personas.Persona], args):
+    start: the start model itself. It is not needed afterwards.
+    """
+
+    def __init__(self, start: Transformer, tokenizer, pool: list[personas.Persona], args):
+        self.coefficient, self.count = args.anchor_coef, args.anchor_count
         questions = personas.load_roleplay("train")
         stride = 7 if len(pool) % 7 else 1              # through the strata, and every persona
-        pairs = [(pool[i * stride % len(pool)], questions[i % len(questions)]) for i in range(args.anchor_answers)]
-        prompts = [personas.prompt_ids(tokenizer, question, persona) for persona, question in pairs]
-        outs = generate(model, prompts, 1, args.anchor_tokens, seed=args.seed, slots=args.slots)
-        self.groups = [(prompts[out.index], [out.tokens]) for out in sorted(outs, key=lambda out: out.index)]
-        self.head = model.head_weight.detach().clone()
+        prompts = []
+        for i in range(args.anchor_answers):
+            persona = pool[i * stride % len(pool)]
+            question = questions[i % len(questions)]
+            prompts.append(personas.prompt_ids(tokenizer, question, persona))
+        params = SamplingParams(max_tokens=args.anchor_tokens, seed=args.seed)
+        answers = sorted(generate(start, prompts, params, slots=args.slots), key=lambda c: c.index)
+        self.groups = [(prompts[c.index], [c.tokens]) for c in answers]
+        self.head = start.head_weight.detach().clone()
         with torch.no_grad():
-            self.hidden = [self.hidden_states(model, [group]) for group in self.groups]     # [tokens, H] each
+            self.hidden = [self.hidden_states(start, [group]) for group in self.groups]
 
     @staticmethod
     def hidden_states(model: Transformer, groups) -> Tensor:
+        """[tokens, H]: what predicts each token of the answers."""
         packed = pack(groups, model)
         return model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
 
-    def __call__(self, policy: Policy, step: int, coefficient: float, count: int) -> float:
-        """Adds the gradient of coefficient * mean KL over the step's `count` answers; returns the mean KL per token."""
-        chosen = [(step * count + i) % len(self.groups) for i in range(count)]
+    def __call__(self, policy: Policy, step: int) -> float:
+        """Adds the gradient of an optimizer step's share of the answers to the policy's.
+
+        Returns the mean KL per token, in nats.
+        """
         model = policy.model
+        chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
         hidden = self.hidden_states(model, [self.groups[i] for i in chosen])
-        start = model.capped(torch.cat([self.hidden[i] for i in chosen]) @ self.head.T).log_softmax(-1)
-        now = model.logits(hidden).log_softmax(-1)
+        before = torch.cat([self.hidden[i] for i in chosen]) @ self.head.T
+        start, now = model.capped(before).log_softmax(-1), model.logits(hidden).log_softmax(-1)
         divergence = (start.exp() * (start - now)).sum(-1).mean()
-        policy.backward(coefficient * divergence / ranks()[1])          # every rank computes it; ranks are summed
+        policy.backward(self.coefficient * divergence / ranks()[1])  # all ranks add the same
         return divergence.item()

@@ -1,10 +1,12 @@
-"""What a run says of itself: metrics.jsonl, samples.jsonl, where its time goes, warnings in words, and trackers.
+"""What a run says of itself: metrics, samples to read, where its time goes, warnings, trackers.
 
-metrics.jsonl comes first: a line a step, written before anything else looks at it. Left out: dashboards.
+metrics.jsonl comes first: a line a step, written before anything else looks at it. Left out:
+dashboards.
 """
 
 import importlib
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -13,38 +15,160 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
+from tqdm import tqdm
 
+import grpo
 from common.files import rows, write_atomically
+from evaluation import report
+from sampling.cache import prefilled
+from training.policy import Policy, ranks, summed
 
-# What TensorBoard, Weights & Biases and Trackio are called as packages; the last two share their interface.
-TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+MAX_BROKEN = 5      # steps in a row whose gradient may be not finite
+
+
+class Monitor:
+    """Watches the steps of one run. Every rank has one; rank 0 alone writes and speaks.
+
+    first: the step that the run begins or goes on with. A killed run may have left lines of that
+    step and later. They are dropped, since they are written again.
+    """
+
+    def __init__(self, out: Path, first: int, args, policy: Policy):
+        self.out, self.first, self.args, self.policy = out, first, args, policy
+        self.speaks = ranks()[0] == 0
+        self.seconds: dict[str, float] = {}             # by phase, of the step that runs
+        self.history = resumed(out, first) if self.speaks else []       # metrics of all steps
+        self.said = set(symptoms(self.history))         # warnings are given once a run
+        self.broken = 0                                 # gradients in a row that were not finite
+        self.track = tracker(args.tracker, out, vars(args)) if self.speaks else None
+        hidden = not self.speaks or not (args.progress or sys.stderr.isatty())
+        self.bar = tqdm(total=args.steps, initial=first, unit="step", disable=hidden)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    @contextmanager
+    def phase(self, name: str):
+        """Measures a phase of a step. What a GPU still works at belongs to the phase."""
+        start = time.perf_counter()
+        yield
+        torch.get_device_module(self.policy.model.device).synchronize()
+        self.seconds[name] = round(time.perf_counter() - start, 4)
+
+    def step(self, step: int):
+        """Measures a whole step; with --profile the second one's operators are printed too."""
+        if self.args.profile and self.speaks and step == self.first + 1:
+            return operators(self.phase("step"), self.policy.model.device)
+        return self.phase("step")
+
+    def log(self, step: int, batch, metrics: dict, lag: int) -> None:
+        """Records a finished step. Raises ValueError after MAX_BROKEN steps without a gradient.
+
+        batch: the step's train.Rollout. lag: how many steps old the weights are that sampled it.
+        """
+        busy = self.seconds["step" if lag else "sample"]
+        metrics = {"step": step, **metrics, "lag": lag, "accuracy_by_stratum": strata(batch),
+                   "tokens_per_second": metrics["sampled_tokens"] / busy,
+                   "seconds": self.seconds}
+        self.seconds = {}
+        finite = math.isfinite(metrics["grad_norm"])
+        overflow = self.policy.loss_scale > 1           # of fp16: nothing is broken
+        self.broken = 0 if finite or overflow else self.broken + 1
+        if self.speaks:
+            record(self.out, step, batch, metrics)
+            self.history.append(metrics)
+            self.warn(step, finite)
+            self.track(metrics)
+            self.bar.set_postfix(reward=f"{metrics['reward']:.2f}",
+                                 tok_s=f"{metrics['tokens_per_second']:.0f}")
+            self.bar.update()
+        if self.broken == MAX_BROKEN:
+            raise ValueError(f"{self.broken} gradients in a row were not finite: lower "
+                             "--learning-rate, and go on from the last checkpoint with "
+                             f"--resume {self.out}")
+
+    def warn(self, step: int, finite: bool) -> None:
+        """Says each symptom once a run, on stderr."""
+        if not finite:
+            print(f"step {step}: the gradient is not finite; the step was skipped",
+                  file=sys.stderr)
+        for name, words in symptoms(self.history).items():
+            if name not in self.said:
+                print(f"step {step}: {words}", file=sys.stderr)
+                self.said.add(name)
+
+
+    def finish(self, samples: bool) -> None:
+        """Draws the curves; with --profile says where the time went. samples: see `profile`."""
+        if self.args.profile:                           # without the first and the recorded step
+            print(profile(self.history[self.first + 2:], self.policy.model, samples),
+                  file=sys.stderr)
+        report.curves({self.args.method: self.history}).savefig(self.out / "curves.png", dpi=120)
+
+
+def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
+    """What a step's batch was like, over all ranks.
+
+    Rewards and lengths are of everything sampled. Entropy, KL, gap and clips are of the tokens that
+    were trained on, and None where there were none. sums: see train.SUMS.
+    """
+    verdicts, completions = batch.verdicts, batch.completions
+    own = {"rewards": batch.rewards.sum(), "completions": batch.rewards.numel(),
+           "truncated": sum(c.truncated for c in completions),
+           "errors": sum(c.error is not None for c in completions),
+           "unverifiable": verdicts.count("unverifiable"), "tokens_sampled": batch.lengths.sum(),
+           "groups": len(batch.rewards), "informative": grpo.informative(batch.rewards).sum(),
+           "prefilled": prefilled([prompt for prompt, _ in batch.groups])} | sums
+    own = dict(zip(own, summed(own.values()), strict=True))
+    count, tokens = own["completions"], own["trained_tokens"]
+    means = {name: own[name] / tokens if tokens else None for name in ("entropy", "kl", "gap")}
+    flat = 1 - own["informative"] / own["groups"]
+    return {
+        "reward": own["rewards"] / count, "entropy": means["entropy"], "kl": means["kl"],
+        **grpo.summarise({name: own[name] for name in grpo.SUMS}),
+        "completion_length": own["tokens_sampled"] / count,
+        "truncated_fraction": own["truncated"] / count,
+        "zero_variance_fraction": None if imitates else flat,
+        "sampler_trainer_gap": None if imitates else means["gap"],
+        "unverifiable_fraction": own["unverifiable"] / count, "errors": int(own["errors"]),
+        "packed_tokens": int(own["packed_tokens"]), "trained_tokens": int(tokens),
+        "sampled_tokens": int(own["tokens_sampled"]), "prefilled_tokens": int(own["prefilled"])}
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
 
 
 def record(out: Path, step: int, batch, metrics: dict) -> None:
-    """One line of metrics, and completions of the step's first two problems to read."""
+    """One line of metrics, and two completions of each of the step's first two problems."""
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
+    G = batch.rewards.shape[1]
     with open(out / "samples.jsonl", "a") as file:
-        for i in range(min(len(batch.texts), 2 * len(batch.personas[0])))[::len(batch.personas[0]) // 2 or 1]:
-            b, g = divmod(i, len(batch.personas[0]))
-            persona = batch.personas[b][g]
-            file.write(json.dumps({
-                "step": step, "persona": persona.name if persona else "none", "question": batch.problems[b].question,
-                "gold": batch.problems[b].answer, "completion": batch.texts[i], "verdict": batch.verdicts[i],
-                "reward": batch.rewards[b, g].item(), "truncated": batch.completions[i].truncated}) + "\n")
+        for i in range(0, min(len(batch.texts), 2 * G), G // 2 or 1):
+            problem, persona = batch.problems[i // G], batch.personas[i // G][i % G]
+            row = {"step": step, "persona": persona.name if persona else "none",
+                   "question": problem.question, "gold": problem.answer,
+                   "completion": batch.texts[i], "verdict": batch.verdicts[i],
+                   "reward": batch.rewards.flatten()[i].item(),
+                   "truncated": batch.completions[i].truncated}
+            file.write(json.dumps(row) + "\n")
 
 
 def strata(batch) -> dict[str, float]:
-    """Mean reward by persona stratum, of rank 0's completions."""
+    """Mean reward by persona stratum, of this rank's completions."""
     values = defaultdict(list)
-    for row, reward in zip(batch.personas, batch.rewards.tolist(), strict=True):
-        for persona, value in zip(row, reward, strict=True):
+    for speakers, row in zip(batch.personas, batch.rewards.tolist(), strict=True):
+        for persona, value in zip(speakers, row, strict=True):
             values[persona.stratum if persona else "none"].append(value)
     return {name: sum(v) / len(v) for name, v in sorted(values.items())}
 
 
 def resumed(out: Path, step: int) -> list[dict]:
-    """Drops the lines of `step` and later, which a resumed run writes again; returns the metrics before it."""
+    """Drops the lines of `step` and later, and returns the metrics before it."""
     kept = []
     for name in ("samples.jsonl", "metrics.jsonl"):
         kept = [row for row in rows(out / name) if row["step"] < step]
@@ -52,63 +176,57 @@ def resumed(out: Path, step: int) -> list[dict]:
     return kept
 
 
-class Clock:
-    """Seconds by phase of one step: with clock("sample"): ... What a GPU still works at belongs to the phase."""
-
-    def __init__(self, device: torch.device):
-        self.seconds, self.synchronize = {}, torch.get_device_module(device).synchronize
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        self.synchronize()
-        self.seconds[phase] = round(time.perf_counter() - start, 4)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Where the time goes (--profile)
 
 
 @contextmanager
-def operators(wanted: bool, device: torch.device):
-    """Prints the ten operators that take the most time within it, on `device`."""
-    if not wanted:
-        yield
-        return
-    with torch.profiler.profile() as recorded:          # CPU, and CUDA where there is one
+def operators(phase, device: torch.device):
+    """Prints the ten operators that take the most time within `phase`, on `device`."""
+    with torch.profiler.profile() as recorded, phase:   # CPU, and CUDA where there is one
         yield
     by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-    taken = sorted(((getattr(e, by), e.count, e.key) for e in recorded.key_averages()
-                    if e.device_type == torch.autograd.DeviceType.CPU), reverse=True)   # kernels count with operators
-    total = sum(time for time, *_ in taken) or 1
+    on_cpu = torch.autograd.DeviceType.CPU              # kernels count with their operators
+    events = [e for e in recorded.key_averages() if e.device_type == on_cpu]
+    events.sort(key=lambda e: getattr(e, by), reverse=True)
+    total = sum(getattr(e, by) for e in events) or 1
     print("operators of one step:", file=sys.stderr)
-    for microseconds, count, name in taken[:10]:
-        print(f"  {name:40} {microseconds / 1e6:8.3f} s {microseconds / total:6.1%} {count:8} calls", file=sys.stderr)
+    for e in events[:10]:
+        time = getattr(e, by)
+        print(f"  {e.key:40} {time / 1e6:8.3f} s {time / total:6.1%} {e.count:8} calls",
+              file=sys.stderr)
 
 
-def profile(history: list[dict], model, ranks: int, samples: bool) -> str:
-    """The median step by phase beside its floor: the FLOPs of the linear layers (2 a weight and token forward, 4
-    backward) at the speed of one large matmul, measured here. samples: is it the model itself that samples?"""
+def profile(history: list[dict], model, samples: bool) -> str:
+    """The median step by phase, beside its floor: what its matmuls alone would take.
+
+    The floor counts the FLOPs of the linear layers (2 a weight and token forward, 4 backward) at
+    the speed of one large matmul, measured here. samples: whether the model itself samples.
+    """
     if not history:
         return "--profile needs a third step: the first warms up, the second is recorded"
     body = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     head, speed = model.head_weight.numel(), matmul_speed(model.dtype, model.device)
-    floors = [{"train": 6 * body * m["packed_tokens"] + 6 * head * m["trained_tokens"], "sample": samples * (
-        2 * body * (m["prefilled_tokens"] + m["sampled_tokens"] * (1 - 1 / m["completion_length"]))  # the last: not fed
-        + 2 * head * m["sampled_tokens"])} for m in history]
-    lines = [f"a step's seconds, the floor of its matmuls at {speed / 1e9:.0f} GFLOP/s, and their ratio:"]
+    floors = []
+    for m in history:
+        train = 6 * body * m["packed_tokens"] + 6 * head * m["trained_tokens"]
+        fed = m["sampled_tokens"] * (1 - 1 / m["completion_length"])    # the last token is not fed
+        sample = 2 * body * (m["prefilled_tokens"] + fed) + 2 * head * m["sampled_tokens"]
+        sample *= samples
+        floors.append({"train": train, "sample": sample, "step": sample + train})
+    lines = [f"a step's seconds, the floor of its matmuls at {speed / 1e9:.0f} GFLOP/s, "
+             "and their ratio:"]
     for phase in ("sample", "train", "step"):
         seconds = median(m["seconds"][phase] for m in history)
-        floor = median(f["sample"] + f["train"] if phase == "step" else f[phase] for f in floors) / speed / ranks
-        lines.append(f"  {phase:8} {seconds:8.2f} {floor:8.2f} {seconds / floor:6.1f}x" if floor else
-                     f"  {phase:8} {seconds:8.2f}")
+        floor = median(f[phase] for f in floors) / speed / ranks()[1]
+        ratio = f" {floor:8.2f} {seconds / floor:6.1f}x" if floor else ""
+        lines.append(f"  {phase:8} {seconds:8.2f}{ratio}")
     return "\n".join(lines)
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of one large matmul, the best of five. Larger on a GPU, where a small one is all launch."""
-    size = 2048 if device.type == "cpu" else 8192
+    """FLOPs a second of one large matmul, the best of five."""
+    size = 2048 if device.type == "cpu" else 8192       # a small one is all launch on a GPU
     a, times = torch.randn(size, size, dtype=dtype, device=device), []
     for _ in range(5):
         start = time.perf_counter()
@@ -117,14 +235,17 @@ def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size ** 3 / min(times)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Warnings
 
-WINDOW = 10                                             # steps
+WINDOW = 10         # steps
 
 
 def symptoms(history: list[dict]) -> dict[str, str]:
-    """What looks sick in the metrics of the steps so far: name -> what is seen and what to try. Thresholds are ours."""
+    """What looks sick in the metrics of the steps so far: name -> what is seen and what to try.
+
+    The thresholds are ours.
+    """
     if len(history) < WINDOW:
         return {}
 
@@ -132,51 +253,45 @@ def symptoms(history: list[dict]) -> dict[str, str]:
         values = [row[key] for row in rows if row.get(key) is not None]
         return fmean(values) if values else 0.0
 
-    def first(key: str) -> float:
-        return mean(key, history[:WINDOW])
-
-    def last(key: str) -> float:
-        return mean(key, history[-WINDOW:])
-
-    samples = history[-1].get("zero_variance_fraction") is not None     # imitation: the author learns nothing
-    cut_off = f"{last('truncated_fraction'):.0%} of the completions are cut off"
-    seen = {
-        "no reward": (last("reward") <= 0, f"no completion was correct, {cut_off}: try an easier task, a larger "
-                      "--max-new-tokens, or a --prompt that asks for shorter answers"),
-        "no variance": (last("reward") > 0 and last("zero_variance_fraction") > 0.9, "hardly a group has unequal "
-                        "rewards, so hardly any has a gradient: try --dynamic-sampling 3, a larger --group-size, or "
-                        f"problems that are {'harder' if last('reward') > 0.5 else 'easier'}"),
-        "flat reward": (len(history) >= 3 * WINDOW and samples
-                        and 0 < last("reward") < min(0.9, first("reward") + 0.01),
-                        "the reward does not rise: try more --prompts, or another --learning-rate"),
-        "entropy collapse": (0 < last("entropy") < 0.1 * first("entropy") and last("reward") < 0.9, "entropy fell "
-                             "below a tenth of the start's: try a lower --learning-rate, --clip-high 0.28 or "
-                             "--entropy-coef 0.001"),
-        "truncation": (last("truncated_fraction") > max(0.3, first("truncated_fraction") + 0.1), f"{cut_off} and ever "
-                       "more: try a larger --max-new-tokens, or --overlong-buffer"),
-        "sampler gap": (last("sampler_trainer_gap") > max(0.05, 3 * first("sampler_trainer_gap"))
-                        and not last("lag"), "the sampler's and "
-                        "the trainer's log-probs drift apart: try --correction truncate, or --dtype float32"),
-    }
-    return {name: words for name, (sick, words) in seen.items() if sick}
-
-
-class Watch:
-    """Says each symptom once a run, on stderr."""
-
-    def __init__(self, history: list[dict]):
-        self.history, self.said = list(history), set(symptoms(history))
-
-    def __call__(self, metrics: dict) -> None:
-        self.history.append(metrics)
-        for name, words in symptoms(self.history).items():
-            if name not in self.said:
-                print(f"step {metrics['step']}: {words}", file=sys.stderr)
-                self.said.add(name)
+    keys = ("reward", "entropy", "truncated_fraction", "zero_variance_fraction",
+            "sampler_trainer_gap", "lag")
+    first = {key: mean(key, history[:WINDOW]) for key in keys}
+    last = {key: mean(key, history[-WINDOW:]) for key in keys}
+    samples = history[-1].get("zero_variance_fraction") is not None     # else it imitates
+    cut_off = f"{last['truncated_fraction']:.0%} of the completions are cut off"
+    found = {}
+    if last["reward"] <= 0:
+        found["no reward"] = (
+            f"no completion was correct, {cut_off}: try an easier task, a larger "
+            "--max-new-tokens, or a --prompt that asks for shorter answers")
+    if last["reward"] > 0 and last["zero_variance_fraction"] > 0.9:
+        level = "harder" if last["reward"] > 0.5 else "easier"
+        found["no variance"] = (
+            "hardly a group has unequal rewards, so hardly any has a gradient: try "
+            f"--dynamic-sampling 3, a larger --group-size, or problems that are {level}")
+    rises = last["reward"] >= min(0.9, first["reward"] + 0.01)
+    if len(history) >= 3 * WINDOW and samples and last["reward"] > 0 and not rises:
+        found["flat reward"] = (
+            "the reward does not rise: try more --prompts, or another --learning-rate")
+    if 0 < last["entropy"] < 0.1 * first["entropy"] and last["reward"] < 0.9:
+        found["entropy collapse"] = (
+            "entropy fell below a tenth of the start's: try a lower --learning-rate, "
+            "--clip-high 0.28 with --minibatches 2, or --entropy-coef 0.001")
+    if last["truncated_fraction"] > max(0.3, first["truncated_fraction"] + 0.1):
+        found["truncation"] = (
+            f"{cut_off} and ever more: try a larger --max-new-tokens, or --overlong-buffer")
+    drifts = last["sampler_trainer_gap"] > max(0.05, 3 * first["sampler_trainer_gap"])
+    if drifts and not last["lag"]:
+        found["sampler gap"] = (
+            "the sampler's and the trainer's log-probs drift apart: try --correction truncate, "
+            "or --dtype float32")
+    return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trackers
+# --------------------------------------------------------------------------------------------------
+# Trackers: what they are called as packages
+
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def tracker_package(name: str):
@@ -194,7 +309,12 @@ def tracker(name: str | None, out: Path, config: dict):
     module = tracker_package(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(out / "tensorboard"))
-        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in flat(metrics).items()]
+
+        def log(metrics: dict) -> None:
+            for key, value in flat(metrics).items():
+                writer.add_scalar(key, value, metrics["step"])
+
+        return log
     module.init(project="permix-rlvr", name=out.name, config=config)
     return lambda metrics: module.log(flat(metrics), step=metrics["step"])
 

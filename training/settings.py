@@ -1,14 +1,15 @@
-"""What a run is told: the flags, what may not be combined, and the folder with its config.json.
+"""What a run is told: the flags, and what may not be combined.
 
-A flag means what it says in every arm. The numbers are those of the main job, measured on the embedded model; where a
-named loss (`--loss`) has its own in its paper, those. Left out: configuration files, since config.json is one.
+A flag means what it says in every arm. The defaults are those of the main job, measured on the
+embedded model. Where a named loss (`--loss`) has its own numbers in its paper, those hold. Left
+out: configuration files, since a run's config.json is one.
 """
 
 import argparse
 import json
 import os
 import sys
-from importlib.metadata import version
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -16,190 +17,258 @@ import torch
 import grpo
 import tasks
 import weights
-from common.files import Parser, commit, write_atomically
+from common.files import Parser
+from grpo import Loss
 from kernels.attention import flash_attn_with_kvcache
-from training import monitor
+from rollout import SamplingParams
+from training.monitor import TRACKERS
+
+# name, default, help, and what else argparse should know
+FLAGS = [
+    ("method", "permix", "RL with personas mixed in, RL without, or imitation: of gold answers, "
+     "of a teacher", {"choices": ["permix", "rlvr", "sft", "distill"]}),
+    ("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file "
+     "(in parts: 'file.gguf.part*')", {}),
+    ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file", {}),
+    ("out", None, "run folder (default: runs/METHOD-TASK-seedN)", {}),
+    ("resume", None, "run folder to continue with its own settings", {}),
+    ("steps", 34, "batches; each is --inner-epochs x --minibatches optimizer steps", {}),
+    ("seed", 0, "of problems, personas and samples", {}),
+    # mix
+    ("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)",
+     {"type": float}),
+    ("mix", "prompt", "one persona a group, or one a completion",
+     {"choices": ["prompt", "rollout"]}),
+    ("personas", "train", "training pool: train, conflict-train, paraphrases-train, or a .jsonl "
+     "file", {}),
+    # roll out
+    ("prompts", None, "problems a step (default: 12 for generated tasks, else 64, since fewer of "
+     "them teach)", {"type": int}),
+    ("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)",
+     {"type": int}),
+    ("max-new-tokens", None, "length limit of a completion (default: 32 for generated tasks, else "
+     "48)", {"type": int}),
+    ("temperature", 0.6, "of sampling, and of the log-probs trained on", {}),
+    ("stop", [], "a string that ends a completion; may be repeated", {"action": "append"}),
+    ("prompt", None, "how a problem is asked (default: plain for generated tasks, else short)",
+     {"choices": sorted(tasks.PROMPTS)}),
+    ("teacher", None, "model that writes the completions of distill (default: the start model)",
+     {}),
+    ("dynamic-sampling", 0, "DAPO: at most so many further rounds of problems, until --prompts "
+     "groups have unequal rewards", {}),
+    # reward
+    ("reward", "rewards:correctness", "module:function, called with (problem, text, persona=...)",
+     {}),
+    ("reward-seconds", 30.0, "time limit of one call of it; what is late earns nothing", {}),
+    ("truncated", "zero", "completions cut off: no reward, no loss, or kept",
+     {"choices": ["zero", "mask", "keep"]}),
+    ("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the "
+     "limit", {}),
+    # loss
+    ("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its "
+     "paper's, unless given (default: grpo's with those below)", {"choices": sorted(grpo.RECIPES)}),
+    ("advantage", Loss.advantage, "baseline and scale", {"choices": grpo.ADVANTAGES}),
+    ("normaliser", Loss.normaliser, "a token's loss is divided by: all tokens, its completion's "
+     "length, the length limit", {"choices": grpo.NORMALISERS}),
+    ("clip-low", Loss.clip_low, "the ratio may fall to 1 - this", {}),
+    ("clip-high", Loss.clip_high, "the ratio may rise to 1 + this", {}),
+    ("dual-clip", Loss.dual_clip, "bound on the ratio of bad tokens (dual-clip PPO)",
+     {"type": float}),
+    ("correction", None, "importance weights sampler -> trainer (default: none; truncate with "
+     "--overlap)", {"choices": ["none", "truncate", "mask"]}),
+    ("kl-coef", Loss.kl_coef, "weight of the KL to the start model under the same persona", {}),
+    ("kl", Loss.kl, "its estimator", {"choices": ["k1", "k2", "k3"]}),
+    ("kl-in", Loss.kl_in, "where it acts", {"choices": ["loss", "reward"]}),
+    ("entropy-coef", Loss.entropy_coef, "weight of the entropy bonus", {}),
+    ("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play "
+     "answers", {}),
+    ("anchor-count", 4, "role-play answers an optimizer step", {}),
+    ("anchor-answers", 80, "role-play answers prepared before training", {}),
+    ("anchor-tokens", 40, "their length limit", {}),
+    # step
+    ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)",
+     {"type": float}),
+    ("warmup", 2, "steps of linear warm-up", {}),
+    ("max-grad-norm", 1.0, "gradient clipping", {}),
+    ("inner-epochs", 1, "how often a batch is gone through", {}),
+    ("minibatches", 1, "optimizer steps each time: the batch's groups in so many parts (PPO)", {}),
+    # where it computes
+    ("dtype", "auto", "of compute; float16 has a loss scale",
+     {"choices": ["auto", *weights.DTYPES]}),
+    ("device", "auto", "auto: the GPU if there is one, else the CPU",
+     {"choices": weights.DEVICES}),
+    ("micro-tokens", 1024, "packed tokens in one forward and backward", {}),
+    ("memory", 0.0, "GB a rank may take: sizes the micro-batches to fit, in place of "
+     "--micro-tokens, and prints the estimate", {}),
+    ("recompute", False, "recompute layers in the backward: less memory, more time", {}),
+    ("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them", {}),
+    ("slots", 96, "completions decoded together", {}),
+    ("cuda-graphs", False, "decode steps as CUDA graphs (never run by us)", {}),
+    ("overlap", False, "sample a step's batch while the one before is trained on, with a copy of "
+     "the weights: one step off-policy, corrected", {}),
+    # what is kept and said
+    ("eval-task", None, "task to evaluate on (default: --task's test split)", {}),
+    ("eval-problems", 50, "held-out problems before and after; 0: no evaluation", {}),
+    ("eval-personas", 9, "how many test personas, evenly from the strata", {}),
+    ("save-every", 20, "steps between checkpoints", {}),
+    ("keep", 2, "checkpoints kept", {}),
+    ("async-save", False, "write checkpoints while training goes on, from a copy of the state", {}),
+    ("profile", False, "say where a step's time goes, beside the time of its matmuls alone", {}),
+    ("tracker", None, "also log there", {"choices": list(TRACKERS)}),
+    ("progress", False, "progress bar even without a terminal", {}),
+]
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.",
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def add(flag, default, text, **more):
-        kind = {} if "choices" in more or default is None or "action" in more else {"type": type(default)}
-        p.add_argument(f"--{flag}", default=default, help=text, **kind | more)
-
-    add("method", "permix", "RL with personas mixed in, RL without, or imitation: of gold answers, of a teacher",
-        choices=["permix", "rlvr", "sft", "distill"])
-    add("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file (in parts: "
-        "'file.gguf.part*')")
-    add("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file")
-    add("out", None, "run folder (default: runs/METHOD-TASK-seedN)")
-    add("resume", None, "run folder to continue with its own settings")
-    add("steps", 34, "batches; each is --inner-epochs optimizer steps")
-    add("seed", 0, "of problems, personas and samples")
-    add("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)", type=float)
-    add("mix", "prompt", "one persona a group, or one a completion", choices=["prompt", "rollout"])
-    add("personas", "train", "training pool: train, conflict-train, paraphrases-train, or a .jsonl file")
-    add("prompts", None, "problems a step (default: 12 for generated tasks, else 64, since fewer of them teach)",
-        type=int)
-    add("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)", type=int)
-    add("max-new-tokens", None, "length limit of a completion (default: 32 for generated tasks, else 48)", type=int)
-    add("temperature", 0.6, "of sampling, and of the log-probs trained on")
-    add("prompt", None, "how a problem is asked (default: plain for generated tasks, else short)",
-        choices=sorted(tasks.PROMPTS))
-    add("reward", "rewards:correctness", "module:function, called with (problem, completion text)")
-    add("teacher", None, "model that writes the completions of distill (default: the start model)")
-    add("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)", type=float)
-    add("warmup", 2, "steps of linear warm-up")
-    add("max-grad-norm", 1.0, "gradient clipping")
-    add("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its paper's, unless given "
-        "(default: grpo's with those below)", choices=sorted(grpo.RECIPES))
-    add("advantage", "mean", "baseline and scale", choices=grpo.ADVANTAGES)
-    add("normaliser", "token", "a token's loss is divided by: all tokens, its completion's length, the length limit",
-        choices=grpo.NORMALISERS)
-    add("clip-low", 0.2, "the ratio may fall to 1 - this")
-    add("clip-high", 0.2, "the ratio may rise to 1 + this")
-    add("dual-clip", None, "bound on the ratio of bad tokens (dual-clip PPO)", type=float)
-    add("dynamic-sampling", 0, "DAPO: at most so many further rounds of problems, until --prompts groups have unequal "
-        "rewards")
-    add("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the limit")
-    add("inner-epochs", 1, "optimizer steps on each batch")
-    add("truncated", "zero", "completions cut off: no reward, no loss, or kept", choices=["zero", "mask", "keep"])
-    add("correction", None, "importance weights sampler -> trainer (default: none; truncate with --overlap)",
-        choices=["none", "truncate", "mask"])
-    add("kl-coef", 0.0, "weight of the KL to the start model under the same persona")
-    add("kl", "k3", "its estimator", choices=["k1", "k2", "k3"])
-    add("kl-in", "loss", "where it acts", choices=["loss", "reward"])
-    add("entropy-coef", 0.0, "weight of the entropy bonus")
-    add("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play answers")
-    add("anchor-count", 4, "role-play answers a step")
-    add("anchor-answers", 80, "role-play answers prepared before training")
-    add("anchor-tokens", 40, "their length limit")
-    add("dtype", "auto", "of compute; float16 has a loss scale", choices=["auto", *weights.DTYPES])
-    add("device", "auto", "auto: the GPU if there is one, else the CPU", choices=weights.DEVICES)
-    add("micro-tokens", 1024, "packed tokens in one forward and backward")
-    add("memory", 0.0, "GB a rank may take: sizes the micro-batches to fit, in place of --micro-tokens")
-    add("recompute", False, "recompute layers in the backward: less memory, more time", action="store_true")
-    add("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them")
-    add("slots", 96, "completions decoded together")
-    add("cuda-graphs", False, "decode steps as CUDA graphs (never run by us)", action="store_true")
-    add("eval-task", None, "task to evaluate on (default: --task's test split)")
-    add("eval-problems", 50, "held-out problems before and after; 0: no evaluation")
-    add("eval-personas", 9, "how many test personas, evenly from the strata")
-    add("save-every", 20, "steps between checkpoints")
-    add("keep", 2, "checkpoints kept")
-    add("async-save", False, "write checkpoints while training goes on, from a copy of the state",
-        action="store_true")
-    add("overlap", False, "sample a step's batch while the one before is trained on, with a copy of the weights: one "
-        "step off-policy, corrected", action="store_true")
-    add("profile", False, "say where a step's time goes, beside the time of its matmuls alone", action="store_true")
-    add("tracker", None, "also log there", choices=list(monitor.TRACKERS))
-    add("progress", False, "progress bar even without a terminal", action="store_true")
+    for name, default, text, more in FLAGS:
+        if isinstance(default, bool):
+            more = {"action": "store_true"}
+        elif isinstance(default, int | float) and "choices" not in more:
+            more = {"type": type(default)}
+        p.add_argument(f"--{name}", default=default, help=text, **more)
     return p
 
 
 def settings(argv: list[str] | None) -> argparse.Namespace:
-    """Flags over the loss's recipe over a resumed run's settings over the defaults; ValueError where they clash."""
+    """Flags over the loss's recipe over a resumed run's settings over the defaults.
+
+    Raises ValueError where they contradict each other.
+    """
     p = parser()
     first, _ = p.parse_known_args(argv)
-    if first.resume:
-        path = Path(first.resume) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
-        before = json.loads(path.read_text()).get("settings")
-        if not before:
-            raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
-        if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
-            raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
-        p.set_defaults(**before)
-        if first.overlap and not before.get("overlap"):
-            p.set_defaults(correction=None)             # as --overlap wants it, not as the run was without
+    before = settings_before(first) if first.resume else {}
+    p.set_defaults(**before)
+    if first.overlap and not before.get("overlap"):
+        p.set_defaults(correction=None)                 # as --overlap wants it
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
-    for name in ("model", "task", "method", "seed", "dtype") if first.resume else ():
-        if getattr(args, name) != before[name]:
-            raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start a new run")
-    small = args.task in tasks.GENERATED                # what the embedded model solves often, in few words
-    unset = {"loss": "grpo", "group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
+    for name in ("model", "task", "method", "seed", "dtype"):
+        if before and getattr(args, name) != before[name]:
+            raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start "
+                             "a new run")
+    small = args.task in tasks.GENERATED                # the embedded model often solves them
+    unset = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
-             "learning_rate": 3e-5 if small else 6e-5, "persona_prob": 0.7 if args.method == "permix" else 0.0,
-             "correction": "truncate" if args.overlap else "none"}   # with --overlap the samples are of weights before
+             "learning_rate": 3e-5 if small else 6e-5,
+             "persona_prob": 0.7 if args.method == "permix" else 0.0,
+             "correction": "truncate" if args.overlap else "none", "loss": "grpo"}
     for name, value in unset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
+    if note := idle_clips(args, first.loss):
+        print(f"train.py: {note}", file=sys.stderr)
     return args
 
 
+def settings_before(first: argparse.Namespace) -> dict:
+    """The settings of the run that `--resume` names."""
+    path = Path(first.resume) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
+    before = json.loads(path.read_text()).get("settings")
+    if not before:
+        raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
+    if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
+        raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
+    return before
+
+
+def loss_of(args: argparse.Namespace) -> Loss:
+    """The flags of the same names as Loss's fields. Raises ValueError where they contradict."""
+    names = [field.name for field in fields(Loss) if field.name != "name"]
+    return Loss(args.loss, **{name: getattr(args, name) for name in names})
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingParams:
+    """Of a group: its G completions share a prompt, or have one each (`--mix rollout`)."""
+    n = args.group_size if args.mix == "prompt" else 1
+    return SamplingParams(n=n, max_tokens=args.max_new_tokens, temperature=args.temperature,
+                          seed=args.seed, stop=tuple(args.stop))
+
+
+# --------------------------------------------------------------------------------------------------
+# What cannot mean what it says
+
 AT_LEAST = {
-    1: ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "micro_tokens", "slots", "save_every",
-        "keep", "eval_personas", "anchor_count", "anchor_answers", "anchor_tokens"),
-    0: ("seed", "dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef", "memory", "shard")}
+    1: ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "minibatches",
+        "micro_tokens", "slots", "save_every", "keep", "eval_personas", "anchor_count",
+        "anchor_answers", "anchor_tokens"),
+    0: ("seed", "dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef",
+        "memory", "shard")}
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError, with what to do instead, for settings that cannot mean what they say."""
-    imitates, world = args.method in ("sft", "distill"), int(os.environ.get("WORLD_SIZE", 1))
     for least, names in AT_LEAST.items():
         for name in names:
             if not getattr(args, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    refusals = (
-        (args.method == "rlvr" and args.persona_prob,
-         "--method rlvr has no personas: use permix with --persona-prob, or leave it out"),
-        (not 0 <= args.persona_prob <= 1, f"--persona-prob must be between 0 and 1, not {args.persona_prob}"),
-        (not (args.temperature > 0 and args.learning_rate > 0),
-         "--temperature and --learning-rate must be above 0 (greedy samples of a group are all equal)"),
-        (not args.max_grad_norm > 0, f"--max-grad-norm must be above 0, not {args.max_grad_norm} (inf: no clipping)"),
-        (args.teacher and args.method != "distill", "--teacher writes the completions of --method distill, no other's"),
-        (args.dynamic_sampling and imitates,
-         f"--dynamic-sampling wants groups of unequal rewards; {args.method} imitates the correct ones"),
-        (args.overlap and args.dynamic_sampling,
-         "--overlap cannot go with --dynamic-sampling, which counts over all ranks while they train"),
-        (args.overlap and imitates,
-         f"--overlap is for a policy that samples; {args.method} imitates others' completions"),
-        (imitates and (args.loss, args.advantage, args.correction, args.inner_epochs, args.overlong_buffer, args.kl_in)
-         != ("grpo", "mean", "none", 1, 0, "loss"),
-         f"--method {args.method} is cross-entropy on the correct completions: leave out --loss, --advantage, "
-         "--correction, --inner-epochs, --overlong-buffer and --kl-in"),
-        (args.overlap and args.profile,
-         "--profile tells sampling from training, and --overlap does both at once: choose one"),
-        (args.cuda_graphs and not (torch.cuda.is_available() and args.device in ("auto", "cuda")
-                                   and flash_attn_with_kvcache and args.dtype != "float32"),
-         "--cuda-graphs needs a GPU, flash-attn, and bfloat16"),
-        (args.shard and world % args.shard, f"--shard {args.shard} must divide the {world} processes"),
-        (args.prompts % world, f"--prompts {args.prompts} must be a multiple of the {world} processes"),
-    )
-    for refused, reason in refusals:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, "
+                                 f"not {getattr(args, name)}")
+    for refused, reason in refusals(args):
         if refused:
             raise ValueError(reason)
-    grpo.check(loss=args.loss, advantage=args.advantage, normaliser=args.normaliser,
-               group_size=args.group_size + imitates,   # who imitates needs no siblings to compare with
-               clip_low=args.clip_low, clip_high=args.clip_high, inner_epochs=args.inner_epochs, kl_coef=args.kl_coef,
-               kl_kind=args.kl, kl_in=args.kl_in, mix=args.mix, dual_clip=args.dual_clip,
-               dynamic_sampling=args.dynamic_sampling > 0, max_tokens=args.max_new_tokens,
-               overlong_buffer=args.overlong_buffer)
+    loss_of(args)
 
 
-def run_folder(args) -> Path:
-    """The run's folder, made and described by config.json. Raises ValueError if it holds another run.
+def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """(refused, the reason and what to do instead)"""
+    imitates, world = args.method in ("sft", "distill"), int(os.environ.get("WORLD_SIZE", 1))
+    rl_only = (args.loss, args.advantage, args.correction, args.inner_epochs, args.minibatches,
+               args.overlong_buffer, args.kl_in)
+    steps = args.inner_epochs * args.minibatches
+    groups = args.prompts * (1 if args.mix == "prompt" else args.group_size)
+    recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
+    usual = (Loss.clip_low, Loss.clip_high), (recipe["clip_low"], recipe["clip_high"])
+    graphs = (torch.cuda.is_available() and args.device in ("auto", "cuda")
+              and flash_attn_with_kvcache and args.dtype != "float32")
+    return [
+        (args.method == "rlvr" and args.persona_prob,
+         "--method rlvr has no personas: use permix with --persona-prob, or leave it out"),
+        (not 0 <= args.persona_prob <= 1,
+         f"--persona-prob must be between 0 and 1, not {args.persona_prob}"),
+        (not (args.temperature > 0 and args.learning_rate > 0),
+         "--temperature and --learning-rate must be above 0 (greedy samples are all equal)"),
+        (not (args.max_grad_norm > 0 and args.reward_seconds > 0),
+         "--max-grad-norm and --reward-seconds must be above 0 (inf: no limit)"),
+        (not args.overlong_buffer < args.max_new_tokens,
+         "--overlong-buffer must be shorter than --max-new-tokens"),
+        (args.teacher and args.method != "distill",
+         "--teacher writes the completions of --method distill, no other's"),
+        (args.dynamic_sampling and imitates,
+         f"--dynamic-sampling wants unequal rewards; {args.method} imitates what is correct"),
+        (args.overlap and imitates,
+         f"--overlap is for a policy that samples; {args.method} imitates others"),
+        (imitates and rl_only != ("grpo", "mean", "none", 1, 1, 0, "loss"),
+         f"--method {args.method} is cross-entropy on the correct completions: leave out --loss, "
+         "--advantage, --correction, --inner-epochs, --minibatches, --overlong-buffer, --kl-in"),
+        (args.group_size == 1 and not imitates,
+         "a group of 1 has no siblings, so its advantage is always 0: give --group-size 2"),
+        (args.overlap and args.dynamic_sampling,
+         "--overlap cannot go with --dynamic-sampling, which counts over ranks while they train"),
+        (args.overlap and args.profile,
+         "--profile tells sampling from training; --overlap does both at once: choose one"),
+        (args.minibatches > groups,
+         f"--minibatches {args.minibatches} is more than the {groups} groups of a batch"),
+        (args.loss == "reinforce" and steps > 1,
+         "reinforce has no ratio, so a batch's second optimizer step is wrong: use grpo"),
+        (steps == 1 and (args.dual_clip is not None or clips not in usual),
+         "with one optimizer step a batch the ratio is 1, and --clip-low, --clip-high and "
+         "--dual-clip do nothing: give --minibatches 2 or --inner-epochs 2 too"),
+        (args.cuda_graphs and not graphs, "--cuda-graphs needs a GPU, flash-attn, and bfloat16"),
+        (args.shard and world % args.shard,
+         f"--shard {args.shard} must divide the {world} processes"),
+        (args.prompts % world,
+         f"--prompts {args.prompts} must be a multiple of the {world} processes"),
+    ]
 
-    Restarted by torchrun (--max-restarts), a run with --out goes on where it was.
-    """
-    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
-    out = Path(args.resume or args.out or Path("runs") / name)
-    if not (args.resume or args.out):
-        taken = [out, *(out.with_name(f"{name}-{i}") for i in range(2, 1000))]
-        out = next(folder for folder in taken if not (folder / "config.json").exists())
-    goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if (out / "config.json").exists() and not goes_on:
-        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    config = {"settings": vars(args) | {"resume": None, "out": str(out)}, "method": args.method,
-              "command": " ".join(sys.argv), "commit": commit(),
-              "versions": packages | {"python": sys.version.split()[0]}}
-    write_atomically(out / "config.json", json.dumps(config, indent=1))
-    return out
+
+def idle_clips(args: argparse.Namespace, named: str | None) -> str | None:
+    """What to say where a loss was named for its clip, and no clip can act (P31)."""
+    if not named or named == "reinforce" or args.inner_epochs * args.minibatches > 1:
+        return None
+    return (f"with one optimizer step a batch the ratio is 1 and the clip of {named} does nothing; "
+            "--minibatches 2 gives it work")

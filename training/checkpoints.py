@@ -1,0 +1,107 @@
+"""Checkpoints: folders step-N with masters, moments and counters, whole or not at all.
+
+Each rank writes its shards (torch.distributed.checkpoint). A manifest of the files' sizes is
+written last, and then the folder is renamed into place. What a kill has torn is passed over.
+"""
+
+import json
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from training.policy import Policy, ranks, wait
+
+
+class Checkpoints:
+    """The checkpoints of one run; those older than the last `keep` are removed.
+
+    background: write while training goes on, from a copy of the state in the host's memory.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: bool = False):
+        self.folder, self.keep = folder, keep
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.writing: Future | None = None
+        self.group = None  # its collectives cannot be mixed up with those of the step
+        if background and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo")
+
+    def load(self, policy: Policy) -> int:
+        """Restores the newest whole checkpoint and returns its step, 0 if there is none.
+
+        Another number of ranks may have written it. The run then goes on equal up to the order of
+        summation.
+        """
+        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+            step = finished(checkpoint)
+            if step is None:
+                print(f"{checkpoint} cannot be read: it is torn; trying the one before",
+                      file=sys.stderr)
+                continue
+            state = policy.state()
+            dcp.load(state, checkpoint_id=checkpoint)
+            policy.restored(state)
+            return step
+        return 0
+
+    def save(self, policy: Policy, step: int) -> None:
+        """Writes step-N. In the background only the copy of the state is waited for."""
+        self.finish()
+        part = self.folder / f".step-{step:06d}.part"
+        if ranks()[0] == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        wait()
+        if not self.thread:
+            dcp.save(policy.state(), checkpoint_id=part)
+            self.commit(part, step)
+            return
+        written = dcp.async_save(policy.state(), checkpoint_id=part, process_group=self.group)
+        self.writing = self.thread.submit(self.commit, part, step, written)
+
+    def commit(self, part: Path, step: int, written: Future | None = None) -> None:
+        """Gives a written folder its manifest and its name, and removes older ones."""
+        if written:
+            written.result()
+        if ranks()[0]:
+            return
+        target = self.folder / f"step-{step:06d}"
+        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+        (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+        shutil.rmtree(target, ignore_errors=True)  # a torn one of the same step
+        part.rename(target)
+        there = sorted(self.folder.glob("step-*"))
+        kept = [checkpoint for checkpoint in there if finished(checkpoint) is not None]
+        for old in set(there) - set(kept[-self.keep:]):  # torn ones too
+            shutil.rmtree(old)
+
+    def finish(self) -> None:
+        """Waits for what is being written in the background; raises what went wrong there."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+    def check_disk(self, parameters: int) -> None:
+        """Raises ValueError where the run's checkpoints and its model would not fit on the disk."""
+        there = sum(finished(checkpoint) is not None for checkpoint in self.folder.glob("step-*"))
+        more = self.keep + 1 - min(self.keep, there)  # one more while it is written
+        needed, free = (12 * more + 4) * parameters, shutil.disk_usage(self.folder.parent).free
+        if free < needed:
+            raise ValueError(f"{self.folder.parent}: its checkpoints and model need "
+                             f"{needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free: "
+                             "make room, or lower --keep")
+
+
+def finished(checkpoint: Path) -> int | None:
+    """The step of a checkpoint whose files are all there at their sizes, else None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        sizes = manifest["sizes"].items()
+        complete = all((checkpoint / name).stat().st_size == size for name, size in sizes)
+        return manifest["step"] if complete else None
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,89 @@
+"""How much memory a run takes: an estimate by part, and micro-batches sized to fit (`--memory`)."""
+
+import sys
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from model import Transformer, pack
+from training.policy import Policy, ranks
+
+
+def plan(policy: Policy, job) -> None:
+    """Sizes `--micro-tokens` so that the peak stays within `--memory` GB, and prints it by part.
+
+    job: a training.run.Job. Raises ValueError where even one group or the sampler's cache does not
+    fit.
+    """
+    args, limit = job.args, job.args.memory * 1e9
+    persona = max(job.pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
+    question = max(job.problems, key=lambda p: len(p.question)).question
+    prompt = len(job.prompt_ids(question, persona))
+    completions = args.group_size if args.mix == "prompt" else 1
+    group = prompt + completions * args.max_new_tokens
+    per_token = activation_bytes(policy.model, prompt, completions, args.max_new_tokens)
+
+    least = estimate(policy, job, group * per_token, prompt + args.max_new_tokens)
+    if least["peak"] > limit:
+        raise ValueError(f"--memory {args.memory:.4g} is too little: about "
+                         f"{least['peak'] / 1e9:.2f} GB are needed; try --recompute, a smaller "
+                         "--group-size, --max-new-tokens or --slots, or more ranks")
+    room = limit - least["peak"] + least["activations"]
+    args.micro_tokens = int(room / per_token)
+    parts = estimate(policy, job, args.micro_tokens * per_token, prompt + args.max_new_tokens)
+    if ranks()[0] == 0:
+        told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        print(f"memory, estimated GB: {told}", file=sys.stderr)
+
+
+def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[str, float]:
+    """Estimated bytes by part on this rank, and their `peak`.
+
+    Sampling and training take turns, so the peak counts the larger of the two, beside what is
+    always there. With `--overlap` they happen at once.
+    activations: bytes kept for a backward. row_tokens: the longest row of the sampler's cache.
+    """
+    args, model, c = job.args, policy.model, policy.model.c
+    count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
+    shards = [m.to_local() if isinstance(m, DTensor) else m for m in policy.masters]
+    local, on_cpu = sum(m.numel() for m in shards), model.device.type == "cpu"
+    entry = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size       # keys and values of a token
+    parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
+             "gradients": count * (4 + size),           # their sum, and a micro-batch's
+             "activations": activations, "cache": args.slots * row_tokens * entry}
+    if args.async_save and on_cpu:
+        parts["checkpoint"] = 12 * local
+    if args.overlap:
+        parts["copy"] = parts["weights"]
+    others = {m for m in (job.reference, job.author) if m is not None and m is not model}
+    if others:
+        parts["others"] = sum(p.numel() * p.itemsize for m in others for p in m.parameters())
+    # The CPU's sampler has rearranged weights. Elsewhere a cache that grows is there twice.
+    sampling = parts["cache"] + parts["weights" if on_cpu else "cache"]
+    training = parts["gradients"] + parts["activations"]
+    held = ("weights", "masters", "AdamW", "checkpoint", "copy", "others")
+    always = sum(parts.get(name, 0) for name in held)
+    together = sampling + training if args.overlap else max(sampling, training)
+    return parts | {"peak": always + together}
+
+
+def activation_bytes(model: Transformer, prompt: int, completions: int, new_tokens: int) -> float:
+    """Bytes a packed token keeps for the backward, counted on a forward of one such group.
+
+    Each storage counts once. The group has the run's own shape, because attention may keep its
+    scores, whose number grows with the square of the length.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved, kept = {}, []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)                                  # alive, or the next one gets its address
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    packed = pack([([0] * prompt, [[0] * new_tokens] * completions)], model)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(packed.input_ids, packed.tree.position_ids, packed.tree)
+    total = sum(size for at, size in saved.items() if at not in parameters)
+    return total / len(packed.input_ids)

@@ -1,0 +1,194 @@
+"""What surrounds the algorithm: what a run works with, its folder, evaluation before and after."""
+
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+import evaluate
+import personas
+import tasks
+import weights
+from common.files import commit, write_atomically
+from grpo import Loss
+from model import Transformer
+from rewards import Rewarder
+from rollout import SamplingParams
+from training import monitor
+from training.anchor import Anchor
+from training.policy import ranks, wait
+from training.settings import loss_of, sampling_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works with. All of it is read, and refused, before anything is spent."""
+    args: object                        # the settings, an argparse.Namespace
+    loss: Loss
+    sampling: SamplingParams
+    model: Transformer                  # the one that is trained
+    author: Transformer | None          # who writes the completions; None: the gold answers
+    reference: Transformer | None       # the frozen start model, where a KL wants it
+    tokenizer: PreTrainedTokenizerBase
+    problems: list[tasks.Problem]       # with their question as it is asked
+    pool: list[personas.Persona]
+    rewarder: Rewarder
+    anchor: Anchor | None
+    held_out: tuple[list, list] | None  # problems and personas of the evaluation
+
+    @property
+    def imitates(self) -> bool:
+        return self.args.method in ("sft", "distill")
+
+    def prompt_ids(self, question: str, persona: personas.Persona | None) -> list[int]:
+        return personas.prompt_ids(self.tokenizer, question, persona)
+
+
+def read(args) -> Job:
+    """Everything that the flags name. Raises ValueError or OSError in one line."""
+    if ranks()[0]:
+        wait()                          # until rank 0 has fetched what was not there
+    model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    model.checkpointing = args.recompute
+    args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
+                         "take another copy")
+    problems = tasks.put(tasks.load(args.task, "train", args.seed), args.prompt)
+    pool, rewarder = training_pool(args.personas), Rewarder(args.reward, args.reward_seconds)
+    held_out = held_out_of(args) if args.eval_problems else None
+    if args.tracker:
+        monitor.tracker_package(args.tracker)
+
+    def beside(name: str) -> Transformer:
+        return weights.load_beside(name, tokenizer, args.dtype, args.device)
+
+    # The start model is read anew from --model, so that no checkpoint can have changed it.
+    start = beside(args.model) if args.kl_coef or args.anchor_coef else None
+    anchor = Anchor(start, tokenizer, pool, args) if args.anchor_coef else None
+    match args.method:
+        case "sft":
+            author = None
+        case "distill":
+            author = beside(args.teacher or args.model)
+        case _:
+            author = model
+    if not ranks()[0]:
+        wait()
+    return Job(args, loss_of(args), sampling_of(args), model, author,
+               start if args.kl_coef else None, tokenizer, problems, pool, rewarder, anchor,
+               held_out)
+
+
+def training_pool(which: str) -> list[personas.Persona]:
+    pool = personas.load(which)
+    if tested := {p.text for p in pool} & personas.held_out_texts():
+        raise ValueError(f"--personas {which} would train on {len(tested)} of the evaluation's "
+                         "personas: give train, conflict-train, paraphrases-train, or a file "
+                         "without them")
+    return pool
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder
+
+
+def run_folder(args) -> Path:
+    """The run's folder, made and described by config.json, the same on all ranks.
+
+    Raises ValueError if it holds another run. Restarted by torchrun (--max-restarts), a run with
+    --out goes on where it was.
+    """
+    folder = [made_folder(args) if ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def made_folder(args) -> Path:
+    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
+    out = Path(args.resume or args.out or Path("runs") / name)
+    if not (args.resume or args.out):
+        number = 1
+        while (out / "config.json").exists():
+            number += 1
+            out = out.with_name(f"{name}-{number}")
+    goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if (out / "config.json").exists() and not goes_on:
+        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose "
+                         "another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    versions["python"] = sys.version.split()[0]
+    settings = vars(args) | {"resume": None, "out": str(out)}
+    config = {"settings": settings, "method": args.method, "command": " ".join(sys.argv),
+              "commit": commit(), "versions": versions}
+    write_atomically(out / "config.json", json.dumps(config, indent=1))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation before and after
+
+
+def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
+    """The evaluation's problems and personas: the same for every seed and arm, asked as in
+    training."""
+    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
+    speakers = personas.few(personas.load("test"), args.eval_personas)
+    return tasks.put(problems, args.prompt), speakers
+
+
+def evaluated(job: Job, folder: Path, steps: int) -> dict:
+    """The results of evaluate.py on what is held out. What has been done already is read back."""
+    args, (problems, speakers) = job.args, job.held_out
+    info = {"task": args.eval_task or args.task, "prompt": args.prompt,
+            "max_new_tokens": args.max_new_tokens, "steps": steps}
+    items = [{"id": problem.id, "kind": problem.kind} for problem in problems]
+    if (folder / "results.json").is_file():
+        done = json.loads((folder / "results.json").read_text())
+        names = [row["name"] for row in done["personas"][1:]]
+        wanted = info | {"items": items}
+        if names == [p.name for p in speakers] and wanted.items() <= done.items():
+            return done
+    info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
+    return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, args.seed,
+                             args.max_new_tokens, folder, info)
+
+
+def before_after(before: dict, after: dict) -> str:
+    """The table that the main job ends with."""
+    scores = ("mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy", "pss",
+              "pss_mean_minus_std", "pss_all_correct")
+    rows = [(name, before[name], after[name]) for name in scores]
+    for old, new in zip(before["personas"], after["personas"], strict=True):
+        rows.append((f"  {old['name']} ({old['stratum']})", old["accuracy"], new["accuracy"]))
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{name:{width}}  {old:6.3f}  {new:6.3f}" for name, old, new in rows]
+    return "\n".join([f"{'':{width}}  before   after", *lines])
+
+
+# --------------------------------------------------------------------------------------------------
+# Being stopped
+
+
+class Terminated(Exception):
+    """SIGTERM came, and the step that it came in has been saved."""
+
+
+@contextmanager
+def terminated():
+    """Yields a list that is no longer empty once SIGTERM has come."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
