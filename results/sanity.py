@@ -3,9 +3,14 @@
     python results/sanity.py                                # all of them, into results/sanity/
     python results/sanity.py --losses grpo gspo --steps 60
 
-16 arithmetic problems that the start model solves 20-80 % of the time (of 8 samples, no persona), trained on by each
-loss with its paper's advantage, normaliser and clips, everything else alike: reward should reach 0.95. One that does
-not is broken, or its settings are. Runs that are there are not run again.
+16 arithmetic problems that the start model solves 20-80 % of the time (of 8 samples, no persona),
+trained on by each loss with its paper's advantage, normaliser and clips, everything else alike.
+The reward should reach 0.95. A loss that does not get there is broken, or its settings are.
+
+Each batch gets several optimizer steps: after the first one the ratio is not 1, and the clips act.
+The share of clipped tokens is kept beside the rewards. reinforce has no ratio and would be wrong
+from the second step on, so it takes one step a batch. So does rloo, which is reinforce with another
+baseline. Runs that are there are not run again.
 """
 
 import argparse
@@ -19,26 +24,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import grpo  # noqa: E402
 import personas  # noqa: E402
 import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
 from evaluation import report  # noqa: E402
-from rollout import generate  # noqa: E402
+from rollout import SamplingParams, generate  # noqa: E402
 
-LOSSES = {name: ["--loss", name] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")}
-LOSSES["rloo"] = ["--loss", "reinforce", "--advantage", "rloo"]
+SEVERAL_STEPS = ["--minibatches", "2", "--inner-epochs", "2"]  # four optimizer steps a batch
+LOSSES = {
+    **{name: ["--loss", name, *SEVERAL_STEPS] for name in grpo.RECIPES if name != "reinforce"},
+    "reinforce": ["--loss", "reinforce"],
+    "rloo": ["--loss", "reinforce", "--advantage", "rloo"],
+}
 
 
 def halfway(model: str, count: int, samples: int = 8) -> list[tasks.Problem]:
-    """The first `count` training problems that the model solves 20-80 % of the time at temperature 0.6."""
+    """The first `count` training problems that the model solves 20-80 % of the time."""
     transformer, tokenizer = weights.load(model)
     problems = tasks.load("arithmetic", "train", 0, 12 * count)
     prompts = [personas.prompt_ids(tokenizer, problem.question, None) for problem in problems]
     solved = Counter()
     with rewards.Verifier() as verifier:
-        for done in generate(transformer, prompts, samples, 32, 0.6):
+        params = SamplingParams(n=samples, max_tokens=32, temperature=0.6)
+        for done in generate(transformer, prompts, params):
             text = tokenizer.decode(done.tokens, skip_special_tokens=True)
             verdict = verifier.submit(problems[done.index].answer, text).result().verdict
             solved[done.index] += verdict == "correct" and not done.truncated
@@ -53,17 +64,25 @@ def train(name: str, problems: Path, out: Path, args) -> list[dict]:
     run = out / name
     if not (run / "model").is_dir():
         shutil.rmtree(run, ignore_errors=True)
-        subprocess.run([sys.executable, "train.py", "--method", "rlvr", "--task", str(problems), *LOSSES[name],
-                        "--prompt", "plain", "--prompts", "8", "--group-size", "8", "--max-new-tokens", "32",
-                        "--learning-rate", str(args.learning_rate), "--steps", str(args.steps), "--eval-problems", "0",
-                        "--save-every", str(args.steps), "--out", str(run)], cwd=ROOT, check=True)
+        flags = ["--method", "rlvr", "--task", str(problems), "--prompt", "plain", *LOSSES[name],
+                 "--prompts", "8", "--group-size", "8", "--max-new-tokens", "32",
+                 "--learning-rate", str(args.learning_rate), "--steps", str(args.steps),
+                 "--eval-problems", "0", "--save-every", str(args.steps), "--out", str(run)]
+        subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True)
         shutil.rmtree(run / "checkpoints")
     return list(files.rows(run / "metrics.jsonl"))
 
 
+def keep(metrics: dict[str, list[dict]], key: str, path: Path) -> None:
+    """Writes one metric of every loss, step by step."""
+    curves = {name: [round(row[key], 4) for row in rows] for name, rows in metrics.items()}
+    path.write_text(json.dumps(curves) + "\n")
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description="Train each loss on problems that are neither easy nor impossible.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description="Train each loss on problems that are neither easy nor impossible.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--steps", type=int, default=40)
@@ -81,11 +100,13 @@ def main() -> None:
     metrics = {}
     for name in args.losses:
         metrics[name] = train(name, problems, out, args)
-        best = max(sum(m["reward"] for m in metrics[name][i:i + 2]) / 2 for i in range(args.steps - 1))
-        first = metrics[name][0]["reward"]
-        print(f"{name:10} reward {first:.2f} at the start, best mean of two steps {best:.3f}", flush=True)
-        rewards_by_loss = {name: [round(m["reward"], 4) for m in rows] for name, rows in metrics.items()}
-        (kept / "rewards.json").write_text(json.dumps(rewards_by_loss) + "\n")
+        reward = [row["reward"] for row in metrics[name]]
+        best = max(a + b for a, b in zip(reward, reward[1:], strict=False)) / 2
+        clipped = sum(row["clip_fraction"] for row in metrics[name]) / len(metrics[name])
+        print(f"{name:10} reward {reward[0]:.2f} at the start, best mean of two steps {best:.3f}, "
+              f"{clipped:.2%} of the tokens clipped", flush=True)
+        keep(metrics, "reward", kept / "rewards.json")
+        keep(metrics, "clip_fraction", kept / "clip_fractions.json")
     report.curves(metrics).savefig(kept / "curves.png", dpi=110)
 
 
