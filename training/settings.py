@@ -67,18 +67,18 @@ FLAGS = [
     # loss
     ("loss", None, "policy loss; naming one also sets advantage, normaliser and clips to its "
      "paper's, unless given (default: grpo's with those below)", {"choices": sorted(grpo.RECIPES)}),
-    ("advantage", Loss.advantage, "baseline and scale", {"choices": grpo.ADVANTAGES}),
+    ("advantage", Loss.advantage, "baseline and scale", {"choices": grpo.CHOICES["advantage"]}),
     ("normaliser", Loss.normaliser, "a token's loss is divided by: all tokens, its completion's "
-     "length, the length limit", {"choices": grpo.NORMALISERS}),
+     "length, the length limit", {"choices": grpo.CHOICES["normaliser"]}),
     ("clip-low", Loss.clip_low, "the ratio may fall to 1 - this", {}),
     ("clip-high", Loss.clip_high, "the ratio may rise to 1 + this", {}),
     ("dual-clip", Loss.dual_clip, "bound on the ratio of bad tokens (dual-clip PPO)",
      {"type": float}),
     ("correction", None, "importance weights sampler -> trainer (default: none; truncate with "
-     "--overlap)", {"choices": ["none", "truncate", "mask"]}),
+     "--overlap)", {"choices": grpo.CHOICES["correction"]}),
     ("kl-coef", Loss.kl_coef, "weight of the KL to the start model under the same persona", {}),
-    ("kl", Loss.kl, "its estimator", {"choices": ["k1", "k2", "k3"]}),
-    ("kl-in", Loss.kl_in, "where it acts", {"choices": ["loss", "reward"]}),
+    ("kl", Loss.kl, "its estimator", {"choices": grpo.CHOICES["kl"]}),
+    ("kl-in", Loss.kl_in, "where it acts", {"choices": grpo.CHOICES["kl_in"]}),
     ("entropy-coef", Loss.entropy_coef, "weight of the entropy bonus", {}),
     ("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play "
      "answers", {}),
