@@ -67,7 +67,7 @@ def put(problems: list[Problem], prompt: str) -> list[Problem]:
     return [replace(problem, question=format_question(problem, prompt)) for problem in problems]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arithmetic. {a} and {b} (and {c}) are numbers, {n} and {m} names, {o} objects.
 
 NAMES = ("Ada Ben Clara David Emma Felix Grace Hugo Iris Jonas Kira Liam Mona Noah Olga Paul Quinn Rosa Sam Tessa "
@@ -177,7 +177,7 @@ def told(kind: str, text: str, x: dict[str, int], draw: random.Random, level: in
     return Problem(question, str(gold(kind, text, x)), name, kind, level)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Facts. What is held out is what two numbers make, not how it is asked for. The mix is such that the embedded model
 # solves about 0.3 of it greedily, before any training: enough to learn from, and room above.
 
@@ -251,7 +251,7 @@ def numbers_of(draw: random.Random, text: str, level: int, split: str) -> dict[s
             return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and the hub
 
 
@@ -329,7 +329,7 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
     return Problem(row["problem"], answer, str(index), row["type"]) if answer else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 GENERATED = {"arithmetic": arithmetic, "facts": facts}

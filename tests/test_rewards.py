@@ -1,10 +1,12 @@
-"""The verifier: right on a labelled corpus (P23), safe against hostile answers (P24), not fooled by format (P25)."""
+"""The verifier: right on a labelled corpus (P23), safe (P24), not fooled by format (P25); and rewards."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import Verifier, Worker, load_reward, verify
+from rewards import Rewarder, Verifier, load_reward, verify
 from verifier.extract import extract
 from verifier.parse import parse
 from verifier.text import NotMath, TooBig
+from verifier.workers import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
@@ -210,7 +213,7 @@ def test_p24_a_trainer_without_a_main_guard_and_its_threads_can_verify(tmp_path)
 
 
 def test_p24_workers_end_with_their_parent(tmp_path):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from rewards import Worker; w = Worker(512); " \
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier.workers import Worker; w = Worker(512); " \
              "w.ask('1', '1', 9.0); print(w.process.pid, flush=True); import os; os._exit(0)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     pid = int(done.stdout)
@@ -299,23 +302,152 @@ def test_p25_an_answer_that_cannot_be_checked_is_told_apart_from_a_wrong_one():
 
 def test_correctness_is_1_or_0_whatever_the_form():
     problem = SimpleNamespace(question="3+4", answer="7")
-    for answer, correct in [("7", 1.0), ("8", 0.0), (r"\boxed{5^{5^{5^{5^5}}}}", 0.0), (r"\boxed{7}", 1.0),
-                            (r"\boxed{8}\boxed{7}", 1.0), (r"\boxed{}", 0.0)]:  # fmt: skip
+    for answer, correct in [("7", 1.0), ("8", 0.0), (r"\boxed{5^{5^{5^{5^5}}}}", 0.0),
+                            (r"\boxed{7}", 1.0), (r"\boxed{8}\boxed{7}", 1.0), (r"\boxed{}", 0.0)]:
         assert rewards.correctness(problem, answer) == correct
+        assert rewards.correctness(problem, answer, persona="anybody") == correct
 
 
-def test_a_users_reward_is_found_by_module_and_function(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def short(problem, text):\n    return 1.0 / len(text)\n")
+SEVEN = SimpleNamespace(id="p1", question="What is 3 + 4?", answer="7")
+PIRATE = SimpleNamespace(name="pirate", text="You are a pirate.")
+STUCK = threading.Event()                               # set when a test ends, to free its threads
+CALLS = []
+
+
+def said(problem, text, *, persona=None):
+    """Keeps what it is given, and in which thread."""
+    CALLS.append((problem.id, text, persona and persona.name, threading.get_ident()))
+    return len(text)
+
+
+def moody(problem, text, *, persona=None):
+    if text == "stuck":
+        STUCK.wait(30)
+    if text == "slow":
+        time.sleep(0.05)
+    if text == "raise":
+        raise KeyError("x")
+    if text == "exit":
+        sys.exit(3)
+    return {"nan": float("nan"), "none": None, "minus": -0.5}.get(text, 0.5)
+
+
+def old_style(problem, text):
+    return 1.0
+
+
+def greedy(problem, text, persona, model):
+    return 1.0
+
+
+not_a_function = 3
+
+
+@pytest.fixture
+def free():
+    """Frees the threads that a test has left behind."""
+    CALLS.clear()
+    STUCK.clear()
+    yield
+    STUCK.set()
+
+
+def test_the_default_reward_is_the_verifier_s_verdict():
+    with Rewarder() as rewarder:
+        futures = [rewarder.submit(SEVEN, text) for text in ("7", "8", r"\boxed{5^{5^{5^{5^5}}}}")]
+    assert [tuple(f.result()) for f in futures] == [(1, "correct"), (0, "wrong"), (0, "unverifiable")]
+
+
+def test_a_user_s_reward_sees_problem_text_and_persona_in_order_and_in_one_thread(free):
+    with Rewarder("tests.test_rewards:said") as rewarder:
+        futures = [rewarder.submit(SEVEN, "x" * n, PIRATE if n % 2 else None) for n in range(5)]
+        assert [f.result(10) for f in futures] == [(n, "correct" if n else "wrong") for n in range(5)]
+    threads = {call[3] for call in CALLS}
+    assert [call[:3] for call in CALLS] == [("p1", "x" * n, "pirate" if n % 2 else None) for n in range(5)]
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_a_late_reward_is_worth_0_and_the_next_is_right(free):
+    with Rewarder("tests.test_rewards:moody", time_limit_s=0.3) as rewarder:
+        futures = [rewarder.submit(SEVEN, text) for text in ("fine", "stuck", "fine", "stuck", "minus")]
+        got = [tuple(f.result(10)) for f in futures]
+    right, late = (0.5, "correct"), (0, "unverifiable")
+    assert got == [right, late, right, late, (-0.5, "wrong")]
+
+
+def test_the_time_limit_counts_from_the_start_of_a_call_not_from_its_submission(free):
+    with Rewarder("tests.test_rewards:moody", time_limit_s=1.0) as rewarder:
+        futures = [rewarder.submit(SEVEN, "slow") for _ in range(30)]       # 1.5 seconds in all
+        assert {f.result(10) for f in futures} == {(0.5, "correct")}
+
+
+def test_submit_and_close_do_not_wait_for_a_reward(free):
+    start = time.perf_counter()
+    with Rewarder("tests.test_rewards:moody", time_limit_s=20.0) as rewarder:
+        first, second = (rewarder.submit(SEVEN, text) for text in ("stuck", "fine"))
+    assert time.perf_counter() - start < 2 and not first.done()
+    STUCK.set()
+    assert first.result(10) == second.result(10) == (0.5, "correct")
+
+
+def test_after_an_error_in_the_block_no_further_reward_is_computed(free):
+    with pytest.raises(ZeroDivisionError), Rewarder("tests.test_rewards:moody") as rewarder:
+        first, second = (rewarder.submit(SEVEN, text) for text in ("stuck", "fine"))
+        raise ZeroDivisionError
+    STUCK.set()
+    with pytest.raises(RuntimeError, match="closed"):
+        second.result(10)
+
+
+@pytest.mark.parametrize("spec", ["rewards:correctness", "tests.test_rewards:moody"])
+def test_a_closed_rewarder_takes_no_more_calls(spec):
+    rewarder = Rewarder(spec)
+    rewarder.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        rewarder.submit(SEVEN, "7")
+
+
+@pytest.mark.parametrize(("text", "says"), [("raise", "KeyError: missing 'x'"), ("exit", "SystemExit: 3"),
+                                            ("none", "TypeError"), ("nan", "gave nan")])
+def test_a_reward_that_fails_or_is_not_finite_is_one_line_with_its_name_and_the_problem(text, says):
+    with Rewarder("tests.test_rewards:moody") as rewarder:
+        future, after = rewarder.submit(SEVEN, text), rewarder.submit(SEVEN, "fine")
+        with pytest.raises(ValueError, match=re.escape(says)) as error:
+            future.result(10)
+        assert after.result(10) == (0.5, "correct")
+    message = str(error.value)
+    assert "tests.test_rewards:moody" in message and "problem p1" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("spec", "says"), [
+    ("rewards", "module:function"), (":f", "module:function"), ("rewards:", "module:function"),
+    ("no_such_module:f", "cannot import"), ("rewards:no_such", "no function"),
+    ("tests.test_rewards:not_a_function", "no function"),
+    ("tests.test_rewards:old_style", "write it as def old_style(problem, text, *, persona=None)"),
+    ("tests.test_rewards:greedy", "write it as def greedy(problem, text, *, persona=None)"),
+])
+def test_a_reward_that_cannot_be_called_is_one_line_that_says_what_to_write(spec, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        Rewarder(spec)
+    assert "\n" not in str(error.value) and spec in str(error.value)
+
+
+def test_a_module_that_cannot_be_run_is_one_line_too(tmp_path, monkeypatch):
+    (tmp_path / "torn_reward.py").write_text("def short(problem, text\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_reward("my_rewards:short")(None, "abcd") == 0.25
-    assert load_reward("rewards:correctness") is rewards.correctness
+    with pytest.raises(ValueError, match="cannot import module 'torn_reward'") as error:
+        load_reward("torn_reward:short")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("spec", "says"), [("rewards", "module:function"), ("no_such_module:f", "cannot import"),
-                                            ("rewards:no_such", "no function"), (":f", "module:function")])  # fmt: skip
-def test_a_reward_that_does_not_exist_is_a_value_error_that_says_which_part(spec, says):
-    with pytest.raises(ValueError, match=says):
-        load_reward(spec)
+def test_the_process_ends_while_a_reward_is_stuck(tmp_path):
+    (tmp_path / "stuck.py").write_text("import time\ndef never(problem, text, *, persona=None):\n    time.sleep(99)\n")
+    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n" \
+             "from rewards import Rewarder\nfrom tasks import Problem\n" \
+             "with Rewarder('stuck:never', time_limit_s=0.1) as rewarder:\n" \
+             "    print(rewarder.submit(Problem('q', '1', '1', 'k'), '1').result())\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "unverifiable" in done.stdout, done.stderr
 
 
 def test_the_command_line_prints_one_word_for_a_pair():

@@ -1,2 +1,2 @@
-"""What rewards.py decides with: text -> parse -> value -> equal, each importing only those before it; extract; and
-verdict, which takes the steps."""
+"""What rewards.py decides with. Each file imports only those before it: text, tokens, parse, exact,
+value, equal, extract, verdict (which takes the steps), workers (processes that can be killed)."""

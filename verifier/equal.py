@@ -1,7 +1,8 @@
 """verifier/equal.py: are two trees (parse.py) the same answer, by this project's conventions?
 
-Structure only; numbers and functions are left to value.py. The conventions are in the docstring of `same`.
-Left out: unit conversion (1 m is not 100 cm), solving equations, rounding (0.333 is not 1/3), number bases converted.
+Structure only; numbers and functions are left to value.py. For the conventions see `same`.
+Left out: unit conversion (1 m is not 100 cm), solving equations, rounding (0.333 is not 1/3),
+number bases converted.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _ORDER = {"<", "<=", ">", ">=", "!="}
 def same(gold, answer, effort: Effort) -> bool:
     """Whether `answer` is `gold` by the project's conventions. Raises TooBig, Undecided, NotMath.
 
-    Units: missing or added is accepted, different is wrong; 50% is 0.5 or 50. Names: `x=5` is 5, `f(x)=2x` is 2x.
-    Ordered: tuples, intervals, matrices. Unordered: sets, unions, plus-minus pairs and bare lists. Inequalities are
-    intervals. A number in base b is only itself in base b.
+    Units: missing or added is accepted, different is wrong; 50% is 0.5 or 50. Names: `x=5` is 5,
+    `f(x)=2x` is 2x. Ordered: tuples, intervals, matrices. Unordered: sets, unions, plus-minus pairs
+    and bare lists. Inequalities are intervals. A number in base b is only itself in base b.
     """
     bounded = [names for names in map(_bounded_variables, (gold, answer)) if names]
     if len(bounded) == 2 and bounded[0] != bounded[1]:
@@ -41,7 +42,7 @@ def same(gold, answer, effort: Effort) -> bool:
         return _same_pieces(gold, answer, effort)
     if "ratio" in (gold[0], answer[0]):
         return _same_ratio(gold, answer, effort)
-    if gold[0] in ("tuple", "matrix", "base", "text") or answer[0] in ("tuple", "matrix", "base", "text"):
+    if {gold[0], answer[0]} & {"tuple", "matrix", "base", "text"}:
         return _same_structure(gold, answer, effort)
     if ("const", "inf") in (gold, answer, gold[-1], answer[-1]):
         return False  # infinities are equal as trees or not at all
@@ -52,11 +53,14 @@ def _bounded_variables(node) -> set[str]:
     """The variables of an inequality or of a list of them."""
     if node[0] == "rel" and set(node[1]) <= _ORDER:
         return symbols(node)
-    return set().union(*(_bounded_variables(item) for item in node[1:])) if node[0] == "list" else set()
+    if node[0] != "list":
+        return set()
+    return set().union(*(_bounded_variables(item) for item in node[1:]))
 
 
 def canonical(node):
-    """Move units outward, expand plus-minus, turn inequalities into intervals and nested lists into matrices."""
+    """Moves units outward, expands plus-minus. Inequalities become intervals, nested
+    lists matrices."""
     op, *args = node
     if op == "degree":
         return ("unit", args[0], "degree")
@@ -74,9 +78,10 @@ def canonical(node):
         return _join_inequalities((op, *items)) if op == "list" else (op, *items)
     if op == "rel":
         return _interval(node) or node
-    square = ("[", "]")
-    if op == "tuple" and tuple(args[:2]) == square and args[2:] and all(a[:3] == ("tuple", *square) for a in args[2:]):
-        return ("matrix", *(a[3:] for a in args[2:])) if len({len(a) for a in args[2:]}) == 1 else node
+    square = ("tuple", "[", "]")
+    if node[:3] == square and args[2:] and all(a[:3] == square for a in args[2:]):
+        rows = [a[3:] for a in args[2:]]
+        return ("matrix", *rows) if len({len(row) for row in rows}) == 1 else node
     if op in ("mul", "div") and "matrix" in (args[0][0], args[1][0]):
         matrix, scalar = args if args[0][0] == "matrix" else args[::-1]
         return ("matrix", *(tuple((op, entry, scalar) for entry in row) for row in matrix[1:]))
@@ -87,7 +92,7 @@ def canonical(node):
 
 
 def _choices(node) -> list:
-    """Every reading of a tree with plus-minus signs; with a minus-plus in it the signs are linked."""
+    """Every reading of a tree with plus-minus signs; beside a minus-plus the signs are linked."""
     slots = count(node, "pm", "mp")
     if not slots or node[0] == "rel":
         return [node]
@@ -110,7 +115,7 @@ def _pick(node, signs: list):
     return tuple(_pick(a, signs) for a in node)
 
 
-# -- units, percents, ratios -------------------------------------------------------------------------------------------
+# -- units, percents, ratios -----------------------------------------------------------------------
 
 
 def _same_with_units(gold, answer, effort) -> bool:
@@ -144,15 +149,16 @@ def _same_ratio(gold, answer, effort) -> bool:
     return all(same(("div", g, gold[1]), ("div", a, answer[1]), effort) for g, a in pairs)
 
 
-# -- relations ---------------------------------------------------------------------------------------------------------
+# -- relations -------------------------------------------------------------------------------------
 
 
 def _is_name(node) -> bool:
     """May this be the left side of `name = value`: x, x_1, AB, f(x), P(A), (x, y), \\text{Area}?"""
-    if node[0] == "mul" and node[1][0] == "sym" and node[1][1] in "fghFGHPpT" and node[2][0] == "num":
-        return True  # f(2)
+    if node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "num":
+        return node[1][1] in "fghFGHPpT"  # f(2)
     if node[0] in ("mul", "div", "pow", "tuple"):
-        return all(_is_name(a) or a == ("neg", ("num", 1)) for a in node[1:] if isinstance(a, tuple))
+        parts = [a for a in node[1:] if isinstance(a, tuple)]
+        return all(_is_name(a) or a == ("neg", ("num", 1)) for a in parts)
     return node[0] in ("sym", "text", "const") and node != ("const", "inf")
 
 
@@ -160,8 +166,11 @@ def _split(node):
     """An equation as (name or None, values that must all be the answer); None for anything else."""
     if node[0] != "rel" or not set(node[1]) <= {"=", "~", "in"}:
         return None
-    parts = list(node[2:])
-    name = parts.pop(0) if _is_name(parts[0]) else parts.pop() if len(parts) == 2 and _is_name(parts[1]) else None
+    parts, name = list(node[2:]), None
+    if _is_name(parts[0]):
+        name = parts.pop(0)
+    elif len(parts) == 2 and _is_name(parts[1]):
+        name = parts.pop()
     if "~" in node[1][len(node) - 2 - len(parts):]:
         parts = parts[:1]
     return name, parts
@@ -186,12 +195,17 @@ def _same_inequality(gold, answer, effort) -> bool:
         return False
     flipped = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
     if gold[1] != answer[1]:
-        answer = ("rel", tuple(flipped.get(o, o) for o in reversed(answer[1])), *reversed(answer[2:]))
-    return gold[1] == answer[1] and all(same(g, a, effort) for g, a in zip(gold[2:], answer[2:], strict=True))
+        ops = tuple(flipped.get(o, o) for o in reversed(answer[1]))
+        answer = ("rel", ops, *reversed(answer[2:]))
+    return gold[1] == answer[1] and _same_each(gold[2:], answer[2:], effort)
+
+
+def _same_each(gold, answer, effort) -> bool:
+    return all(same(g, a, effort) for g, a in zip(gold, answer, strict=True))
 
 
 def _same_curve(gold, answer, effort) -> bool:
-    """Two equations describe one curve when the quotient of their residuals is a constant other than 0."""
+    """Two equations describe one curve if their residuals' quotient is a constant other than 0."""
     p, q = (("sub", n[2], n[3]) for n in (gold, answer))
     names = sorted(symbols(p) | symbols(q))
     env = {n: ("num", Fraction(effort.rng.randint(101, 999), 100)) for n in names}
@@ -208,7 +222,7 @@ def _substitute(node, env):
     return tuple(_substitute(a, env) if isinstance(a, tuple) and a else a for a in node)
 
 
-# -- intervals ---------------------------------------------------------------------------------------------------------
+# -- intervals -------------------------------------------------------------------------------------
 
 _INF, _MINUS_INF = ("const", "inf"), ("neg", ("const", "inf"))
 
@@ -231,7 +245,8 @@ def _interval(node):
     if ops[0][0] == ">":
         ops, parts = [o.replace(">", "<") for o in reversed(ops)], parts[::-1]
     if len(parts) == 3 and parts[1][0] == "sym":
-        return ("tuple", "[" if ops[0] == "<=" else "(", "]" if ops[1] == "<=" else ")", parts[0], parts[2])
+        ends = "[" if ops[0] == "<=" else "(", "]" if ops[1] == "<=" else ")"
+        return ("tuple", *ends, parts[0], parts[2])
     if len(parts) != 2:
         return None
     if parts[0][0] == "sym":
@@ -246,13 +261,15 @@ def _absolute(op: str, bound):
         return ("tuple", "[" if op == "<=" else "(", "]" if op == "<=" else ")", low, bound)
     if op in (">", ">="):
         outer = "]" if op == ">=" else ")", "[" if op == ">=" else "("
-        return ("union", ("tuple", "(", outer[0], _MINUS_INF, low), ("tuple", outer[1], ")", bound, _INF))
+        left = ("tuple", "(", outer[0], _MINUS_INF, low)
+        return ("union", left, ("tuple", outer[1], ")", bound, _INF))
     return None
 
 
 def _join_inequalities(node):
-    """A list of inequalities: `x < 1 or x > 3` is a union; `x > 1, x < 3`, which overlap, is an intersection."""
-    if not all(item[0] == "rel" and set(item[1]) <= _ORDER for item in node[1:]) or len(_bounded_variables(node)) != 1:
+    """Inequalities: `x < 1 or x > 3` is a union; `x > 1, x < 3` overlap, so it is an interval."""
+    inequalities = all(item[0] == "rel" and set(item[1]) <= _ORDER for item in node[1:])
+    if not inequalities or len(_bounded_variables(node)) != 1:
         return node
     pieces = [_interval(item) for item in node[1:]]
     if len(pieces) < 2 or any(p is None or p[0] == "union" for p in pieces):
@@ -274,8 +291,10 @@ def _float(node) -> float:
 
 def _same_pieces(gold, answer, effort) -> bool:
     g, a = _merge(_pieces(gold)), _merge(_pieces(answer))
-    return len(g) == len(a) and all(x[:2] == y[:2] and same(x[2], y[2], effort) and same(x[3], y[3], effort)
-                                    for x, y in zip(g, a, strict=True))  # fmt: skip
+    if len(g) != len(a):
+        return False
+    return all(x[:2] == y[:2] and _same_each(x[2:], y[2:], effort)
+               for x, y in zip(g, a, strict=True))
 
 
 def _pieces(node) -> list:
@@ -310,14 +329,15 @@ def _merge(pieces: list) -> list:
             last = merged[-1]
             gap = _float(low) - _float(last[3])
             if gap < 0 or (gap == 0 and (opening == "[" or last[1] == "]")):
-                wider = _float(high) > _float(last[3]) or (_float(high) == _float(last[3]) and closing == "]")
+                end, last_end = _float(high), _float(last[3])
+                wider = end > last_end or (end == last_end and closing == "]")
                 merged[-1] = (last[0], closing, last[2], high) if wider else last
                 continue
         merged.append(piece)
     return merged
 
 
-# -- collections -------------------------------------------------------------------------------------------------------
+# -- collections -----------------------------------------------------------------------------------
 
 
 def _same_items(gold, answer, effort) -> bool:
@@ -368,6 +388,6 @@ def _same_structure(gold, answer, effort) -> bool:
     if gold[0] == "base":
         return gold[2] == answer[2] and base_value(*gold[1:]) == base_value(*answer[1:])
     if gold[0] == "tuple":
-        return gold[1:3] == answer[1:3] and all(same(g, a, effort) for g, a in zip(gold[3:], answer[3:], strict=True))
-    return all(len(g) == len(a) and all(same(x, y, effort) for x, y in zip(g, a, strict=True))
-               for g, a in zip(gold[1:], answer[1:], strict=True))  # fmt: skip
+        return gold[1:3] == answer[1:3] and _same_each(gold[3:], answer[3:], effort)
+    return all(len(g) == len(a) and _same_each(g, a, effort)
+               for g, a in zip(gold[1:], answer[1:], strict=True))

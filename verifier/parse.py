@@ -1,7 +1,7 @@
 """verifier/parse.py: text or LaTeX -> a small expression tree, by recursive descent.
 
-The tree is made of plain tuples, ("add", a, b); its leaves are ("num", Fraction), ("sym", "x"), ("const", "pi"),
-("text", "east"). Nothing here calls `eval`, `sympy.parse_expr` or `sympy.parse_latex`: an answer is data.
+The tree is made of plain tuples, ("add", a, b). Its leaves are ("num", Fraction), ("sym", "x"),
+("const", "pi"), ("text", "east"). An answer is data: no `eval` is called here, nor sympy's parsers.
 Left out: sums, integrals, limits and derivatives, which no final answer should need.
 """
 
@@ -10,59 +10,42 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from verifier.text import MULTIPLIERS, UNITS, NotMath, TooBig, normalise, plain_text, tokenize
+from verifier.text import MULTIPLIERS, UNITS, NotMath, TooBig, multiplies, normalise, plain_text
+from verifier.tokens import Tokens
 
 MAX_DEPTH = 40  # of brackets, signs and exponents; past it an expression is TooBig
 
-_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~"}
-_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", "|": "|", r"\langle": r"\rangle", r"\lfloor": r"\rfloor",
-            r"\lceil": r"\rceil"}  # fmt: skip
-_GREEK = set("""alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau zeta eta kappa xi psi chi
-nu ell Delta Omega Phi Gamma""".split())
+_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in",
+              r"\approx": "~"}
+_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", "|": "|", r"\langle": r"\rangle",
+            r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+_GREEK = set("""alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau zeta
+eta kappa xi psi chi nu ell Delta Omega Phi Gamma""".split())
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _MONEY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _ATOMS = {r"\pi": ("const", "pi"), r"\infty": ("const", "inf"), r"\emptyset": ("set",),
-          r"\R": ("tuple", "(", ")", ("neg", ("const", "inf")), ("const", "inf"))}  # fmt: skip
-_BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
-               "ten": "10", "eleven": "11", "twelve": "12", "sixteen": "16"}  # fmt: skip
-_FACTOR_STARTS = {"(", "[", "{", "<fn>", r"\frac", r"\binom", r"\langle", r"\lfloor", r"\lceil", r"\begin", *_ATOMS}
-_REMARK = re.compile(r"\b(?:or|and|not|than|less|least|most|but|if|plus|minus|maybe|wrong|half)\b|\d", re.I)
+          r"\R": ("tuple", "(", ")", ("neg", ("const", "inf")), ("const", "inf"))}
+_BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+               "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
+               "sixteen": "16"}
+_FACTOR_STARTS = {"(", "[", "{", "<fn>", r"\frac", r"\binom", r"\langle", r"\lfloor", r"\lceil",
+                  r"\begin", *_ATOMS}
+_MATRICES = ("matrix", "pmatrix", "bmatrix", "smallmatrix", "array")
+_POSTFIX = {"!": "factorial", "!!": "factorial2", "%": "percent", r"\deg": "degree"}
+_BASED = re.compile(                                    # 101_2, (2A)_{16}
+    r"\(?((?=[A-F]*\d)[0-9A-F]+|[A-F]{2,}(?=\)?_\{?\(?16))\)?_\{?\(?(\d+)\)?\}?", re.I)
+_REMARK = re.compile(
+    r"\b(?:or|and|not|than|less|least|most|but|if|plus|minus|maybe|wrong|half)\b|\d", re.I)
 
 
-class _Parser:
-    """`depth` bounds the recursion; `bars` counts open |, inside which a | closes and does not open."""
+class _Parser(Tokens):
+    """`depth` bounds the recursion; `bars` counts open |: inside one, a | closes."""
 
     def __init__(self, text: str):
-        self.tokens, self.i, self.depth, self.bars = tokenize(text), 0, 0, 0
+        super().__init__(text)
+        self.depth = self.bars = 0
 
-    def peek(self, ahead: int = 0) -> str:
-        """The next operator, or a kind in angle brackets ("<num>"), or "" at the end."""
-        if self.i + ahead >= len(self.tokens):
-            return ""
-        kind, value, _ = self.tokens[self.i + ahead]
-        return value if kind == "op" else f"<{kind}>"
-
-    def value(self) -> str:
-        """The text of the next token, which is taken."""
-        if self.i >= len(self.tokens):
-            raise NotMath("it ends early")
-        self.i += 1
-        return self.tokens[self.i - 1][1]
-
-    def accept(self, *ops: str) -> bool:
-        """Take the next token if it is one of `ops`."""
-        if self.peek() in ops and self.peek():
-            self.i += 1
-            return True
-        return False
-
-    def expect(self, *ops: str) -> str:
-        """Take the next token, which must be one of `ops`, or raise NotMath."""
-        if self.peek() not in ops or not self.peek():
-            raise NotMath(f"expected {ops}, found {self.peek() or 'the end'}")
-        return self.value()
-
-    # -- statements ----------------------------------------------------------------------------------------------------
+    # -- statements --------------------------------------------------------------------------------
 
     def items(self, *ends: str) -> list:
         """Comma-separated relations up to one of `ends`."""
@@ -103,22 +86,27 @@ class _Parser:
         return ("unit", node, unit) if unit else node
 
     def unit(self) -> str:
-        """Words (and powers or slashes between them) that follow a value: `\\text{ cm}^2`, `miles per hour`, `€`."""
+        """What follows a value: `\\text{ cm}^2`, `miles per hour`, `€`, or ""."""
         words = []
-        while self.peek() in ("<text>", "<word>") or (self.peek() in _MONEY and self.i > 0) or (
-                words and self.peek() in ("/", "^", "*", ".", "<num>", "{", "}", "-", ",") and self._unit_goes_on()):
+        while self._unit_goes_on(bool(words)):
             if self.peek() in ("<text>", "<word>") and _REMARK.search(self.tokens[self.i][1]):
                 raise NotMath("a remark, not a unit")
             words.append(_MONEY.get(self.peek()) or self.tokens[self.i][1])
             self.i += 1
         return " ".join(words)
 
-    def _unit_goes_on(self) -> bool:
-        if self.peek() in ("/", "*", "-", "."):
-            return self.peek(1) in ("<text>", "<word>") or (self.peek() == "." and not self.peek(1))
-        return self.peek() in ("^", "}") or (self.peek() in ("<num>", "{", "-") and self.tokens[self.i - 1][1] in "^{-")
+    def _unit_goes_on(self, begun: bool) -> bool:
+        """Words and money; once begun also the powers and slashes between them."""
+        nxt = self.peek()
+        if nxt in ("<text>", "<word>") or (nxt in _MONEY and self.i > 0):
+            return True
+        if not begun:
+            return False
+        if nxt in ("/", "*", "-", "."):
+            return self.peek(1) in ("<text>", "<word>") or (nxt == "." and not self.peek(1))
+        return nxt in ("^", "}") or (nxt in ("<num>", "{") and self.tokens[self.i - 1][1] in "^{-")
 
-    # -- arithmetic ----------------------------------------------------------------------------------------------------
+    # -- arithmetic --------------------------------------------------------------------------------
 
     def term(self):
         node = self.unary()
@@ -133,12 +121,12 @@ class _Parser:
                 return node
 
     def starts_factor(self) -> bool:
-        """May an implicit product go on here? Not with a number, nor with a word that can only be a unit."""
+        """May an implicit product go on here? Not with a number, nor with what must be a unit."""
         nxt = self.peek()
         if nxt == "<num>":
             return self.tokens[self.i - 1][1] in ("!", "!!")  # 2!3!
         if nxt == "<word>":
-            return is_product_of_symbols(self.tokens[self.i][1], self.tokens[self.i][2])
+            return multiplies(self.tokens[self.i][1], self.tokens[self.i][2])
         if nxt == "|":
             return self.bars == 0
         return nxt in _FACTOR_STARTS or nxt[1:] in _GREEK
@@ -174,13 +162,12 @@ class _Parser:
         return self.power()
 
     def postfix(self, node):
-        while self.peek() in ("!", "!!", "%", r"\deg"):
-            op = self.value()
-            node = ({"!": "factorial", "!!": "factorial2", "%": "percent", r"\deg": "degree"}[op], node)
+        while self.peek() in _POSTFIX:
+            node = (_POSTFIX[self.value()], node)
         return node
 
     def group(self):
-        """{...}: also the argument of a command, where a bare number gives up one digit only: \\frac12."""
+        """{...}, also as an argument, where a bare number gives up one digit only: \\frac12."""
         if self.accept("{"):
             node = self.relation()
             if self.peek() in (r"\choose", r"\over"):
@@ -195,7 +182,7 @@ class _Parser:
                 return ("num", Fraction(digits[0]))
         return self.primary()
 
-    # -- leaves and brackets -------------------------------------------------------------------------------------------
+    # -- leaves and brackets -----------------------------------------------------------------------
 
     def primary(self):
         self.depth += 1
@@ -258,7 +245,7 @@ class _Parser:
         return _BASE_NAMES.get(name.lower().strip("()"), name.strip("()"))
 
     def _mixed_part(self) -> Fraction | None:
-        """The fraction of a mixed number, `1\\frac{4}{5}` or `1 4/5`, if a proper one of plain integers follows."""
+        """The fraction of `1\\frac{4}{5}` or `1 4/5`, if a proper one of plain integers follows."""
         rest = self.tokens[self.i : self.i + 8]
         text = "".join(t[1] for t in rest)
         kinds = [t[0] for t in rest[:3]]
@@ -286,7 +273,8 @@ class _Parser:
         places = len(digits.partition(".")[2])
         if not cycle.isdigit() or len(cycle) + places > 100:
             raise NotMath("repeating decimal")
-        return ("num", Fraction(digits + "0") + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**places))
+        part = Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**places)
+        return ("num", Fraction(digits + "0") + part)
 
     def word(self):
         _, word, _ = self.tokens[self.i]
@@ -295,12 +283,13 @@ class _Parser:
             return ("num", Fraction(MULTIPLIERS[word.lower()]))
         if len(word) > 3 or word.lower() in UNITS and len(word) > 1:
             raise NotMath(word)
-        self.tokens[self.i : self.i + 1] = [("word", letter, False) for letter in word]  # ba^2 is b a^2
+        letters = [("word", letter, False) for letter in word]  # ba^2 is b a^2
+        self.tokens[self.i : self.i + 1] = letters
         return self.subscript(self.value())
 
     def subscript(self, name: str):
         if not self.accept("_"):
-            return symbol(name)
+            return ("const", name) if name in "ei" else ("sym", name)
         if self.accept("{"):
             parts = []
             while not self.accept("}"):
@@ -325,7 +314,7 @@ class _Parser:
         return ("pow", node, power) if power else node
 
     def log_base(self):
-        """The subscript of a log; in \\log_264 it is 2, one digit, when no argument would be left otherwise."""
+        """The subscript of a log. In \\log_264 it is 2, one digit: else no argument is left."""
         if self.peek() == "<num>" and self.peek(1) not in ("", ",", ")", "+", "-", "=", "}"):
             return ("num", Fraction(self.value()))
         return self.group()
@@ -368,7 +357,8 @@ class _Parser:
             return ("set", *items)
         if opening in ("|", r"\lfloor", r"\lceil") and len(items) == 1:
             return ("fn", {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}[opening], items[0])
-        if len(items) == 1 and (opening, close) in (("(", ")"), ("[", "]")) and items[0][0] != "tuple":
+        grouped = (opening, close) in (("(", ")"), ("[", "]"))
+        if len(items) == 1 and grouped and items[0][0] != "tuple":
             return items[0]
         if opening == r"\langle":
             opening, close = "(", ")"
@@ -385,7 +375,7 @@ class _Parser:
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.relation())
-        if self._environment() != name or name not in ("matrix", "pmatrix", "bmatrix", "smallmatrix", "array"):
+        if self._environment() != name or name not in _MATRICES:
             raise NotMath(name)
         return ("matrix", *(tuple(row) for row in rows if row))
 
@@ -397,23 +387,10 @@ class _Parser:
         return "".join(parts)
 
 
-def symbol(letter: str):
-    return ("const", letter) if letter in "ei" else ("sym", letter)
-
-
-def is_product_of_symbols(word: str, gap: bool) -> bool:
-    """After a value, is `word` a product of variables (2xy) or a unit (5 cm)? 5m is 5 times m, 5 m is 5 metres."""
-    if len(word) == 1:
-        return not (gap and word in "mgshlL")
-    if word.lower() in MULTIPLIERS:
-        return True
-    return len(word) <= 3 and word not in UNITS and not (gap and len(word) == 3)
-
-
 def parse(text: str):
-    """Text -> tree. Raises NotMath when it is not mathematics, TooBig when it is too long or deep."""
+    """Text -> tree. Raises NotMath where it is not mathematics, TooBig if too long or deep."""
     text = normalise(text)
-    based = re.fullmatch(r"\(?((?=[A-F]*\d)[0-9A-F]+|[A-F]{2,}(?=\)?_\{?\(?16))\)?_\{?\(?(\d+)\)?\}?", text, re.I)
+    based = _BASED.fullmatch(text)
     if based:
         return ("base", based[1], based[2])
     parser = _Parser(text)

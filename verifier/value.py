@@ -1,11 +1,11 @@
-"""verifier/value.py: are two scalar trees (parse.py) the same number, or the same function of their variables?
+"""verifier/value.py: are two scalar trees (parse.py) the same number, or function of variables?
 
-Cheap to dear, and nothing is started that cannot be finished:
-  1. exact rational arithmetic; with variables, at random rational points (Schwartz 1980, Zippel 1979: a wrong
-     identity survives one point with probability <= degree / 10^6);
-  2. before every power, factorial and product an estimate of its size: `TooBig` is raised instead of a hang;
-  3. otherwise numbers to 60, then to 400 digits with every magnitude within 10^+-300: what still agrees is equal;
-  4. sympy on a tree of our own building, where points could not decide (in a worker process only).
+From cheap to dear. Nothing is started that cannot be finished:
+  1. exact rational arithmetic (exact.py). With variables, at random rational points: a wrong
+     identity survives one with probability <= degree / 10^6 (Schwartz 1980, Zippel 1979).
+  2. Otherwise numbers to 60, then to 400 digits, with every magnitude within 10^+-300. What still
+     agrees is equal.
+  3. Where points could not decide, sympy on a tree of our own (in a worker process only).
 Points are seeded by the texts compared: verdicts are reproducible, yet an answer cannot know them.
 """
 
@@ -16,22 +16,17 @@ import random
 import threading
 from fractions import Fraction
 
+from verifier.exact import OPERATIONS, Inexact, base_value, exact
 from verifier.text import NotMath, TooBig
 
-MAX_BITS = 1 << 15  # of one exact integer; 2^30000 is compared exactly, 2^100000 is refused
 MAX_DECADES = 300  # |log10| of any value met in numeric evaluation
-
-
-class Inexact(ValueError):
-    """The value is not a rational number, or not visibly so."""
 
 
 class Undecided(ValueError):
     """Points could not decide: too few of them are in both domains."""
 
-
 class Effort:
-    """What one comparison may spend: evaluations of nodes, and whether sympy may be asked (in a worker only)."""
+    """What one comparison may spend: evaluations of nodes, and, in a worker only, sympy."""
 
     def __init__(self, seed: int, deep: bool = False):
         self.rng, self.deep, self.left = random.Random(seed), deep, 1_000_000 if deep else 20_000
@@ -42,134 +37,12 @@ class Effort:
             raise Undecided("effort")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Exact
-
-
-def exact(node, env: dict[str, Fraction]) -> Fraction:
-    """Value of a tree in the rationals. Raises Inexact, TooBig or ZeroDivisionError."""
-    op, *args = node
-    if op == "num":
-        return args[0]
-    if op == "sym":
-        return env[args[0]]
-    if op == "base":
-        return Fraction(base_value(*args))
-    if op == "fn":
-        return _exact_function(args[0], [exact(a, env) for a in args[1:]])
-    if op not in _EXACT:
-        raise Inexact(op)
-    return _sized(_EXACT[op](*[exact(a, env) for a in args]))
-
-
-def _sized(value: Fraction) -> Fraction:
-    if _bits(value) > MAX_BITS:
-        raise TooBig("integer")
-    return value
-
-
-def _bits(value: Fraction) -> int:
-    return value.numerator.bit_length() + value.denominator.bit_length()
-
-
-def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
-    numerator = exponent.numerator
-    if not base and numerator <= 0:
-        raise ZeroDivisionError("0^0 and 0^-n are undefined")
-    if abs(base) <= 1 and base.denominator == 1:
-        numerator = 2 - numerator % 2  # 0, 1, -1: the parity is all that counts
-    elif abs(numerator) * _bits(base) > MAX_BITS:
-        raise TooBig("power")
-    power = base**numerator
-    return power if exponent.denominator == 1 else _exact_root(power, Fraction(exponent.denominator))
-
-
-def _exact_root(value: Fraction, degree: Fraction) -> Fraction:
-    """The real root of a perfect power; an odd root of a negative number is negative."""
-    if degree.denominator != 1 or not 0 < degree <= 64 or (value < 0 and degree % 2 == 0):
-        raise Inexact("root")
-    parts = [integer_root(abs(p), int(degree)) for p in (value.numerator, value.denominator)]
-    return Fraction(*parts) * (-1 if value < 0 else 1)
-
-
-def integer_root(n: int, k: int) -> int:
-    """The exact k-th root of n >= 0 by Newton's iteration; raises Inexact if there is none."""
-    if n < 2:
-        return n
-    if k == 2:
-        x = math.isqrt(n)
-    else:
-        x = 1 << -(-n.bit_length() // k)
-        while (y := ((k - 1) * x + n // x ** (k - 1)) // k) < x:
-            x = y
-    return x if x**k == n else _inexact()
-
-
-def _inexact(*_):
-    raise Inexact
-
-
-def _exact_factorial(n: Fraction, step: int = 1) -> Fraction:
-    if n.denominator != 1 or n < 0:
-        raise Inexact("factorial")
-    if n > 2000:
-        raise TooBig("factorial")
-    return Fraction(math.prod(range(int(n), 0, -step)))
-
-
-def _exact_binomial(n: Fraction, k: Fraction) -> Fraction:
-    if n.denominator != 1 or k.denominator != 1 or n < 0:
-        raise Inexact("binomial")
-    if n > 2000:
-        raise TooBig("binomial")
-    return Fraction(math.comb(int(n), int(k)) if k >= 0 else 0)
-
-
-def _exact_log(x: Fraction, base: Fraction | None = None) -> Fraction:
-    """log_b x where it is a small fraction; base 10 where none is written."""
-    base = Fraction(10) if base is None else base
-    if x == 1 and base not in (0, 1):
-        return Fraction(0)
-    if x <= 0 or base <= 0 or base == 1:
-        raise Inexact("log")
-    guess = Fraction(math.log(x) / math.log(base)).limit_denominator(60)
-    if max(abs(guess.numerator) * _bits(base), guess.denominator * _bits(x)) > MAX_BITS:
-        raise Inexact("log")
-    return guess if base**guess.numerator == x**guess.denominator else _inexact()
-
-
-_EXACT = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
-    "neg": lambda a: -a, "pow": _exact_power, "factorial": _exact_factorial,
-    "factorial2": lambda n: _exact_factorial(n, 2), "percent": lambda a: a / 100, "degree": _inexact,
-}  # fmt: skip
-_EXACT_FN = {
-    "root": _exact_root, "abs": abs, "floor": lambda a: Fraction(math.floor(a)),
-    "ceil": lambda a: Fraction(math.ceil(a)), "binom": _exact_binomial, "log": _exact_log,
-}  # fmt: skip
-
-
-def _exact_function(name: str, args: list[Fraction]) -> Fraction:
-    if name not in _EXACT_FN:
-        raise Inexact(name)
-    try:
-        return _sized(_EXACT_FN[name](*args))
-    except TypeError as error:  # a wrong number of arguments
-        raise NotMath(name) from error
-
-
-def base_value(digits: str, base: str) -> int:
-    if not base.isdigit() or not 2 <= int(base) <= 36:
-        raise NotMath(f"base {base}")
-    return int(digits, int(base))  # ValueError when a digit does not belong to the base
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Numbers to many digits
+# --------------------------------------------------------------------------------------------------
+# Numbers to many digits
 
 
 def numeric(node, env: dict, mp):
-    """Value of a tree as an mpmath number at mp's precision. Raises TooBig, ZeroDivisionError, NotMath (no number)."""
+    """A tree's value at mp's precision. Raises TooBig, ZeroDivisionError, NotMath (no number)."""
     op, *args = node
     if op == "num":
         value = mp.mpf(args[0].numerator) / args[0].denominator
@@ -195,7 +68,7 @@ def numeric(node, env: dict, mp):
     elif op in ("add", "sub"):
         value = _numeric_sum(*[numeric(a, env, mp) for a in args], op, mp)
     elif op in ("mul", "div", "neg", "percent"):
-        value = _EXACT[op](*[numeric(a, env, mp) for a in args])
+        value = OPERATIONS[op](*[numeric(a, env, mp) for a in args])
     else:
         raise NotMath(op)
     if value and not -MAX_DECADES < mp.mag(value) * math.log10(2) < MAX_DECADES:
@@ -204,7 +77,7 @@ def numeric(node, env: dict, mp):
 
 
 def _numeric_sum(a, b, op: str, mp):
-    """a + b or a - b; what cancels to the last digits is 0, not noise that a later step would take for a value."""
+    """a + b or a - b. What cancels to the last digits is 0: that is noise, and no value."""
     total = a + b if op == "add" else a - b
     return total if abs(total) > mp.mpf(10) ** (20 - mp.dps) * max(abs(a), abs(b)) else mp.mpf(0)
 
@@ -237,13 +110,18 @@ def _numeric_function(name: str, args: list, mp):
     x = args[0]
     if name == "root":
         degree = args[1]
-        if _is_real(x, mp) and mp.re(x) < 0 and degree == int(mp.re(degree)) and int(mp.re(degree)) % 2:
-            return -mp.root(-mp.re(x), int(mp.re(degree)))
+        if _is_real(x, mp) and mp.re(x) < 0:
+            whole = int(mp.re(degree))
+            if degree == whole and whole % 2:
+                return -mp.root(-mp.re(x), whole)
         return x ** (1 / degree)
     if name in ("log", "ln"):
-        return mp.log(x) / (mp.log(args[1]) if len(args) > 1 else mp.log(10) if name == "log" else 1)
+        if len(args) > 1:
+            return mp.log(x) / mp.log(args[1])
+        return mp.log(x) / (mp.log(10) if name == "log" else 1)
     if name in ("abs", "floor", "ceil", "exp"):
-        return {"abs": abs, "floor": mp.floor, "ceil": mp.ceil, "exp": mp.exp}[name](_bounded(x, MAX_DECADES * 3))
+        function = {"abs": abs, "floor": mp.floor, "ceil": mp.ceil, "exp": mp.exp}[name]
+        return function(_bounded(x, MAX_DECADES * 3))
     if name == "binom":
         return mp.binomial(_bounded(x, 150), _bounded(args[1], 150))
     if name in _TRIGONOMETRY and len(args) == 1:
@@ -255,7 +133,7 @@ _TRIGONOMETRY = {n: n for n in "sin cos tan cot sec csc sinh cosh tanh".split()}
 _TRIGONOMETRY.update(arcsin="asin", arccos="acos", arctan="atan")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two scalars
 
 
@@ -267,7 +145,8 @@ def symbols(node) -> set[str]:
 
 def count(node, *ops) -> int:
     """Nodes of a tree: those with one of `ops`, or all of them."""
-    return (not ops or node[0] in ops) + sum(count(a, *ops) for a in node[1:] if isinstance(a, tuple) and a)
+    inside = sum(count(a, *ops) for a in node[1:] if isinstance(a, tuple) and a)
+    return inside + (not ops or node[0] in ops)
 
 
 def scalars_equal(a, b, effort: Effort) -> bool:
@@ -291,7 +170,7 @@ def _equal_exactly(a, b, names, nodes, effort: Effort) -> bool:
     agreed = 0
     for _ in range(12 if names else 1):
         effort.spend(nodes)
-        env = {n: Fraction(effort.rng.randint(-9999, 9999) or 1, effort.rng.randint(1, 99)) for n in names}
+        env = {name: _rational(effort.rng) for name in names}
         try:
             if exact(a, env) != exact(b, env):
                 return False
@@ -303,8 +182,15 @@ def _equal_exactly(a, b, names, nodes, effort: Effort) -> bool:
     raise Inexact("undefined")
 
 
+def _rational(rng: random.Random) -> Fraction:
+    return Fraction(rng.randint(-9999, 9999) or 1, rng.randint(1, 99))
+
+
 def _equal_numerically(a, b, names, nodes, effort: Effort) -> bool:
-    """Points of several scales and both signs, then integers; one counts where both sides are real, or i is in use."""
+    """Points of several scales and both signs, then integers.
+
+    A point counts where both sides are real, or everywhere if i is in use.
+    """
     mp, agreed, refusal = _context(), 0, None
     only_real = bool(names) and ("const", "i") not in _leaves(a) | _leaves(b)
     for scale in (1, 10, -1, -10, 3, 100, -3, 30, Fraction(1, 10), 0, 0, 0) if names else (1,):
@@ -329,7 +215,10 @@ def _equal_numerically(a, b, names, nodes, effort: Effort) -> bool:
 
 
 def _equal_at(a, b, point, mp, only_real: bool, nodes: int, effort: Effort) -> bool | None:
-    """Whether a = b at a point to 40, then to 380 digits relative to max(1, |a|, |b|); None outside the real domain."""
+    """Whether a = b at a point to 40, then to 380 digits; None outside the real domain.
+
+    The digits are relative to max(1, |a|, |b|).
+    """
     for digits in (60, 400):
         effort.spend(nodes * digits // 12)
         mp.dps = digits
@@ -337,7 +226,8 @@ def _equal_at(a, b, point, mp, only_real: bool, nodes: int, effort: Effort) -> b
         x, y = numeric(a, env, mp), numeric(b, env, mp)
         if only_real and not (_is_real(x, mp) and _is_real(y, mp)):
             return None
-        if not abs(x - y) <= mp.mpf(10) ** (20 - digits) * max(1, abs(x), abs(y)):  # "not <=": a NaN is not equal
+        tolerance = mp.mpf(10) ** (20 - digits) * max(1, abs(x), abs(y))
+        if not abs(x - y) <= tolerance:  # "not <=": a NaN is not equal
             return False
     return True
 
@@ -385,15 +275,16 @@ def _to_sympy(node, sympy):
     name, terms = (args[0], args[1:]) if op == "fn" else (op, args)
     values = [_to_sympy(t, sympy) for t in terms]
     if name in ("add", "sub", "mul", "div", "neg", "percent"):
-        return _EXACT[name](*values)
+        return OPERATIONS[name](*values)
     if name not in _SYMPY:
         raise Undecided(name)
     return getattr(sympy, _SYMPY[name])(*values)
 
 
-_SYMPY = {"pow": "Pow", "root": "root", "factorial": "factorial", "factorial2": "factorial2", "abs": "Abs", "ln": "log",
-          "floor": "floor", "ceil": "ceiling", "exp": "exp", "binom": "binomial",
-          "arcsin": "asin", "arccos": "acos", "arctan": "atan", **{n: n for n in _TRIGONOMETRY if n[:3] != "arc"}}
+_SYMPY = {"pow": "Pow", "root": "root", "factorial": "factorial", "factorial2": "factorial2",
+          "abs": "Abs", "ln": "log", "floor": "floor", "ceil": "ceiling", "exp": "exp",
+          "binom": "binomial", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
+          **{n: n for n in _TRIGONOMETRY if n[:3] != "arc"}}
 
 
 def approximate(node) -> float:

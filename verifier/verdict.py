@@ -1,8 +1,8 @@
 """verifier/verdict.py: two texts, a gold answer and a completion -> a verdict, in this process.
 
-The answer is taken out of the completion (extract.py) and compared with the gold as text, as a choice, as words, else
-as trees (parse.py, equal.py). Every step is bounded; what would take long or could hang is `Undecided` here, and is
-looked at once more, `deep`, where it can be killed (rewards.Verifier).
+The answer is taken out of the completion (extract.py) and compared with the gold: as text, as a
+choice, as words, else as trees (parse.py, equal.py). Every step is bounded. What would take long or
+could hang is `Undecided` here; workers.py looks at it once more, `deep`, where it can be killed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verifier.value import Effort, Undecided
 
 
 class Verdict(NamedTuple):
-    """`verdict`: "correct", "wrong" or "unverifiable"; `rule`: how found and compared; `extracted`: the answer."""
+    """`verdict`: correct, wrong or unverifiable; `rule`: how found and compared; `extracted`."""
 
     verdict: str
     rule: str
@@ -29,17 +29,19 @@ class Verdict(NamedTuple):
 _COSTUME = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([A-J])\)?|\(([a-j])\)")
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"
-                     r"(?:\)|[.:](?=\s|$)|,?(?=\s+(?:because|since|as)\b)|$)", re.I)  # fmt: skip
-_CHOSEN_LAST = re.compile(r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
+                     r"(?:\)|[.:](?=\s|$)|,?(?=\s+(?:because|since|as)\b)|$)", re.I)
+_CHOSEN_LAST = re.compile(
+    r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
 _DENIAL = re.compile(r"\b(?:or|not?|nor|either|never|if|whether|may|might|doubt)\b|n't", re.I)
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*(?:am|pm)|\d{1,2}:\d\d:\d\d", re.I)
 
 
 def verify(gold: str, answer: str, deep: bool = False) -> Verdict:
-    """Compare a completion (or a bare answer) with a gold answer, in this process. Never raises; every step is bounded.
+    """Compare a completion (or a bare answer) with a gold answer, in this process. Never raises.
 
-    `deep` allows what only a killable worker should do: more evaluations, sympy. `Verifier` arranges that.
+    Every step is bounded. `deep` allows what only a worker that can be killed should do: more
+    evaluations, and sympy.
     """
     try:
         return judged(gold, answer, deep)
@@ -49,7 +51,8 @@ def verify(gold: str, answer: str, deep: bool = False) -> Verdict:
 
 def judged(gold: str, answer: str, deep: bool) -> Verdict:
     """As verify; raises Undecided where a deep look might still tell."""
-    goal = extract(gold)[0] if BOX.search(gold[-MAX_ANSWER:]) or "####" in gold[-MAX_ANSWER:] else gold
+    end = gold[-MAX_ANSWER:]
+    goal = extract(gold)[0] if BOX.search(end) or "####" in end else gold
     found, rule = extract(answer)
     if not goal.strip():
         return Verdict("unverifiable", "empty gold", found)
@@ -66,14 +69,17 @@ def _compare(gold: str, found: str, deep: bool) -> tuple[bool, str]:
     """(equal?, by what): as text, as a choice, as words, else as trees."""
     if gold == found:
         return True, "same text"
-    found = re.sub(r"^[A-Za-z][A-Za-z' ]{3,40}=(?!=)", "", found.strip("*_` \n")).strip()  # Total cost = 5
+    found = found.strip("*_` \n")
+    found = re.sub(r"^[A-Za-z][A-Za-z' ]{3,40}=(?!=)", "", found).strip()  # Total cost = 5
     choice = _CHOICE.fullmatch(_bare(gold))
     if choice:
         return _same_choice(choice[0].strip("()").upper(), _bare(found)), "choice"
     if _TIME.fullmatch(gold) and _TIME.fullmatch(found):
         return False, "time of day"  # 3:30 may be a ratio, but beside 1:10 both are times
     goal = _tree(gold)
-    if goal is None or goal[0] == "text" or re.fullmatch("[A-Z]{2,}", gold) or _CLOCK.fullmatch(_words(gold)):
+    if goal is None or goal[0] == "text":
+        return _same_text(gold, found), "text"
+    if re.fullmatch("[A-Z]{2,}", gold) or _CLOCK.fullmatch(_words(gold)):
         return _same_text(gold, found), "text"
     tree = _tree(found.rstrip("."))
     if tree is None:
@@ -105,15 +111,17 @@ def _is_rational(tree) -> bool:
 def _left_to_do(tree) -> bool:
     """Whether an answer is the exercise: 12 - 9, 6 * 8, 48 / 8, where the gold is a number.
 
-    Equal in value, but it costs a policy nothing to copy the question's numbers, and one that may will learn no other
-    answer. Fractions that are no whole number, 5 + 1/2, 1 million, powers and roots are forms of a number and count; so
-    does "8 + 3 = 11", where the number stands beside the exercise.
+    It is equal in value. But copying the question's numbers costs a policy nothing, and one that
+    may do so learns no other answer. Forms of a number count: 5 + 1/2, fractions that are no whole
+    number, 1 million, powers, roots. So does "8 + 3 = 11": the number stands beside the exercise.
     """
     tree = _plain(tree)
     if tree[0] == "rel":
-        undone = [_left_to_do(side) for side in tree[2:]]
-        return any(undone) and not any(_is_rational(t) and not u for t, u in zip(tree[2:], undone, strict=True))
-    if tree[0] not in ("add", "sub", "mul", "div") or not all(_is_rational(t) or _left_to_do(t) for t in tree[1:]):
+        done = [side for side in tree[2:] if not _left_to_do(side)]
+        return len(done) < len(tree[2:]) and not any(map(_is_rational, done))
+    if tree[0] not in ("add", "sub", "mul", "div"):
+        return False
+    if not all(_is_rational(side) or _left_to_do(side) for side in tree[1:]):
         return False
     left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])
     kinds = left[0], right[0]
@@ -121,7 +129,8 @@ def _left_to_do(tree) -> bool:
         return right[1] not in (0, 1) and left[1] != 0 and (left[1] / right[1]).denominator == 1
     if tree[0] == "add" and kinds == ("num", "div"):
         return _left_to_do(right)
-    return not (tree[0] == "mul" and kinds == ("num", "num") and right[1] in (10**3, 10**6, 10**9, 10**12))
+    in_words = kinds == ("num", "num") and right[1] in (10**3, 10**6, 10**9, 10**12)  # 1 million
+    return not (tree[0] == "mul" and in_words)
 
 
 def _tree(text: str) -> tuple | None:
@@ -156,4 +165,5 @@ def _same_choice(letter: str, found: str) -> bool:
     """(B), B, b, "B) 12", "Option B", "I say it's B" name choice B; "A or B" does not."""
     match = _CHOSEN.match(found) or not _DENIAL.search(found) and _CHOSEN_LAST.search(found)
     rest = found[match.end() :] if match else ""
-    return bool(match) and match[1].upper() == letter and not re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
+    more = re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
+    return bool(match) and match[1].upper() == letter and not more

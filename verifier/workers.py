@@ -1,0 +1,177 @@
+"""verifier/workers.py: verdicts beside the sampler; easy pairs at once, hard ones in workers.
+
+A worker is a child process, `python rewards.py --worker`: JSON lines in, JSON lines out. One that
+is late is killed and replaced, and only its own pair becomes `unverifiable`. RLIMIT_AS and
+RLIMIT_CPU bound it where the system has them.
+
+What we do not use, and why:
+  fork             the parent may hold torch, its threads and a GPU context
+  spawn            multiprocessing would import the parent's __main__ again, which is the trainer
+  threads, alarms  a thread cannot be stopped, and an alarm needs the main thread
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import resource
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from verifier.extract import MAX_ANSWER
+from verifier.value import Undecided
+from verifier.verdict import Verdict, judged, verify
+
+DOOR = Path(__file__).resolve().parents[1] / "rewards.py"
+TIMEOUT_S = 0.7                                         # for one hard pair
+
+
+class Verifier:
+    """A context manager: `submit(gold, answer)` returns a Future[Verdict] at once.
+
+    Easy pairs are decided in `submit` itself. The rest goes to `workers` child processes, which are
+    started at the first submit and used again. One that exceeds `timeout_s` is killed and replaced,
+    and its pair is "unverifiable". Safe to use from threads.
+    """
+
+    def __init__(self, workers: int = 2, timeout_s: float = TIMEOUT_S, memory_mb: int = 512):
+        self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
+        self._lock, self._queue, self._threads = threading.Lock(), queue.SimpleQueue(), []
+        self._closed = False
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def submit(self, gold: str, answer: str) -> Future:
+        """Future of the Verdict. Raises RuntimeError after close()."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this Verifier is closed")
+            if not self._threads:
+                for _ in range(self.workers):
+                    self._threads.append(threading.Thread(target=self._serve, daemon=True))
+                    self._threads[-1].start()
+        future: Future = Future()
+        future.set_running_or_notify_cancel()           # from here on nobody can cancel it
+        try:
+            future.set_result(judged(gold, answer, deep=False))
+        except Undecided:
+            with self._lock:                            # never behind the Nones of close()
+                if self._closed:
+                    raise RuntimeError("this Verifier is closed") from None
+                self._queue.put((gold, answer, future))
+        return future
+
+    def verify(self, gold: str, answer: str) -> Verdict:
+        return self.submit(gold, answer).result()
+
+    def _serve(self) -> None:
+        """One thread per worker process: takes pairs, waits, replaces a process that was killed."""
+        worker = None
+        with contextlib.suppress(OSError):              # started early, to have its imports done
+            worker = Worker(self.memory_mb)
+        while (job := self._queue.get()) is not None:
+            gold, answer, future = job
+            try:
+                worker = worker or Worker(self.memory_mb)
+                verdict = worker.ask(gold, answer, self.timeout_s)
+            except (OSError, ValueError, TypeError) as error:   # no process, or killed in mid-line
+                worker, verdict = None, Verdict("unverifiable", f"no worker: {error}")
+            future.set_result(verdict)
+        if worker:
+            worker.stop()
+
+    def close(self) -> None:
+        """Finish what is queued, then stop the workers."""
+        with self._lock:
+            self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+class Worker:
+    """One child process, `python rewards.py --worker`: a JSON line in, a JSON line out."""
+
+    def __init__(self, memory_mb: int):
+        self.memory_mb = memory_mb
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, str(DOOR), "--worker", str(self.memory_mb)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        self.ready = False
+
+    def stop(self) -> None:
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):          # a request never read cannot be flushed
+                pipe.close()
+        self.process.wait()
+
+    def ask(self, gold: str, answer: str, timeout_s: float) -> Verdict:
+        """The worker's verdict, or "unverifiable" after timeout_s.
+
+        A worker that died by itself is tried once more.
+        """
+        request = json.dumps([gold[-MAX_ANSWER:], answer[-MAX_ANSWER:]]) + "\n"
+        for _ in range(2):
+            if not self.ready:
+                self.ready = bool(self._read(60.0)[0])  # imports are not the answer's fault
+            try:
+                self.process.stdin.write(request)
+                self.process.stdin.flush()
+            except OSError:
+                line, late = "", False
+            else:
+                line, late = self._read(timeout_s)
+            if late or not line:
+                self.stop()
+                self.start()
+            if line:
+                return Verdict(*json.loads(line))
+            if late:
+                return Verdict("unverifiable", f"no verdict within {timeout_s} s")
+        return Verdict("unverifiable", "the worker died twice")
+
+    def _read(self, timeout_s: float) -> tuple[str, bool]:
+        """(one line, killed?). A timer kills the process, which ends the read: no thread waits."""
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(timeout_s, kill)
+        timer.daemon = True
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        return line, late.is_set()
+
+
+def work(memory_mb: int) -> None:
+    """The worker's side: limits first, then verdicts until the parent closes the pipe."""
+    import sympy  # noqa: F401  (slow to import: now, not inside the first answer's time)
+
+    limit(resource.RLIMIT_AS, memory_mb << 20)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 3)
+        print(json.dumps(verify(*json.loads(line), deep=True)), flush=True)
+
+
+def limit(kind: int, value: int) -> None:
+    """Set a soft limit where the system has it. On macOS, which bounds no memory, time must do."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
