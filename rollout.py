@@ -132,7 +132,7 @@ def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 # Generation
 
 
-def generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64,
+def _generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
              stop_ids=None, stop_strings=(), tokenizer=None, keys: list[int] | None = None, slots: int = 64,
              model_logprobs: bool = False, on_token=None, cuda_graphs: bool = False) -> Iterator[Completion]:
@@ -166,6 +166,25 @@ def generate(model: Transformer, prompts: list[list[int]], n: int = 1, max_new_t
         return sample(logits, uniforms, temperature, top_k, top_p, min_p)
 
     return generation.run(draw, stops, stop_strings, tokenizer, on_token)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    n: int = 1
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple = ()
+
+
+def generate(model, prompts, params=SamplingParams(), max_new_tokens=None, temperature=None, *, keys=None, slots=64, tokenizer=None, on_token=None, cuda_graphs=False, **old):
+    if max_new_tokens or old or isinstance(params, int):
+        old = old | ({"n": params} if isinstance(params, int) else {}) | ({"max_new_tokens": max_new_tokens} if max_new_tokens else {}) | ({"temperature": temperature} if temperature is not None else {})
+        return _generate(model, prompts, keys=keys, slots=slots, tokenizer=tokenizer, on_token=on_token, cuda_graphs=cuda_graphs, **old)
+    return _generate(model, prompts, params.n, params.max_tokens, params.temperature, params.top_k, params.top_p, params.min_p, params.seed, None, params.stop, tokenizer, keys, slots, False, on_token, cuda_graphs)
 
 
 class Generation:

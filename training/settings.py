@@ -197,8 +197,7 @@ AT_LEAST = {
     1: ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "minibatches",
         "micro_tokens", "slots", "save_every", "keep", "eval_personas", "anchor_count",
         "anchor_answers", "anchor_tokens"),
-    0: ("seed", "dynamic_sampling", "overlong_buffer", "kl_coef", "entropy_coef", "anchor_coef",
-        "memory", "shard")}
+    0: ("seed", "dynamic_sampling", "overlong_buffer", "anchor_coef", "memory", "shard")}
 
 
 def check(args: argparse.Namespace) -> None:
