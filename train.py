@@ -43,7 +43,7 @@ import personas
 import tasks
 import weights
 from common.files import one_line
-from evaluation import report
+from evaluation import plots
 from model import Transformer, chunks, completion_logprobs, pack
 from rewards import Verifier, load_reward
 from rollout import Completion, generate
@@ -356,7 +356,7 @@ def train(model: Transformer, teacher: Transformer | None, tokenizer, problems: 
         if args.profile:                                # without the first step, and the one that was recorded
             print(monitor.profile(watch.history[first + 2:], model, ranks()[1], author is model), file=sys.stderr)
         weights.save(model, tokenizer, out / "model")
-        report.curves({args.method: watch.history}).savefig(out / "curves.png", dpi=120)
+        plots.curves({args.method: watch.history}).savefig(out / "curves.png", dpi=120)
 
 
 def batches(roll, author: Transformer | None, first: int, args):
@@ -431,7 +431,8 @@ def evaluated(model: Transformer, tokenizer, held, args, folder: Path, steps: in
         if names == [persona.name for persona in held[1]] and all(done.get(key) == asked[key] for key in asked):
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
-    return evaluate.evaluate(model, tokenizer, *held, args.seed, args.max_new_tokens, folder, info)
+    params = evaluate.EvalParams(args.seed, args.max_new_tokens)
+    return evaluate.evaluate(model, tokenizer, *held, params, folder, info)
 
 
 def before_after(before: dict, after: dict) -> str:

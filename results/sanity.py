@@ -24,7 +24,7 @@ import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
-from evaluation import report  # noqa: E402
+from evaluation import plots  # noqa: E402
 from rollout import generate  # noqa: E402
 
 LOSSES = {name: ["--loss", name] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")}
@@ -86,7 +86,7 @@ def main() -> None:
         print(f"{name:10} reward {first:.2f} at the start, best mean of two steps {best:.3f}", flush=True)
         rewards_by_loss = {name: [round(m["reward"], 4) for m in rows] for name, rows in metrics.items()}
         (kept / "rewards.json").write_text(json.dumps(rewards_by_loss) + "\n")
-    report.curves(metrics).savefig(kept / "curves.png", dpi=110)
+    plots.curves(metrics).savefig(kept / "curves.png", dpi=110)
 
 
 if __name__ == "__main__":
