@@ -49,8 +49,9 @@ body{overflow-wrap:anywhere} small,footer{color:gray} .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem} small{display:block}
 td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;min-width:5rem}
 tr{border-bottom:1px solid gray} td:first-child{position:sticky;left:0;background:Canvas}
-.row{display:flex;flex-wrap:wrap;gap:1rem} .row>*{flex:1 1 14rem;max-width:100%;min-width:0}
-img{max-width:46rem;background:white} pre{white-space:pre-wrap;max-height:16rem;overflow-y:auto}
+.row{display:flex;flex-wrap:wrap;gap:1rem;align-items:start}
+.row>*{flex:1 1 14rem;min-width:0} .row>img{flex-basis:22rem;max-width:100%;background:white}
+pre{white-space:pre-wrap;max-height:16rem;overflow-y:auto}
 article{border-top:1px solid gray}
 </style></head><body><h1>$title</h1><p>$lead</p>
 $tables
@@ -238,6 +239,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     tables = html_table("Scores", score_rows(arms))
     if comparison:
         title = " / ".join(arms)
+        seeds = ", ".join(f"{role} {len(runs)}" for role, runs in comparison["runs"].items())
         claims = [[f"{h['name']} {h['claim']}", h["verdict"], h["words"]]
                   for h in comparison["hypotheses"]]
         tables = html_table("The claims", [["claim", "verdict", "measured"], *claims]) + tables
@@ -245,7 +247,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
         against = "fidelity" if plots.measured(arms) else "accuracy"
         figures = {f"stability_against_{against}": plots.tradeoff(arms, comparison["runs"])}
     else:
-        title = f"{first['model']} on {first['task']}"
+        title, seeds = f"{first['model']} on {first['task']}", "1"
         rivals = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
                   for row in first["inference_time_rivals"]]
         tables += html_table("What inference can buy", [
@@ -258,7 +260,8 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     spoken = [panel for panel in every if "correct" not in panel[0][1]]  # answers of role play
     solved = [panel for panel in every if "correct" in panel[0][1]]
     footer = (f"{first['task']}, {len(first['items'])} problems, {len(first['personas']) - 1} "
-              f"personas, greedy. {first['command']} {first['commit'][:12]}")
+              f"personas, greedy; training seeds: {seeds}. "
+              f"{first['command']} {first['commit'][:12]}")
     write_atomically(folder / "report.html", PAGE.substitute(
         title=html.escape(title), lead=html.escape(finding(arms, comparison)), tables=tables,
         plots="".join(image(fig, folder / f"{name}.png") for name, fig in figures.items()),
