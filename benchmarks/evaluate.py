@@ -28,12 +28,13 @@ import evaluate  # noqa: E402
 import personas as pool  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
+from evaluation import answers  # noqa: E402
 
 
 def ours(model, tokenizer, prompts, max_new_tokens):
     """(wall and CPU seconds, texts, generated tokens) through our sampler."""
     start = clocks()
-    outs = evaluate.sample(model, tokenizer, prompts, temperature=0.0, max_new_tokens=max_new_tokens)
+    outs = answers.sample(model, tokenizer, prompts, temperature=0.0, max_new_tokens=max_new_tokens)
     return clocks() - start, [out[0][0] for out in outs], sum(len(out[0][1].tokens) for out in outs)
 
 
@@ -84,7 +85,8 @@ def main():
             other[dtype] = theirs(folder, dtype, tokenizer, part, args.max_new_tokens, model.c.stop_ids)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        results = evaluate.evaluate(model, tokenizer, problems, personas[1:], 0, args.max_new_tokens, folder)
+        params = evaluate.EvalParams(max_new_tokens=args.max_new_tokens)
+        results = evaluate.evaluate(model, tokenizer, problems, personas[1:], params, folder)
         whole = time.perf_counter() - start
     name, (their_seconds, their_texts) = min(other.items(), key=lambda pair: pair[1][0][1])
     scaled = their_seconds * len(prompts) / len(part)

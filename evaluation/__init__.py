@@ -1,1 +1,1 @@
-"""What evaluate.py measures with: measures (numpy alone), compare and report made of them, and judge (PersonaGym)."""
+"""The rooms behind evaluate.py, which lists them."""

@@ -1,12 +1,14 @@
-"""Arms side by side: what each training method did to stability and fidelity, and whether the paper's claims show.
+"""Arms side by side: what each training method did to stability and fidelity.
 
-Every arm answered the same problems under the same personas, so differences are paired: one resampling of the items
-serves all arms, and training seeds add their own spread (measures.seed_spread). The claims of PerMix-RLVR (arXiv
-2604.08986) become hypotheses H1 to H6, each with a verdict in words: shown, opposite, not shown, or not tested. Beside
-"not shown" stands the difference that the design could have shown. H6 is ours. Stability is decided by `persona_sd`, in
-which luck cancels (evaluation/lottery.py); the paper's `pss` is printed beside what shuffled answers give.
+Every arm answered the same problems under the same personas, so differences are paired: one
+resampling of the items serves all arms. Training seeds add their own spread (measures.seed_spread).
 
-    python evaluate.py --compare runs/*/evaluation/after runs/rlvr-0/evaluation/before --out runs/compared
+The claims of PerMix-RLVR (arXiv 2604.08986) become hypotheses H1 to H6; H6 is ours. Each has a
+verdict: shown, opposite, not shown, or not tested. Beside "not shown" stands the difference that
+the design could have shown. Stability is decided by `persona_sd`, in which luck cancels
+(evaluation/lottery.py). The paper's `pss` is printed beside its value for shuffled answers.
+
+    python evaluate.py --compare runs/*/evaluation/after runs/rlvr-0/evaluation/before
 
 Left out: corrections for looking at many pairs. The hypotheses are few and were fixed in advance.
 """
@@ -18,24 +20,29 @@ from pathlib import Path
 import numpy as np
 
 from common import files
-from evaluation import lottery, measures, report
+from evaluation import lottery, measures, plots, report
 
-ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # their order in a comparison; others follow
+ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
 
 
 def answer_table(run):
     """The table of right and wrong [N, 1 + P] of a results dict, column 0 without a persona."""
-    return np.array([[int(c) for c in run["correct"][row["name"]]] for row in run["personas"]], dtype=float).T
+    columns = [list(run["correct"][row["name"]]) for row in run["personas"]]
+    return np.array(columns, dtype=float).T
 
 
 def run_draws(run, salt, seed=0):
-    """{score: (value, draws [2, B])} of one results dict. Counts are the same for every run, so items are paired; the
-    shrinkage is drawn for each run by itself, by its `salt`."""
+    """{score: (value, draws [2, B])} of one results dict.
+
+    The counts are the same for every run, so items are paired. The shrinkage is drawn for each run
+    by itself, by its `salt`.
+    """
     table = answer_table(run)
+    plain, correct = table[:, 0], table[:, 1:]
     counts = measures.resamples(len(table), seed=seed)
-    drawn = measures.bootstrap(table[:, 1:], counts, [seed, salt])
-    out = {name: (value, drawn[name]) for name, value in measures.table_scores(table[:, 1:]).items()}
-    out["no_persona_accuracy"] = table[:, 0].mean(), np.stack([counts @ table[:, 0] / len(table)] * 2)
+    drawn = measures.bootstrap(correct, counts, [seed, salt])
+    out = {name: (value, drawn[name]) for name, value in measures.table_scores(correct).items()}
+    out["no_persona_accuracy"] = plain.mean(), np.stack([counts @ plain / len(table)] * 2)
     for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
         out[name] = np.mean(rows), np.stack([measures.crossed(rows, seed)] * 2)
     return out
@@ -58,31 +65,32 @@ def arm_draws(runs, salt=0, seed=0):
 
 
 def check_comparable(runs):
-    """ValueError unless all runs answered the same items under the same personas with the same settings. The seed may
-    differ: train.py gives its own, and greedy answers do not depend on it."""
-    asked = [run | {"personas": [row["name"] for row in run["personas"]]} for run in runs]
-    spoken = [run["fidelity"] for run in runs if "fidelity" in run]
-    for group, keys in ((asked, ("task", "prompt", "max_new_tokens", "items", "personas")),
-                        (spoken, ("questions", "candidates"))):
-        for key in keys:
-            seen = [run[key] for run in group if key in run]
-            if seen.count(seen[0] if seen else None) < len(seen):
-                raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
+    """ValueError unless all runs answered the same items under the same personas with the same
+    settings.
+
+    The seed may differ: train.py gives its own, and greedy answers do not depend on it.
+    """
+    asked = [run.get("fidelity", {}) | run | {"personas": [row["name"] for row in run["personas"]]}
+             for run in runs]
+    for key in ("task", "prompt", "max_new_tokens", "items", "personas", "questions", "candidates"):
+        seen = [run[key] for run in asked if key in run]
+        if any(value != seen[0] for value in seen):
+            raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
 
 
 def difference(a, b):
     """Second arm minus first, paired: {score: {"first", "second", "difference", "low", "high",
-    "detectable"}} for the scores that both have; a, b as arm_draws gives them.
+    "detectable"}} for the scores that both have.
 
-    The interval of persona_sd leaves out 0 exactly where that of its square S2 does, since the root
-    keeps the order of each pair of draws.
+    a, b: as arm_draws gives them. The interval of persona_sd leaves out 0 exactly where that of its
+    square S2 does, since the root keeps the order of each pair of draws.
     """
     out = {}
     for name in [name for name in a if name in b]:
         low, high = measures.interval(b[name][1] - a[name][1])
-        out[name] = {"first": float(a[name][0]), "second": float(b[name][0]), "low": low, "high": high,
-                     "difference": float(b[name][0] - a[name][0]),
-                     "detectable": measures.detectable(low, high)}
+        first, second = float(a[name][0]), float(b[name][0])
+        out[name] = {"first": first, "second": second, "difference": second - first, "low": low,
+                     "high": high, "detectable": measures.detectable(low, high)}
     if "persona_sd" in out:
         out["persona_sd"]["detectable"] = detectable_fall(a["persona_sd"], b["persona_sd"])
     return out
@@ -97,10 +105,12 @@ def detectable_fall(a, b):
 
 CLAIMS = (  # hypothesis, first arm, second arm, the score that decides, the sign claimed, in words
     ("H1", "start", "rlvr", "persona_sd", -1, "RLVR raises stability over the start model"),
-    ("H2", "start", "rlvr", "persona_identification", -1, "RLVR lowers fidelity against the start model"),
+    ("H2", "start", "rlvr", "persona_identification", -1,
+     "RLVR lowers fidelity against the start model"),
     ("H3", "rlvr", "permix", "persona_sd", -1, "PerMix raises stability over RLVR"),
     ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
-    ("H5", "rlvr", "permix", "no_persona_accuracy", 0, "PerMix loses no accuracy without a persona"),
+    ("H5", "rlvr", "permix", "no_persona_accuracy", 0,
+     "PerMix loses no accuracy without a persona"),
 )
 BESIDE = {"persona_sd": ("persona_sd_logit", "harmful_gap"),
           "self_identification": ("persona_identification",)}  # told beside the score that decides
@@ -120,13 +130,17 @@ def hypotheses(arms, draws, scores, seed=0):
         missing = [arm for arm in (first, second) if arm not in arms]
         got = {} if missing else difference(draws[first], draws[second])
         if score == "persona_identification" and "self_identification" in got:
-            score = "self_identification"  # the start model's reading is of drift; older results have no other
-        found, said = "not tested", f"no arm {' or '.join(missing)} given" if missing else f"no {score} was measured"
+            score = "self_identification"  # the other is of drift, but older results have only that
+        found, said = "not tested", f"no {score} was measured"
+        if missing:
+            said = f"no arm {' or '.join(missing)} given"
         if score in got:
             found = verdict(got[score], sign)
-            said = "; ".join(words(key, got[key]) for key in (score, *BESIDE.get(score, ())) if key in got)
+            told = [key for key in (score, *BESIDE.get(score, ())) if key in got]
+            said = "; ".join(words(key, got[key]) for key in told)
             if score == "persona_sd":
-                said += f"; pss {beside_shuffled(scores[first])} -> {beside_shuffled(scores[second])}"
+                before, after = (beside_shuffled(scores[arm]) for arm in (first, second))
+                said += f"; pss {before} -> {after}"
                 if found == "shown" and got.get("harmful_gap", {"low": 0})["low"] > 0:
                     found, said = "not shown", said + "; the gap of harmful personas grows"
             if found == "not shown":
@@ -155,12 +169,13 @@ def could_show(name, d, sign):
         return ("not even a fall to 0 could have been shown" if size > d["first"] else
                 f"a fall of {report.number(name, size)} points could have been shown")
     if sign == 0:
-        return f"a true difference of {size - MARGIN:+.3f} or more could have been shown to be no loss"
+        return (f"a true difference of {size - MARGIN:+.3f} or more could have been shown to be "
+                "no loss")
     return f"a difference of {sign * size:+.3f} could have been shown"
 
 
 def verdict(d, sign):
-    """One word or two for a difference with its interval against the claimed sign; sign 0 claims no loss."""
+    """The verdict on a difference with its interval, against the claimed sign; 0 claims no loss."""
     if sign == 0:
         return "shown" if d["low"] > -MARGIN else "opposite" if d["high"] < 0 else "not shown"
     low, high = sorted((sign * d["low"], sign * d["high"]))
@@ -168,42 +183,50 @@ def verdict(d, sign):
 
 
 def collapse(arms, seed=0):
-    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below NEAR_ZERO against others.
+    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below
+    NEAR_ZERO against others.
 
     Kinds, not items: items chosen for being answered wrong would have a low PSS by construction.
     """
-    values, draws = {True: [], False: []}, {True: [], False: []}  # key: is the kind's accuracy near zero?
+    values, draws = {True: [], False: []}, {True: [], False: []}  # key: is accuracy near zero?
     for run in [run for runs in arms.values() for run in runs]:
         table, kinds = answer_table(run)[:, 1:], np.array([item["kind"] for item in run["items"]])
         for part in [table[kinds == kind] for kind in np.unique(kinds)]:
             weak = bool(part.mean() < NEAR_ZERO)
+            counts = measures.resamples(len(part), seed=seed)
             values[weak].append(measures.pss(part.mean(axis=0)))
-            draws[weak].append(measures.bootstrap(part, measures.resamples(len(part), seed=seed), seed)["pss"])
+            draws[weak].append(measures.bootstrap(part, counts, seed)["pss"])
     out = {"name": "H6", "claim": "PSS collapses where accuracy is near zero"}
-    if not values[True] or not values[False]:
-        side = "above" if values[True] else "below"
-        return out | {"verdict": "not tested", "words": f"no problem kind has a mean accuracy {side} {NEAR_ZERO}"}
+    n_weak, n_strong = len(values[True]), len(values[False])
+    if not n_weak or not n_strong:
+        side = "above" if n_weak else "below"
+        return out | {"verdict": "not tested",
+                      "words": f"no problem kind has a mean accuracy {side} {NEAR_ZERO}"}
+    weak, strong = np.mean(values[True]), np.mean(values[False])
     low, high = measures.interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
-    words = (f"PSS {np.mean(values[True]):.3f} where a run's accuracy on a kind of problem is below {NEAR_ZERO} "
-             f"({len(values[True])} of {len(values[True] + values[False])}), else {np.mean(values[False]):.3f}, "
-             f"difference {np.mean(values[False]) - np.mean(values[True]):+.3f} [{low:+.3f}, {high:+.3f}]")
-    return out | {"verdict": verdict({"low": low, "high": high}, 1), "words": words}
+    said = (f"PSS {weak:.3f} where a run's accuracy on a kind of problem is below {NEAR_ZERO} "
+            f"({n_weak} of {n_weak + n_strong}), else {strong:.3f}, "
+            f"difference {strong - weak:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return out | {"verdict": verdict({"low": low, "high": high}, 1), "words": said}
 
 
 def side_by_side(arms, seed=0):
-    """Arms side by side, {role: [results dict, one a training seed]} -> runs, scores with intervals, differences,
-    hypotheses.
+    """{role: [results dict, one a training seed]} -> runs, arms (their scores with intervals),
+    differences, hypotheses.
 
-    Differences are second minus first, for every pair of arms in the order given. ValueError where runs cannot be
-    paired.
+    Differences are second minus first, for every pair of arms in the order given. ValueError where
+    runs cannot be paired.
     """
     check_comparable([run for runs in arms.values() for run in runs])
-    draws = {role: arm_draws(runs, salt, seed) for salt, (role, runs) in enumerate(arms.items())}
-    scores = {role: arm_scores(got) | without_effect(arms[role], seed) for role, got in draws.items()}
+    draws, scores = {}, {}
+    for salt, (role, runs) in enumerate(arms.items()):
+        draws[role] = arm_draws(runs, salt, seed)
+        scores[role] = arm_scores(draws[role]) | without_effect(runs, seed)
     return {
         "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
         "arms": scores,
-        "differences": {f"{b} - {a}": difference(draws[a], draws[b]) for a, b in combinations(arms, 2)},
+        "differences": {f"{b} - {a}": difference(draws[a], draws[b])
+                        for a, b in combinations(arms, 2)},
         "hypotheses": hypotheses(arms, draws, scores, seed),
     }
 
@@ -212,11 +235,13 @@ def without_effect(runs, seed=0):
     """An arm's scores that have no difference: what shuffled answers give, and what its lottery is
     without one persona."""
     tables, _, names = persona_tables(runs)
-    return measures.no_effect(tables, seed) | {"pss_without_one": lottery.leave_one_out(tables, names)}
+    without_one = lottery.leave_one_out(tables, names)
+    return measures.no_effect(tables, seed) | {"pss_without_one": without_one}
 
 
 def arm_scores(got):
-    """{score: (value, draws)} of an arm -> values with intervals; shares keep to 0..1 however far seeds spread."""
+    """{score: (value, draws)} of an arm -> values with intervals. Shares keep to 0..1, however far
+    the seeds spread."""
     bounds = dict.fromkeys(("style_shift", "persona_sd_logit"), (-np.inf, np.inf))
     bounds |= dict.fromkeys(("log_posterior", "self_log_posterior"), (-np.inf, 0))
     bounds |= dict.fromkeys(("pss_mean_minus_std", *report.POINTS), (-1, 1))
@@ -225,72 +250,88 @@ def arm_scores(got):
 
 
 def run_scores(run):
-    """One training seed of an arm: its seed and the scores that the arm's are the mean of. (Spread is
-    averaged as a variance, so an arm's persona_sd is the root of the mean of signed squares.)"""
+    """One training seed of an arm: its seed and the scores whose mean are the arm's scores.
+
+    Spread is averaged as a variance: an arm's persona_sd is the root of the mean of signed squares.
+    """
     tables, strata, _ = persona_tables([run])
-    found = measures.table_scores(tables[0]) | {"no_persona_accuracy": run["no_persona_accuracy"]}
-    found |= {name: float(value) for name, (value, _) in lottery.estimates(tables, strata).items()}
+    out = {"training_seed": run.get("training_seed")} | measures.table_scores(tables[0])
+    out["no_persona_accuracy"] = run["no_persona_accuracy"]
+    out |= {name: float(value) for name, (value, _) in lottery.estimates(tables, strata).items()}
     spoken = run.get("fidelity", {}).get("tables", {})
-    return {"training_seed": run.get("training_seed")} | found | {n: float(np.mean(t)) for n, t in spoken.items()}
+    return out | {name: float(np.mean(table)) for name, table in spoken.items()}
 
 
 def averaged(runs, scores):
-    """The first of an arm's results with all that is a mean over its training seeds in place of its own."""
-    first, curves = runs[0], ("lottery", "lottery_held_out")
-    out = first | scores | {name: np.mean([run[name] for run in runs], axis=0).tolist() for name in curves}
+    """The first of an arm's results, with means over training seeds in place of its own values."""
+    out = runs[0] | scores
+    for name in ("lottery", "lottery_held_out"):
+        out[name] = np.mean([run[name] for run in runs], axis=0).tolist()
     spoken = out.pop("fidelity", {})
     if "persona_identification" not in scores:  # not measured in every run
         spoken = {key: value for key, value in spoken.items() if key == "personagym"}
     return out | ({"fidelity": spoken | scores} if spoken else {})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders in, a report out
 
 
 def run_of(folder):
-    """(config, metrics) of the run that a folder (its model, one of its evaluations) lies in; ({}, []) outside a
-    run."""
+    """(config, metrics) of the run that a folder (its model, or an evaluation) lies in; ({}, [])
+    outside a run."""
     for parent in list(Path(folder).resolve().parents)[:2] if Path(folder).exists() else ():
-        if (parent / "config.json").exists() and (parent / "metrics.jsonl").exists():
-            return json.loads((parent / "config.json").read_text()), list(files.rows(parent / "metrics.jsonl"))
+        config, metrics = parent / "config.json", parent / "metrics.jsonl"
+        if config.exists() and metrics.exists():
+            return json.loads(config.read_text()), list(files.rows(metrics))
     return {}, []
 
 
 def arm_of(config):
-    """{"method", "training_seed"} of a run by its config.json, {} without one. The anchor makes an arm of its own."""
+    """{"method", "training_seed"} of a run by its config.json, {} without one. The anchor makes an
+    arm of its own."""
     trained = config.get("settings")
-    return {"method": trained["method"] + ("+anchor" if trained.get("anchor_coef") else ""),
-            "training_seed": trained["seed"]} if trained else {}
+    if not trained:
+        return {}
+    anchor = "+anchor" if trained.get("anchor_coef") else ""
+    return {"method": trained["method"] + anchor, "training_seed": trained["seed"]}
 
 
 def read_arm(folder, role=None):
-    """(role, results) of an evaluation folder. Its role in a comparison is the one given, else `start` before any
-    step of training, else its method: as its results say, or the run that it lies in. ValueError where it is none."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    missing = [key for key in ("method", "personas", "items", "correct", "lottery") if key not in results]
-    if missing:
-        raise ValueError(f"{folder / 'results.json'} is no evaluation: it has no {missing[0]!r}")
-    return role or ("start" if results.get("steps") == 0 else results["method"] or folder.name), results
+    """(role, results) of an evaluation folder. ValueError where it is none.
+
+    Without a `role` it is `start` before any step of training, else the method in the results.
+    """
+    file = folder / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("method", "personas", "items", "correct", "lottery"):
+        if key not in results:
+            raise ValueError(f"{file} is no evaluation: it has no {key!r}")
+    found = "start" if results.get("steps") == 0 else results["method"] or folder.name
+    return role or found, results
 
 
 def rank(row):
-    """The order of (role, results, folder): by arm, then by training seed, which pairs the seeds of two arms."""
+    """The order of (role, results, folder): by arm, then by training seed, which pairs the seeds of
+    two arms."""
     role, results, _ = row
-    return ARMS.index(role) if role in ARMS else len(ARMS), results.get("training_seed") or 0, "fidelity" not in results
+    arm = ARMS.index(role) if role in ARMS else len(ARMS)
+    return arm, results.get("training_seed") or 0, "fidelity" not in results
 
 
 def folders(paths, out, roles=None, seed=0):
-    """Evaluations side by side: comparison.json, report.html and plots into `out` -> the comparison dict.
+    """Evaluations side by side: comparison.json, report.html and plots into `out` -> the dict of
+    side_by_side.
 
-    paths: folders as read_arm reads them; roles: a name for each. Several of one role are training seeds of one arm;
-    of the start model, which has none, one is enough. ValueError where two folders of an arm have the same training
-    seed, as two ablations of one method would.
+    paths: folders as read_arm reads them; roles: a name for each. Several of one role are training
+    seeds of one arm. Of the start model, which has none, one is enough. ValueError where two
+    folders of an arm have the same training seed, as two ablations of one method would.
     """
     given = roles or [None] * len(paths)
     if len(paths) < 2 or len(given) != len(paths):
-        raise ValueError("--compare needs at least two folders, and --roles one name for each of them")
-    found = [(*read_arm(Path(folder), role), Path(folder)) for folder, role in zip(paths, given, strict=True)]
+        raise ValueError("--compare needs at least two folders, and --roles one name for each")
+    found = [(*read_arm(Path(folder), role), Path(folder))
+             for folder, role in zip(paths, given, strict=True)]
     arms, transcripts, metrics = {}, {}, {}
     for role, results, folder in sorted(found, key=rank):
         before, number = arms.get(role, []), results.get("training_seed")
@@ -299,12 +340,14 @@ def folders(paths, out, roles=None, seed=0):
         repeated = number is not None and number in [run.get("training_seed") for run in before]
         unknown = number is None and before and not roles  # two seeds, or two models?
         if repeated or unknown or role == "start" and before:
-            raise ValueError(f"two folders hold {role} with training seed {number}: tell them apart with --roles")
+            raise ValueError(f"two folders hold {role} with training seed {number}: "
+                             "tell them apart with --roles")
         arms.setdefault(role, []).append(results)
-        if role not in transcripts:  # an arm's first seed speaks for it
+        if role not in transcripts:  # those of an arm's first seed are shown
             transcripts[role] = list(files.rows(folder / "transcripts.jsonl"))
-        if role != "start" and run_of(folder)[1]:
-            metrics.setdefault(role, []).append(run_of(folder)[1])
+        curves = run_of(folder)[1]
+        if role != "start" and curves:
+            metrics.setdefault(role, []).append(curves)
     comparison, out = side_by_side(arms, seed), Path(out)
     shown = {role: averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -315,28 +358,39 @@ def folders(paths, out, roles=None, seed=0):
 
 
 def mean_curve(runs):
-    """Learning curves of several training seeds -> one: the mean of each metric at each step that all have reached."""
-    return [{key: float(np.mean([row[key] for row in rows]))
-             for key in ("step", *report.CURVES) if all(row.get(key) is not None for row in rows)}
-            for rows in zip(*runs, strict=False)]
+    """Learning curves of several training seeds -> one: the mean of each metric at each step that
+    all have reached."""
+    out = []
+    for rows in zip(*runs, strict=False):
+        told = [key for key in ("step", *plots.CURVES)
+                if all(row.get(key) is not None for row in rows)]
+        out.append({key: float(np.mean([row[key] for row in rows])) for key in told})
+    return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text
 
 
 def aligned(rows):
     """Rows of strings as text in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def text(comparison):
-    """Each arm's main scores, the paired differences between arms, and a verdict in words for each hypothesis."""
-    verdicts = [f"{h['name']} {h['claim']}: {h['verdict'].upper()}. {h['words']}" for h in comparison["hypotheses"]]
+    """The arms' main scores, their paired differences, and a verdict for each hypothesis."""
+    verdicts = [f"{h['name']} {h['claim']}: {h['verdict'].upper()}. {h['words']}"
+                for h in comparison["hypotheses"]]
+    note = ("[95 % interval], paired over problems and training seeds; "
+            "▲ ▼ where it leaves out 0.")
     single = ", ".join(role for role, runs in comparison["runs"].items() if len(runs) == 1)
-    return "\n\n".join([
-        aligned(report.arm_rows(comparison)), aligned(report.difference_rows(comparison)), "\n".join(verdicts),
-        "[95 % interval], paired over problems and training seeds; ▲ ▼ where it leaves out 0." + (
-            f" One training seed for {single}: its intervals cover the choice of problems alone." if single else "")])
+    if single:
+        note += (f" One training seed for {single}: its intervals cover the choice of problems "
+                 "alone.")
+    return "\n\n".join([aligned(report.arm_rows(comparison)),
+                        aligned(report.difference_rows(comparison)), "\n".join(verdicts), note])

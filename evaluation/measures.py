@@ -1,15 +1,20 @@
 """Measures of a persona lottery, in numpy alone: how much does a system prompt move accuracy?
 
-Everything starts from one table, correct[i, p] in {0, 1}: item i answered under persona p, every persona on the same
-items. a_p is a column's mean. The persona stability score (PSS) is after PerMix-RLVR (arXiv 2604.08986); the abstract
-gives no formula, so min_p a_p / max_p a_p is our reading, and other scores with other failings stand beside it. The
-lottery curve is the expected best of k personas drawn without replacement: the estimator of pass@k (Chen et al. 2021,
-arXiv 2107.03374), turned from samples to personas. Intervals resample items, all personas together: easy and hard
-items then cancel in a comparison. Minimum and maximum of noisy columns are biased; `accuracy_draws` says what is done
-about it. Where an arm was trained with several seeds, `seed_spread` adds what they say.
+Everything starts from one table, correct[i, p] in {0, 1}: item i answered under persona p, every
+persona on the same items. a_p is a column's mean. The persona stability score (PSS) is after
+PerMix-RLVR (arXiv 2604.08986). The abstract gives no formula: min_p a_p / max_p a_p is our reading,
+and other scores stand beside it.
 
-If personas made no difference, PSS would still be below 1, since the worst of P columns is unlucky: `no_effect` says
-what it would be. Decisions therefore rest on evaluation/lottery.py, in whose measures luck cancels.
+The lottery curve is the expected best of k personas drawn without replacement. It is the estimator
+of pass@k (Chen et al. 2021, arXiv 2107.03374) with personas in place of samples.
+
+Intervals resample items, for all personas together, so easy and hard items cancel in a comparison.
+The minimum and maximum of noisy columns are biased: see `accuracy_draws`. Where an arm was trained
+with several seeds, `seed_spread` adds their spread.
+
+If personas made no difference, PSS would still be below 1, since the worst of P columns is unlucky.
+`no_effect` says what it would be. So decisions rest on evaluation/lottery.py, in whose measures
+luck cancels.
 
 Left out: other significance tests (an interval says more) and anything that needs a model.
 """
@@ -19,8 +24,13 @@ from math import comb
 
 import numpy as np
 
-SCORES = ("pss", "pss_mean_minus_std", "pss_all_correct", "worst_persona_accuracy", "mean_accuracy",
-          "no_persona_accuracy")
+SCORES = ("pss", "pss_mean_minus_std", "pss_all_correct", "worst_persona_accuracy",
+          "mean_accuracy", "no_persona_accuracy")
+
+
+def correct_table(rows, n_items):
+    """Transcripts with one answer a prompt, persona by persona -> [N, columns] of 0 and 1."""
+    return np.array([row["correct"] for row in rows], dtype=float).reshape(-1, n_items).T
 
 
 def pss(accuracy):
@@ -30,24 +40,22 @@ def pss(accuracy):
 
 
 def scores(accuracy, all_correct=None):
-    """The stability scores of accuracies [..., P] as a dict of arrays [...]; std is that of the population (ddof 0).
+    """The stability scores of accuracies [..., P] as a dict of arrays [...].
 
-    all_correct [...]: the share of items right under every persona, which accuracies alone do not determine.
+    The standard deviation is that of the population (ddof 0). all_correct [...]: the share of items
+    right under every persona, which accuracies alone do not determine.
     """
     mean = np.mean(accuracy, axis=-1)
-    out = {
-        "pss": pss(accuracy),
-        "pss_mean_minus_std": mean - np.std(accuracy, axis=-1),
-        "worst_persona_accuracy": np.min(accuracy, axis=-1),
-        "mean_accuracy": mean,
-    }
+    out = {"pss": pss(accuracy), "pss_mean_minus_std": mean - np.std(accuracy, axis=-1),
+           "worst_persona_accuracy": np.min(accuracy, axis=-1), "mean_accuracy": mean}
     return out if all_correct is None else out | {"pss_all_correct": all_correct}
 
 
 def table_scores(correct):
     """The scores of a table correct [N, P] as a dict of floats."""
     correct = np.asarray(correct, dtype=float)
-    return {name: float(value) for name, value in scores(correct.mean(axis=0), correct.prod(axis=1).mean()).items()}
+    found = scores(correct.mean(axis=0), correct.prod(axis=1).mean())
+    return {name: float(value) for name, value in found.items()}
 
 
 def shuffled_accuracy(tables, n_draws=500, seed=0):
@@ -72,28 +80,37 @@ def no_effect(tables, seed=0, n_draws=500):
     (evaluation/lottery.py).
     """
     seen, drawn = np.mean(tables, axis=1)[None], shuffled_accuracy(tables, n_draws, seed)
-    out = with_intervals({"pss_shuffled": pss(drawn).mean()}, {"pss_shuffled": pss(drawn).mean(axis=1)})
-    for name, extreme in (("pss_shuffled_p", lambda a: -pss(a)), ("persona_sd_p", lambda a: a.var(axis=-1))):
-        as_far = extreme(drawn).mean(axis=1) >= extreme(seen).mean() - 1e-9
-        out[name] = float((1 + as_far.sum()) / (1 + len(drawn)))
+    shuffled = pss(drawn)
+    out = with_intervals({"pss_shuffled": shuffled.mean()}, {"pss_shuffled": shuffled.mean(axis=1)})
+    out["pss_shuffled_p"] = tail(-shuffled, -pss(seen))
+    out["persona_sd_p"] = tail(drawn.var(axis=-1), seen.var(axis=-1))
     return out
 
 
+def tail(drawn, seen):
+    """The share of draws [B, S] whose mean over seeds is at least that of what was seen [1, S]."""
+    as_far = drawn.mean(axis=1) >= seen.mean() - 1e-9
+    return float((1 + as_far.sum()) / (1 + len(drawn)))
+
+
 def draw_weights(n):
-    """W [n, n]: W[j-1, k-1] = C(j-1, k-1) / C(n, k), the chance that the j-th smallest of n is the best of k drawn."""
-    return np.array([[comb(j - 1, k - 1) / comb(n, k) for k in range(1, n + 1)] for j in range(1, n + 1)])
+    """W [n, n]: W[j-1, k-1] = C(j-1, k-1) / C(n, k), the chance that the j-th smallest of n is the
+    best of k drawn."""
+    return np.array([[comb(j, k) / comb(n, k + 1) for k in range(n)] for j in range(n)])
 
 
 def lottery(accuracy):
-    """E[max of k personas drawn without replacement], k = 1..P, exact, along the last axis of `accuracy` [..., P]."""
+    """E[max of k personas drawn without replacement], k = 1..P, exact: `accuracy` [..., P] ->
+    [..., P]."""
     return np.sort(accuracy, axis=-1) @ draw_weights(np.shape(accuracy)[-1])
 
 
 def held_out_lottery(correct, seed=0, splits=200):
-    """What a search really gets: pick the best of k personas on half of the items, score that one on the other half.
+    """What a search really gets: the best of k personas on one half of the items, scored on the
+    other half.
 
-    correct [N, P] -> accuracy [P], k = 1..P, exact over the draw of k and averaged over `splits` random halvings;
-    ties in the picking half are broken at random. Needs N >= 2 (ValueError).
+    correct [N, P] -> accuracy [P], k = 1..P: exact over the draw of k, averaged over `splits`
+    random halvings. Ties in the picking half are broken at random. ValueError below N = 2.
     """
     correct = np.asarray(correct, dtype=float)
     n, p = correct.shape
@@ -102,28 +119,33 @@ def held_out_lottery(correct, seed=0, splits=200):
     rng, total = np.random.default_rng(seed), np.zeros(p)
     for _ in range(splits):
         order = rng.permutation(n)
-        picking, scoring = correct[order[:n // 2]].mean(axis=0), correct[order[n // 2:]].mean(axis=0)
-        total += scoring[np.lexsort((rng.random(p), picking))]  # held-out accuracies, the last to be picked first
+        picking = correct[order[:n // 2]].mean(axis=0)
+        scoring = correct[order[n // 2:]].mean(axis=0)
+        total += scoring[np.lexsort((rng.random(p), picking))]  # from the worst pick to the best
     return total / splits @ draw_weights(p)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Intervals
 
 
 def resamples(n_items, n=2000, seed=0):
-    """Bootstrap counts [n, n_items]: how often each item is drawn. These times a table are its n resampled sums."""
-    return np.random.default_rng(seed).multinomial(n_items, np.full(n_items, 1 / n_items), size=n).astype(float)
+    """Bootstrap counts [n, n_items]: how often each item is drawn. Their product with a table is
+    its n resampled sums."""
+    chances = np.full(n_items, 1 / n_items)
+    return np.random.default_rng(seed).multinomial(n_items, chances, size=n).astype(float)
 
 
 def accuracy_draws(correct, counts, seed=0):
-    """Resampled accuracies [2, B, P] of correct [N, P] under counts [B, N]: as drawn, and with their spread shrunk.
+    """Resampled accuracies [2, B, P] of correct [N, P] under counts [B, N]: as drawn, and with
+    their spread shrunk.
 
-    The smallest of P noisy accuracies lies below the smallest true one, and resampling adds the same error again:
-    with 24 equal personas the percentile interval of PSS never covers its true value, 1. Row 1 therefore draws from
-    the empirical Bayes posterior of the true accuracies (Efron and Morris 1975): of their observed variance it keeps
-    the part f2 that item noise does not explain, itself uncertain by a chi-square of P - 1 degrees. A lone outlier it
-    shrinks too far, and there row 0 is right: `interval` takes the hull of both.
+    The smallest of P noisy accuracies lies below the smallest true one, and resampling adds the
+    same error again. With 24 equal personas the percentile interval of PSS never covers its true
+    value 1. So row 1 draws from the empirical Bayes posterior of the true accuracies (Efron and
+    Morris 1975). Of their observed variance it keeps the part f2 that item noise does not explain.
+    That part is uncertain by a chi-square of P - 1 degrees. Row 1 shrinks a lone outlier too far.
+    There row 0 is right, so `interval` takes the hull of both.
     """
     correct = np.asarray(correct, dtype=float)
     n, p = correct.shape
@@ -131,32 +153,36 @@ def accuracy_draws(correct, counts, seed=0):
     if p == 1 or n == 1:
         return np.stack([drawn, drawn])
     error = drawn - accuracy
-    common = error.mean(axis=1, keepdims=True)  # an easier draw of items: lifts all personas, is no noise between them
+    common = error.mean(axis=1, keepdims=True)  # an easier draw of items lifts all personas alike
     noise = ((error - common) ** 2).mean() * p / (p - 1) * n / (n - 1)
-    variance = accuracy.var(ddof=1) * (p - 1) / np.random.default_rng(seed).chisquare(p - 1, len(counts))
+    chisquare = np.random.default_rng(seed).chisquare(p - 1, len(counts))
+    variance = accuracy.var(ddof=1) * (p - 1) / chisquare
     f2 = np.clip(1 - noise / np.maximum(variance, 1e-12), 0, 1)[:, None]
-    shrunk = accuracy.mean() + common + f2 * (accuracy - accuracy.mean()) + np.sqrt(f2) * (error - common)
+    mean = accuracy.mean()
+    shrunk = mean + common + f2 * (accuracy - mean) + np.sqrt(f2) * (error - common)
     return np.stack([drawn, np.clip(shrunk, 0, 1)])
 
 
 def bootstrap(correct, counts, seed=0):
-    """Resampled scores of a table correct [N, P]: a dict of arrays [2, B], the two rows as in accuracy_draws.
+    """Resampled scores of a table correct [N, P]: a dict of arrays [2, B], rows as in
+    accuracy_draws.
 
-    Pass the same counts for two arms and the items are paired: the difference of two such arrays goes to `interval`.
+    With the same counts for two arms the items are paired: `interval` then takes the difference of
+    two such arrays.
     """
     all_correct = counts @ np.asarray(correct, dtype=float).prod(axis=1) / counts.shape[1]
     return scores(accuracy_draws(correct, counts, seed), np.stack([all_correct, all_correct]))
 
 
 def interval(values, level=0.95):
-    """(low, high): the central `level` of resampled values [..., B], and the hull of the rows where there are
-    several."""
+    """(low, high): the central `level` of resampled values [..., B], or the hull of their rows."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return float(low.min()), float(high.max())
 
 
 def with_intervals(values, draws):
-    """{name: value} and {name: resampled values} -> {name, name_low, name_high}, as results.json has them."""
+    """{name: value} and {name: resampled values} -> {name, name_low, name_high}, as in
+    results.json."""
     out = {}
     for name, value in values.items():
         low, high = interval(draws[name])
@@ -180,10 +206,12 @@ def crossed(table, seed=0):
 
 
 def seed_spread(n, n_draws=2000, seed=0):
-    """W [n, n_draws], columns summing to 0: values [n] @ W are draws of how far the mean of n training seeds is off.
+    """W [n, n_draws], columns summing to 0: values [n] @ W are draws of the error of the mean of n
+    training seeds.
 
-    Student's t by simulation: centred normal weights give the mean's normal error, a chi-square of n - 1 degrees its
-    uncertain size. Resampling 3 values instead stays within their range, which misses the true mean one time in four.
+    Student's t by simulation: centred normal weights give the mean's normal error, a chi-square of
+    n - 1 degrees its uncertain size. Resampling 3 values would stay within their range, and miss
+    the true mean one time in four.
     """
     if n == 1:
         return np.zeros((1, n_draws))
@@ -193,41 +221,46 @@ def seed_spread(n, n_draws=2000, seed=0):
 
 
 def over_seeds(values, draws, seed=0):
-    """(mean, its draws [2, B]) of one score's values [S] and draws [S, 2, B]: S training seeds of an arm."""
+    """(mean, its draws [2, B]) of one score over S training seeds: values [S], draws [S, 2, B]."""
     values = np.asarray(values, dtype=float)
-    return values.mean(), np.mean(draws, axis=0) + values @ seed_spread(len(values), np.shape(draws)[-1], seed)
+    spread = values @ seed_spread(len(values), np.shape(draws)[-1], seed)
+    return values.mean(), np.mean(draws, axis=0) + spread
 
 
 def wilson(hits, n, z=1.96):
-    """Wilson's 95 % interval for a proportion: unlike the bootstrap's it does not collapse at 0 of n or n of n."""
+    """Wilson's 95 % interval for a proportion. It does not collapse at 0 of n or n of n, as the
+    bootstrap's does."""
     rate, spread = hits / n, z * np.sqrt(hits * (n - hits) / n + z * z / 4) / n
     centre, scale = rate + z * z / (2 * n), 1 + z * z / n
     return float((centre - spread) / scale), float((centre + spread) / scale)
 
 
 def pass_at_k(hits, n, k):
-    """1 - C(n - hits, k) / C(n, k): the chance that one of k of the n samples is right (arXiv 2107.03374)."""
+    """1 - C(n - hits, k) / C(n, k): the chance that one of k of the n samples is right
+    (arXiv 2107.03374)."""
     return 1 - comb(n - hits, k) / comb(n, k)
 
 
 def majority(rows):
-    """Accuracy of the commonest final answer to each item; unreadable answers abstain, and the first wins a tie."""
+    """Accuracy of the commonest final answer to each item. Unreadable answers abstain, and the
+    first answer wins a tie."""
     ballots = {}
     for row in rows:
         ballots.setdefault(row["id"], []).append(row)
     right = 0
     for ballot in ballots.values():
-        winner = Counter(row["extracted"] for row in ballot if row["extracted"]).most_common(1)
-        right += any(row["correct"] for row in ballot if winner and row["extracted"] == winner[0][0])
+        votes = Counter(row["extracted"] for row in ballot if row["extracted"])
+        for winner, _ in votes.most_common(1):
+            right += any(row["correct"] for row in ballot if row["extracted"] == winner)
     return right / len(ballots)
 
 
 def identification(logprobs):
-    """Which of k personas wrote the answer? logprobs [A, k] = log p(answer | question, candidate); row a's own is
-    column a.
+    """Which of k personas wrote the answer? logprobs [A, k] = log p(answer | question, candidate),
+    where row a's own persona is column a.
 
-    Returns (hit [A], log posterior of the true persona [A]) under a uniform prior. A tie of t winners scores 1/t, so
-    text that says nothing about its persona scores 1/k: chance, not luck of the order.
+    Returns (hit [A], log posterior of the true persona [A]) under a uniform prior. A tie of t
+    winners scores 1/t, so text that says nothing about its persona scores 1/k, which is chance.
     """
     best, own = logprobs.max(axis=1), np.diagonal(logprobs)
     hit = np.where(own == best, 1 / (logprobs == best[:, None]).sum(axis=1), 0.0)

@@ -15,7 +15,7 @@ from itertools import combinations
 
 import numpy as np
 
-from evaluation import lottery, measures, report
+from evaluation import lottery, measures, plots, report
 
 MEASURES = {"persona_sd": "persona_sd, points", "persona_identification": "persona identification"}
 
@@ -90,15 +90,14 @@ def plot(comparisons: dict):
     """Each measure against mean accuracy, a line an arm from the start model on -> Figure."""
     last = list(comparisons.values())[-1]["arms"]
     taken = [m for m in MEASURES if all(m in scores for scores in last.values())]
-    fig, axes = report.figure(4.6, 1 + 2.4 * len(taken), rows=len(taken))
+    fig, axes = plots.figure(4.6, 1 + 2.4 * len(taken), rows=len(taken))
     for ax, measure in zip(np.atleast_1d(axes), taken, strict=True):
         factor = 100 if measure in report.POINTS else 1
         for i, arm in enumerate(arm for arm in last if arm != "start"):
             start = points(comparisons, "start", measure)[:1] if "start" in last else []
             x, y = np.array(start + points(comparisons, arm, measure)).T
-            ax.plot(x, factor * y, color=report.SERIES[i], marker=report.MARKERS[i], label=arm)
+            ax.plot(x, factor * y, color=f"C{i}", marker=plots.MARKERS[i], label=arm)
         ax.set_title(MEASURES[measure], loc="left")
-        ax.grid()
     ax.set_xlabel("mean accuracy")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig

@@ -3,7 +3,7 @@
     python results/length.py                                # after results/run.py, from its run folders
 
 A reply that is shorter tells less of who speaks, in whatever voice. So the frozen start model names the persona again,
-with the same rivals as in `evaluate.fidelity`, from the first 4, 8, ... tokens of each reply (shorter ones whole).
+with the same rivals as in `evaluation.fidelity`, from the first 4, 8, ... tokens of each reply (shorter ones whole).
 Where arms differ already at a cut that nearly all replies reach, the voice differs. The replies are tokenised from
 their text again, without the end token: the ids that were sampled are not kept.
 
@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 import personas  # noqa: E402
 import weights  # noqa: E402
 from common.files import rows, write_atomically  # noqa: E402
-from evaluate import blocks  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
+from evaluation.fidelity import blocks  # noqa: E402
 from model import completion_logprobs, pack  # noqa: E402
 
 CUTS = (4, 8, 16, 24, 48)                               # tokens; a reply has at most 48

@@ -4,7 +4,7 @@
     python results/readers.py results/facts --reader gemma3-270m       # C, of another family
     python results/readers.py results/facts --reader ngrams --control shuffled
 
-`evaluate.fidelity` has the start model and the policy name the persona of an answer. The start
+`evaluation.fidelity` has the start model and the policy name the persona of an answer. The start
 model favours an arm that stays near it. The policy reads its own answers. So two more read here,
 and choose among the same rivals:
 
@@ -45,8 +45,8 @@ sys.path.insert(0, str(ROOT))
 import personas  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
-from evaluate import blocks, total_logprobs  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
+from evaluation.fidelity import blocks, total_logprobs  # noqa: E402
 from results import transcripts  # noqa: E402
 
 BUCKETS = 2**18                 # of the hashed n-grams
@@ -62,7 +62,7 @@ PAIRS = (("start", "rlvr"), ("rlvr", "permix"), ("rlvr+paraphrases", "permix"),
 def answers(folder: Path, k: int = 8, seed: int = 0) -> list[dict]:
     """The role-play rows of an evaluation folder, kept or not, each with its `candidates`.
 
-    Rows without them, of older runs, get blocks as `evaluate.fidelity` draws them from `seed`.
+    Rows without them, of older runs, get blocks as `evaluation.fidelity` draws them from `seed`.
     """
     kept = (folder / transcripts.KEPT).is_file()
     found = transcripts.read(folder) if kept else files.rows(folder / transcripts.TRANSCRIPTS)

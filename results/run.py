@@ -36,14 +36,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
-
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_IN = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
-from evaluation import compare, report  # noqa: E402
+from evaluation import compare, plots, report  # noqa: E402
 from results import curves, transcripts  # noqa: E402
 from training.settings import settings  # noqa: E402
 
@@ -214,9 +212,8 @@ def rebuild(name: str) -> None:
     for step in kept_comparisons(name):
         (arms, comparison), folder = kept(name, step), KEPT_IN / name / "compared" / stage(step)
         shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
-        with matplotlib.rc_context(report.RC):
-            plot = report.tradeoff(shown, comparison["runs"])
-            plot.savefig(folder / "stability_against_fidelity.png", dpi=160)
+        plot = plots.tradeoff(shown, comparison["runs"])
+        plot.savefig(folder / "stability_against_fidelity.png", dpi=160)
         (folder / "comparison.json").write_text(json.dumps(comparison, indent=1))
     write_page(name)
 
@@ -227,8 +224,7 @@ def write_page(name: str) -> None:
     (folder / "tables.md").write_text(page(comparisons))
     if None not in comparisons:
         (folder / "compared" / "curves.json").write_text(json.dumps(curves.differences(comparisons), indent=1))
-        with matplotlib.rc_context(report.RC):
-            curves.plot(comparisons).savefig(folder / "compared" / "curves.png", dpi=160)
+        curves.plot(comparisons).savefig(folder / "compared" / "curves.png", dpi=160)
 
 
 def compared(folders: list[list[Path]], args) -> None:

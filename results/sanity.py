@@ -30,7 +30,7 @@ import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
-from evaluation import report  # noqa: E402
+from evaluation import plots  # noqa: E402
 from rollout import SamplingParams, generate  # noqa: E402
 
 SEVERAL_STEPS = ["--minibatches", "2", "--inner-epochs", "2"]  # four optimizer steps a batch
@@ -107,7 +107,7 @@ def main() -> None:
               f"{clipped:.2%} of the tokens clipped", flush=True)
         keep(metrics, "reward", kept / "rewards.json")
         keep(metrics, "clip_fraction", kept / "clip_fractions.json")
-    report.curves(metrics).savefig(kept / "curves.png", dpi=110)
+    plots.curves(metrics).savefig(kept / "curves.png", dpi=110)
 
 
 if __name__ == "__main__":

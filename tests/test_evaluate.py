@@ -21,7 +21,7 @@ import rollout
 import tasks
 import weights
 from common import files
-from evaluation import measures
+from evaluation import answers, fidelity, judge, measures, rivals
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,13 +230,15 @@ def voices(*descriptions):
 
 PROBLEMS = [Problem(f"What is {i} + {i}?", str(2 * i), f"sum-{i}", ("small", "large")[i > 2]) for i in range(1, 6)]
 SPEAKERS = voices("a pirate", "a nurse", "a cook")
+SHORT = evaluate.EvalParams(max_new_tokens=2)
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated")
-    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, seed=3, max_new_tokens=6, out=out,
-                                info={"model": "tiny", "task": "sums", "method": "start"}, samples=2, noise_floor=True)
+    params = evaluate.EvalParams(seed=3, max_new_tokens=6, samples=2, noise_floor=True)
+    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, out,
+                                {"model": "tiny", "task": "sums", "method": "start"})
     return results, out
 
 
@@ -274,9 +276,9 @@ def test_answers_that_were_given_up_are_counted_and_told(tiny):
     model = copy.deepcopy(tiny[0])
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
-    results = evaluate.evaluate(model, tiny[1], PROBLEMS[:2], SPEAKERS, max_new_tokens=2)
+    results = evaluate.evaluate(model, tiny[1], PROBLEMS[:2], SPEAKERS, SHORT)
     assert results["errors"] == 2 * 4 and "8 answers were given up" in evaluate.table_text(results)
-    whole = evaluate.evaluate(*tiny, PROBLEMS[:2], SPEAKERS, max_new_tokens=2)
+    whole = evaluate.evaluate(*tiny, PROBLEMS[:2], SPEAKERS, SHORT)
     assert whole["errors"] == 0 and "given up" not in evaluate.table_text(whole)
     assert f"pss would be {whole['pss_shuffled']:.3f}" in evaluate.table_text(whole)
 
@@ -286,7 +288,7 @@ def test_p26_evaluation_uses_the_training_template_verifier_and_sampler(tiny, mo
     monkeypatch.setattr(evaluate.pool, "prompt_ids", lambda *a: seen.append(a[1:3]) or personas_prompt_ids(*a))
     monkeypatch.setattr(evaluate.rewards.Verifier, "submit",
                         lambda self, gold, answer: submit(self, gold, f"It is {gold}."))
-    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, max_new_tokens=2)
+    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, SHORT)
     assert results["mean_accuracy"] == 1 and results["pss"] == 1
     assert seen == [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]
 
@@ -295,7 +297,7 @@ personas_prompt_ids, submit = personas.prompt_ids, evaluate.rewards.Verifier.sub
 
 
 def test_p26_pass_at_k_comes_with_intervals_and_rises_with_k(evaluated):
-    got = evaluate.pass_at_k([{"correct": c} for c in [0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 0, 0]], 2, 3, 0.7, 0)["k"]
+    got = rivals.pass_at_k([{"correct": c} for c in [0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 0, 0]], 2, 3, 0.7, 0)["k"]
     assert list(got) == ["1", "2", "3"] and list(evaluated[0]["pass_at_k"]["k"]) == ["1", "2"]
     assert [got[k]["none"] for k in got] == pytest.approx([1 / 3, 1 / 2, 1 / 2])  # items with 0 and 2 of 3 right
     assert got["1"]["personas"] == pytest.approx(1 / 2) and got["1"]["none_low"] == 0
@@ -308,7 +310,7 @@ def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, e
 
 
 def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_path, monkeypatch):
-    asked, real, settings = [], rollout.generate, {"seed": 1, "max_new_tokens": 4, "samples": 2}
+    asked, real, params = [], rollout.generate, evaluate.EvalParams(1, max_new_tokens=4, samples=2)
 
     def interrupted(model, prompts, n, **sampling):
         for done in itertools.islice(real(model, prompts, n, **sampling), 13 if n == 2 else None):
@@ -319,16 +321,16 @@ def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_p
 
     monkeypatch.setattr(rollout, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path, **settings)
+        evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["answers.jsonl.part"] and len(asked) == 20 + 13
     with (tmp_path / "answers.jsonl.part").open("a") as file:
         file.write('\n{"call": 1, "tok')  # as a kill in the middle of a write would leave it
     calls = []
     monkeypatch.setattr(rollout, "generate", lambda model, prompts, n, **s: calls.append((n, len(prompts))) or
                         real(model, prompts, n, **s))
-    resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path, **settings)
+    resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
     assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 // 2 <= calls[1][1] < 20
-    whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path / "whole", **settings)
+    whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path / "whole")
     assert resumed | {"seconds": 0} == whole | {"seconds": 0} and not list(tmp_path.glob("*.part"))
     lines = [(folder / "transcripts.jsonl").read_text() for folder in (tmp_path, tmp_path / "whole")]
     assert lines[0] == lines[1]
@@ -341,7 +343,7 @@ def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny
     for seed, change in ((0, 0.0), (1, 0.0), (0, 1e-3)):
         with torch.no_grad():
             weight.add_(change)
-        evaluate.sample(model, tokenizer, prompts, log=tmp_path / "log", seed=seed, max_new_tokens=3)
+        answers.sample(model, tokenizer, prompts, log=tmp_path / "log", seed=seed, max_new_tokens=3)
         seen.append(len(list(files.rows(tmp_path / "log"))))
     with torch.no_grad():
         weight.sub_(1e-3)
@@ -352,7 +354,7 @@ def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny
                                                 (PROBLEMS, voices("none"))])
 def test_an_evaluation_of_nothing_or_of_two_personas_with_one_name_is_refused(tiny, problems, speakers):
     with pytest.raises(ValueError, match="personas with different names"):
-        evaluate.evaluate(*tiny, problems, speakers)
+        evaluate.evaluate(*tiny, problems, speakers, SHORT)
 
 
 def vote(*answers):
@@ -369,7 +371,7 @@ def test_the_majority_wins_abstentions_do_not_count_and_the_first_wins_a_tie(ans
 def test_rivals_are_charged_for_every_token_they_spend():
     rows = [{"id": str(i), "extracted": "5", "correct": persona != 1, "tokens": 10 * (1 + persona)}
             for persona in range(3) for i in range(4)]
-    got = {row["name"]: (row["accuracy"], row["tokens_per_item"]) for row in evaluate.rivals(rows, rows[:8], 2, 0)}
+    got = {row["name"]: (row["accuracy"], row["tokens_per_item"]) for row in rivals.rivals(rows, rows[:8], 2, 0)}
     assert got == {"no persona": (1, 10), "a persona at random": (0.5, 25),
                    "best of 2 personas, picked on a held-out half": (1, 50 + 25),
                    "majority of 2 personas": (1, 50), "majority of 2 samples without persona": (1, 30)}
@@ -377,7 +379,7 @@ def test_rivals_are_charged_for_every_token_they_spend():
 
 def test_a_search_among_more_personas_is_charged_for_them():
     rows = [{"id": str(i), "extracted": "5", "correct": True, "tokens": 10} for _ in range(1 + 5) for i in range(4)]
-    search = [row for row in evaluate.rivals(rows, [], 5, 0) if row["name"].startswith("best of")]
+    search = [row for row in rivals.rivals(rows, [], 5, 0) if row["name"].startswith("best of")]
     assert [(row["name"].split()[2], row["accuracy"], row["tokens_per_item"]) for row in search] == [
         ("2", 1, 2 * 10 + 10), ("4", 1, 4 * 10 + 10), ("5", 1, 5 * 10 + 10)]
 
@@ -389,37 +391,42 @@ def test_a_sum_of_logprobs_equals_the_plain_forward_of_prompt_and_completion(tin
         for completion in completions:
             packed = model_module.pack([(prompt + completion[:-1], [completion[-1:]])], tiny[0])
             last = model_module.completion_logprobs(tiny[0], packed)[0].item()
-            head = evaluate.total_logprobs(tiny[0], [(prompt, [completion[:-1]])])[0] if len(completion) > 1 else 0
+            head = fidelity.total_logprobs(tiny[0], [(prompt, [completion[:-1]])])[0] if len(completion) > 1 else 0
             want.append(head + last)
-    assert evaluate.total_logprobs(tiny[0], groups) == pytest.approx(want, abs=1e-4)
+    assert fidelity.total_logprobs(tiny[0], groups) == pytest.approx(want, abs=1e-4)
 
 
 @pytest.mark.parametrize("n, k", [(8, 8), (24, 8), (11, 4), (5, 2)])
 def test_candidates_are_k_different_personas_and_each_persona_is_asked_about_once(n, k):
-    got = list(evaluate.blocks(n, k, np.random.default_rng(0)))
+    got = list(fidelity.blocks(n, k, np.random.default_rng(0)))
     assert sorted(np.concatenate([members for members, _ in got])) == list(range(n))
     for members, candidates in got:
         assert len(set(candidates)) == k and list(candidates[:len(members)]) == list(members)
 
 
+def played(model, tokenizer, speakers, questions, start_model, max_new_tokens=5):
+    params = fidelity.Fidelity(questions, start_model, max_new_tokens=max_new_tokens)
+    return fidelity.fidelity(model, tokenizer, speakers, params)
+
+
 def test_identification_is_exactly_chance_where_all_personas_read_alike(tiny):
     alike = [personas.Persona(name=str(i), text="You are someone.", stratum="x", split="test") for i in range(8)]
-    got, rows = evaluate.fidelity(*tiny, alike, ["How are you?", "Who is there?"], tiny[0], max_new_tokens=5)
+    got, rows = played(*tiny, alike, ["How are you?", "Who is there?"], tiny[0])
     assert got["persona_identification"] == pytest.approx(1 / 8) == got["chance"]
     assert got["log_posterior"] == pytest.approx(math.log(1 / 8), abs=1e-4) and len(rows) == 16
 
 
 def test_identification_is_at_chance_on_answers_given_without_a_persona(tiny, monkeypatch):
-    asked, real = [f"Question {i}?" for i in range(12)], evaluate.sample
+    asked, real = [f"Question {i}?" for i in range(12)], answers.sample
 
     def without_persona(model, tokenizer, prompts, **sampling):
         bare = [personas.prompt_ids(tokenizer, question, None) for question in asked for _ in range(8)]
         assert len(bare) == len(prompts)
         return real(model, tokenizer, bare, **sampling)
 
-    monkeypatch.setattr(evaluate, "sample", without_persona)
+    monkeypatch.setattr(answers, "sample", without_persona)
     speakers = voices(*"pirate nurse cook judge monk clown spy king".split())
-    got, _ = evaluate.fidelity(*tiny, speakers, asked, tiny[0], max_new_tokens=5)
+    got, _ = played(*tiny, speakers, asked, tiny[0])
     assert abs(got["persona_identification"] - 1 / 8) < 0.11  # 96 answers: three standard deviations
 
 
@@ -431,14 +438,14 @@ def test_the_model_reads_its_own_answers_beside_the_start_model(tiny, tiny_folde
         for p in drifted.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     speakers = [personas.Persona(f"p{i}", f"w{i} w{i + 40}", "x", "test") for i in (10, 20, 30, 40)]    # words it knows
-    got, rows = evaluate.fidelity(drifted, tokenizer, speakers, ["w5 w6"], tiny[0], k=4, max_new_tokens=5)
-    assert got["self_log_posterior"] != got["log_posterior"] and set(evaluate.FIDELITY) == set(got["tables"])
+    got, rows = played(drifted, tokenizer, speakers, ["w5 w6"], tiny[0])
+    assert got["self_log_posterior"] != got["log_posterior"] and set(fidelity.SCORES) == set(got["tables"])
     for row in rows:
         own = row["candidates"].index(row["persona"])
         for scores, hit in ((row["by_start"], row["persona_identification"]), (row["by_self"],
                                                                              row["self_identification"])):
             assert hit == (scores[own] == max(scores))
-    alike, rows = evaluate.fidelity(*tiny, speakers, ["w5 w6"], tiny[0], k=4, max_new_tokens=5)
+    alike, rows = played(*tiny, speakers, ["w5 w6"], tiny[0])
     assert alike["self_identification"] == alike["persona_identification"]
     assert all(row["by_start"] == row["by_self"] for row in rows)
 
@@ -446,8 +453,7 @@ def test_the_model_reads_its_own_answers_beside_the_start_model(tiny, tiny_folde
 def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(embedded):
     speakers = voices("a pirate captain", "a five-year-old child", "a nuclear physicist", "a medieval knight",
                       "a chef from Naples", "a cowboy in Texas", "a drill sergeant", "a Buddhist monk")
-    got, _ = evaluate.fidelity(*embedded, speakers, ["How was your day?", "What are you afraid of?"], embedded[0],
-                               max_new_tokens=24)
+    got, _ = played(*embedded, speakers, ["How was your day?", "What are you afraid of?"], embedded[0], 24)
     assert got["persona_identification"] >= 0.8 and got["style_shift_low"] > 0 and got["candidates"] == 8
 
 
@@ -455,7 +461,7 @@ def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(em
     (["--task", "nowhere.jsonl"], "nowhere.jsonl"), (["--personas", "no.jsonl"], "no.jsonl"),
     (["--limit", "0"], "problem"), (["--compare", "one"], "at least two"),
     (["--compare", "a", "b", "--roles", "x"], "one name"), (["--max-new-tokens", "0"], "at least 1"),
-    (["--fidelity", "-1"], "at least 0"), (["--samples", "-2"], "at least 0"),
+    (["--fidelity", "-1"], "at least 0"), (["--samples", "-2"], "at least 0"), (["--temperature", "-1"], "at least 0"),
     (["--compare", "no_a", "no_b"], "no_a"), (["--model", "/nowhere/model"], "nowhere")])
 def test_a_users_mistake_is_one_line_and_exit_2(flags, said, capsys, tmp_path):
     assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 2
@@ -492,8 +498,9 @@ def test_the_few_shot_examples_are_right_and_of_no_task_that_is_evaluated():
 
 def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny, tmp_path):
     asked = [{"persona": persona, "task": task, "question": "Well?"} for persona in ("A nurse", "A pirate")
-             for task in evaluate.judge.TASKS]
-    got = evaluate.personagym(*tiny, asked, evaluate.judge.local(*tiny), "tiny", tmp_path / "new", max_new_tokens=3)
+             for task in judge.TASKS]
+    gym = judge.PersonaGym(asked, judge.local(*tiny), "tiny", tmp_path / "new", max_new_tokens=3)
+    got = judge.personagym(*tiny, gym)
     rows = list(files.rows(tmp_path / "new/personagym.jsonl"))
     assert [row["question"] for row in rows] == ["Well?"] * 10 and {row["score"] for row in rows} == {1}
     assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"

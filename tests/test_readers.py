@@ -10,7 +10,7 @@ import pytest
 import evaluate
 import personas
 import weights
-from evaluation import measures
+from evaluation import answers, fidelity, measures
 from personas import Persona
 from results import readers, transcripts
 
@@ -170,7 +170,7 @@ def test_a_model_reads_as_each_answer_alone_under_each_candidate(tiny, base, mon
             prompt = (tokenizer(f"{text}\n\nQuestion: {row['question']}\nAnswer:").input_ids if base
                       else evaluate.pool.prompt_ids(tokenizer, row["question"], PEOPLE[name]))
             alone = [tokenizer(row["answer"], add_special_tokens=False).input_ids]
-            want = evaluate.total_logprobs(model, [(prompt, alone)])[0]
+            want = fidelity.total_logprobs(model, [(prompt, alone)])[0]
             assert value == pytest.approx(want, abs=1e-4)
 
 
@@ -325,9 +325,10 @@ def test_rows_that_keep_no_candidates_get_those_of_the_evaluation(tiny, tmp_path
     """With the evaluation's seed, and also where the last block borrows."""
     done = SimpleNamespace(tokens=[7, 8], truncated=False, error=None)
     said = [("w7 w8", done)]
-    monkeypatch.setattr(evaluate, "sample", lambda m, t, prompts, **_: [said for _ in prompts])
+    monkeypatch.setattr(answers, "sample", lambda m, t, prompts, **_: [said for _ in prompts])
     people = list(PEOPLE.values())[:5]
-    _, rows = evaluate.fidelity(*tiny, people, ["w40", "w41"], tiny[0], seed=3, k=4)
+    params = fidelity.Fidelity(["w40", "w41"], tiny[0], candidates=4)
+    _, rows = fidelity.fidelity(*tiny, people, params, seed=3)
     want = [row.pop("candidates") for row in rows]
     (tmp_path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row["candidates"] for row in readers.answers(tmp_path, k=4, seed=3)] == want

@@ -16,7 +16,7 @@ import rewards
 import tasks
 import train
 from common import files
-from evaluation import lottery
+from evaluation import answers, fidelity, lottery
 from results import curves, transcripts
 from rollout import Completion
 from training import settings
@@ -58,7 +58,7 @@ def test_a_reply_is_read_from_its_first_tokens(tiny):
     got = sums(tiny[0], groups)
     assert got.shape == (1, 2, 4) and (got[..., 0] == 0).all() and (got[0, 1, 1:] == got[0, 1, 1]).all()
     for cut in (1, 2, 3):
-        want = evaluate.total_logprobs(tiny[0], [([5, 9, 2], [[7, 8, 4][:cut]])])[0]
+        want = fidelity.total_logprobs(tiny[0], [([5, 9, 2], [[7, 8, 4][:cut]])])[0]
         assert got[0, 0, cut] == pytest.approx(want, abs=1e-5)
 
 
@@ -107,9 +107,9 @@ def kept(tiny, tmp_path_factory):
 
     problems = [tasks.Problem(f"What is {i} + {g - i}?", str(g), f"{g}-{i}", "add") for g in (6, 8) for i in (1, 2, 3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "sample", answered)
-        results = evaluate.evaluate(*tiny, problems, personas.load("test")[:8], out=folder, samples=2,
-                                    fidelity_args={"questions": ["Who?", "Why?"], "start_model": tiny[0]})
+        patch.setattr(answers, "sample", answered)
+        params = evaluate.EvalParams(samples=2, fidelity=fidelity.Fidelity(["Who?", "Why?"], tiny[0]))
+        results = evaluate.evaluate(*tiny, problems, personas.load("test")[:8], params, folder)
     transcripts.keep(folder, target)
     return results, folder, target
 

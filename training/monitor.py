@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import grpo
 from common.files import rows, write_atomically
-from evaluation import report
+from evaluation import plots
 from sampling.cache import prefilled
 from training.policy import Policy, ranks, summed
 
@@ -106,7 +106,7 @@ class Monitor:
         if self.args.profile:                           # without the first and the recorded step
             print(profile(self.history[self.first + 2:], self.policy.model, samples),
                   file=sys.stderr)
-        report.curves({self.args.method: self.history}).savefig(self.out / "curves.png", dpi=120)
+        plots.curves({self.args.method: self.history}).savefig(self.out / "curves.png", dpi=120)
 
 
 def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:

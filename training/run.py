@@ -159,8 +159,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
         if names == [p.name for p in speakers] and wanted.items() <= done.items():
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
-    return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, args.seed,
-                             args.max_new_tokens, folder, info)
+    params = evaluate.EvalParams(args.seed, args.max_new_tokens)
+    return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params, folder, info)
 
 
 def before_after(before: dict, after: dict) -> str:
