@@ -40,6 +40,7 @@ import weights
 from common import files
 from evaluation import answers, compare, judge, lottery, measures, report, rivals
 from evaluation.fidelity import Fidelity, fidelity
+from rollout import SamplingParams
 
 NONE = "none"  # the name of the prompt without a persona in every result
 
@@ -76,23 +77,25 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
         raise ValueError("evaluation needs problems, and personas with different names "
                          f"(none of them '{NONE}')")
     log = answers_file(out)
-    settings = {"max_new_tokens": params.max_new_tokens, "seed": params.seed}
-    everyone, sampling = [None, *personas], settings | {"log": log}
-    rows = ask(model, tokenizer, problems, everyone, temperature=0.0, **sampling)
+    greedy = SamplingParams(max_tokens=params.max_new_tokens, temperature=0.0, seed=params.seed)
+    everyone = [None, *personas]
+    rows = ask(model, tokenizer, problems, everyone, greedy, log)
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv),
-               "commit": files.commit()} | (info or {}) | settings
+               "commit": files.commit()} | (info or {})
+    results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed}
     table = measures.correct_table(rows, n_items)
     results |= summary(table, problems, personas, params.seed) | totals(rows)
     for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
         row |= more
 
-    sampling["temperature"], reruns, drawn, spoken = params.temperature, [], [], []
+    sampled, reruns, drawn, spoken = replace(greedy, temperature=params.temperature), [], [], []
     if params.noise_floor:
-        reruns = ask(model, tokenizer, problems, [None], n_personas, **sampling)
+        reruns = ask(model, tokenizer, problems, [None], replace(sampled, n=n_personas), log)
         results["noise_floor"] = rivals.noise_floor(reruns, n_items, params.temperature,
                                                     params.seed)
     if params.samples:
-        drawn = ask(model, tokenizer, problems, everyone, params.samples, **sampling)
+        several = replace(sampled, n=params.samples)
+        drawn = ask(model, tokenizer, problems, everyone, several, log)
         results["pass_at_k"] = rivals.pass_at_k(drawn, n_items, params.samples,
                                                 params.temperature, params.seed)
     reruns = reruns or drawn[:n_items * params.samples]  # the first rows are those of `none`
@@ -122,12 +125,12 @@ def answers_file(out):
     return Path(out) / "answers.jsonl.part"
 
 
-def ask(model, tokenizer, problems, personas, n=1, log=None, **sampling):
-    """Every problem under every persona (None: without), n answers each -> graded transcripts,
-    persona by persona."""
+def ask(model, tokenizer, problems, personas, params, log=None):
+    """Every problem under every persona (None: without), params.n answers each -> graded
+    transcripts, persona by persona. params: a SamplingParams."""
     pairs = [(persona, problem) for persona in personas for problem in problems]
     prompts = [pool.prompt_ids(tokenizer, problem.question, persona) for persona, problem in pairs]
-    outs = answers.sample(model, tokenizer, prompts, n, log, **sampling)
+    outs = answers.sample(model, tokenizer, prompts, params, log)
     rows, verdicts = [], []
     with rewards.Verifier() as verifier:
         for (persona, problem), answered in zip(pairs, outs, strict=True):
@@ -136,7 +139,7 @@ def ask(model, tokenizer, problems, personas, n=1, log=None, **sampling):
                 rows.append({"persona": persona.name if persona else NONE, "id": problem.id,
                              "kind": problem.kind, "question": problem.question,
                              "gold": problem.answer, "answer": text, "sample": number,
-                             "temperature": sampling["temperature"], "tokens": len(done.tokens),
+                             "temperature": params.temperature, "tokens": len(done.tokens),
                              "truncated": done.truncated, "error": done.error})
     for row, future in zip(rows, verdicts, strict=True):
         verdict = future.result()

@@ -29,12 +29,14 @@ import personas as pool  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from evaluation import answers  # noqa: E402
+from rollout import SamplingParams  # noqa: E402
 
 
 def ours(model, tokenizer, prompts, max_new_tokens):
     """(wall and CPU seconds, texts, generated tokens) through our sampler."""
     start = clocks()
-    outs = answers.sample(model, tokenizer, prompts, temperature=0.0, max_new_tokens=max_new_tokens)
+    greedy = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
+    outs = answers.sample(model, tokenizer, prompts, greedy)
     return clocks() - start, [out[0][0] for out in outs], sum(len(out[0][1].tokens) for out in outs)
 
 

@@ -13,21 +13,22 @@ import rollout
 from common import files
 
 
-def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
-    """n completions a prompt -> list over prompts of lists of (text, Completion).
+def sample(model, tokenizer, prompts, params, log=None):
+    """params.n completions a prompt -> list over prompts of lists of (text, Completion).
 
+    params: a rollout.SamplingParams.
     log: a file that takes each completion when it is done. Completions of this very call that it
     holds already are not sampled again; they come back without log-probs.
     """
-    call = fingerprint(model, prompts, n, sampling) if log else None
-    table = [[None] * n for _ in prompts]
+    call = fingerprint(model, prompts, params) if log else None
+    table = [[None] * params.n for _ in prompts]
     for row in files.rows(log) if log else ():
         if row.pop("call") == call:
             table[row["index"]][row["sample"]] = rollout.Completion(**row)
     todo = [i for i, row in enumerate(table) if None in row]
     asked = [prompts[i] for i in todo]
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
-        for done in rollout.generate(model, asked, n, keys=todo, **sampling):
+        for done in rollout.generate(model, asked, params, keys=todo):
             done = replace(done, index=todo[done.index])
             table[done.index][done.sample] = done
             if file:

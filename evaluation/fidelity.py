@@ -21,6 +21,7 @@ import torch
 import personas as pool
 from evaluation import answers, measures
 from model import Transformer, completion_logprobs, pack
+from rollout import SamplingParams
 
 SCORES = ("persona_identification", "log_posterior", "self_identification", "self_log_posterior",
           "style_shift")
@@ -51,9 +52,10 @@ def fidelity(model, tokenizer, personas, params, seed=0, log=None):
         raise ValueError("fidelity needs at least 2 personas")
     prompts = [[pool.prompt_ids(tokenizer, question, persona) for persona in [*personas, None]]
                for question in questions]
-    outs = answers.sample(model, tokenizer, [ids for row in prompts for ids in row[:n]], log=log,
-                          temperature=0.9, top_p=0.9, seed=seed,
-                          max_new_tokens=params.max_new_tokens)
+    sampling = SamplingParams(max_tokens=params.max_new_tokens, temperature=0.9, top_p=0.9,
+                              seed=seed)
+    spoken = [ids for row in prompts for ids in row[:n]]
+    outs = answers.sample(model, tokenizer, spoken, sampling, log)
     tables = {name: np.zeros((len(questions), n)) for name in SCORES}
     rows, rng = [], np.random.default_rng(seed)
     for q, question in enumerate(questions):

@@ -76,8 +76,9 @@ def personagym(model, tokenizer, gym, seed=0, log=None):
     prompts = [personas.prompt_ids(tokenizer, row["question"],
                                    personas.from_row("", {"persona": row["persona"]}))
                for row in gym.questions]
-    outs = answers.sample(model, tokenizer, prompts, log=log, temperature=0.9, top_p=0.9,
-                          seed=seed, max_new_tokens=gym.max_new_tokens)
+    sampling = rollout.SamplingParams(max_tokens=gym.max_new_tokens, temperature=0.9, top_p=0.9,
+                                      seed=seed)
+    outs = answers.sample(model, tokenizer, prompts, sampling, log)
     rows = [row | {"answer": out[0][0]} for row, out in zip(gym.questions, outs, strict=True)]
     gym.folder.mkdir(parents=True, exist_ok=True)
     scores = grade(rows, gym.ask, gym.name, gym.folder, seed, gym.price)
@@ -174,9 +175,11 @@ def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
 
 def local(model, tokenizer):
     """A judge in this process, through our own sampler; as `endpoint`."""
+    greedy = rollout.SamplingParams(max_tokens=16, temperature=0.0)
+
     def ask(prompts):
         ids = [personas.prompt_ids(tokenizer, text, None) for text in prompts]
-        for done in rollout.generate(model, ids, max_new_tokens=16, temperature=0.0):
+        for done in rollout.generate(model, ids, greedy):
             text = tokenizer.decode(done.tokens, skip_special_tokens=True)
             yield done.index, text, len(ids[done.index]), len(done.tokens)
 

@@ -60,7 +60,6 @@ ABLATIONS = {
     "permix+anchor, 1 a step": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-count", "1"],
     **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "0.75", "1.0")},
     "per rollout": ["--method", "permix", "--mix", "rollout"],
-    "per rollout, persona baseline": ["--method", "permix", "--mix", "rollout", "--advantage", "persona"],
     **{f"kl={beta}": ["--method", "permix", "--kl-coef", beta] for beta in ("0.03", "0.1")},
     **{f"personas={n}": ["--method", "permix", "--personas", n] for n in ("1", "4", "16", "64")},
 }

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import tasks
 import weights
 from common import files
 from evaluation import answers, fidelity, judge, measures, rivals
+from rollout import SamplingParams
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,19 +306,20 @@ def test_p26_pass_at_k_comes_with_intervals_and_rises_with_k(evaluated):
 
 
 def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, evaluated):
-    settings = {"max_new_tokens": 6, "temperature": 1.0}
-    first, again, other = (evaluate.ask(*tiny, PROBLEMS, SPEAKERS, 2, seed=seed, **settings) for seed in (3, 3, 4))
+    params = SamplingParams(2, max_tokens=6)
+    first, again, other = (evaluate.ask(*tiny, PROBLEMS, SPEAKERS, replace(params, seed=seed)) for seed in (3, 3, 4))
     assert first == again and [r["answer"] for r in first] != [r["answer"] for r in other]
 
 
 def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_path, monkeypatch):
     asked, real, params = [], rollout.generate, evaluate.EvalParams(1, max_new_tokens=4, samples=2)
 
-    def interrupted(model, prompts, n, **sampling):
-        for done in itertools.islice(real(model, prompts, n, **sampling), 13 if n == 2 else None):
-            asked.append((n, done.index))
+    def interrupted(model, prompts, sampling, **more):
+        several = sampling.n == 2
+        for done in itertools.islice(real(model, prompts, sampling, **more), 13 if several else None):
+            asked.append((sampling.n, done.index))
             yield done
-        if n == 2:
+        if several:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(rollout, "generate", interrupted)
@@ -326,8 +329,8 @@ def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_p
     with (tmp_path / "answers.jsonl.part").open("a") as file:
         file.write('\n{"call": 1, "tok')  # as a kill in the middle of a write would leave it
     calls = []
-    monkeypatch.setattr(rollout, "generate", lambda model, prompts, n, **s: calls.append((n, len(prompts))) or
-                        real(model, prompts, n, **s))
+    monkeypatch.setattr(rollout, "generate", lambda model, prompts, sampling, **more:
+                        calls.append((sampling.n, len(prompts))) or real(model, prompts, sampling, **more))
     resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
     assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 // 2 <= calls[1][1] < 20
     whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path / "whole")
@@ -343,7 +346,7 @@ def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny
     for seed, change in ((0, 0.0), (1, 0.0), (0, 1e-3)):
         with torch.no_grad():
             weight.add_(change)
-        answers.sample(model, tokenizer, prompts, log=tmp_path / "log", seed=seed, max_new_tokens=3)
+        answers.sample(model, tokenizer, prompts, SamplingParams(max_tokens=3, seed=seed), tmp_path / "log")
         seen.append(len(list(files.rows(tmp_path / "log"))))
     with torch.no_grad():
         weight.sub_(1e-3)
@@ -419,10 +422,10 @@ def test_identification_is_exactly_chance_where_all_personas_read_alike(tiny):
 def test_identification_is_at_chance_on_answers_given_without_a_persona(tiny, monkeypatch):
     asked, real = [f"Question {i}?" for i in range(12)], answers.sample
 
-    def without_persona(model, tokenizer, prompts, **sampling):
+    def without_persona(model, tokenizer, prompts, *settings):
         bare = [personas.prompt_ids(tokenizer, question, None) for question in asked for _ in range(8)]
         assert len(bare) == len(prompts)
-        return real(model, tokenizer, bare, **sampling)
+        return real(model, tokenizer, bare, *settings)
 
     monkeypatch.setattr(answers, "sample", without_persona)
     speakers = voices(*"pirate nurse cook judge monk clown spy king".split())
