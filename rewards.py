@@ -88,15 +88,17 @@ class Rewarder:
     """A context manager: `submit(problem, text, persona)` returns a Future[Reward] at once.
 
     `rewards:correctness` is decided by a `Verifier`. A user's function runs in this process, in one
-    background thread, one call after another in the order of submission: it may keep a model or
-    state. What it pays for is called correct.
+    background thread, one call after another in the order of submission. So it may keep a model or
+    state; what it loads when its module is imported is not timed. What it pays for is "correct".
 
     A call that takes longer than `time_limit_s` is worth 0 and "unverifiable". A thread can't be
     stopped, so it is left behind, and a new thread takes the calls that wait.
     """
 
     def __init__(self, spec: str = CORRECTNESS, time_limit_s: float = 10.0):
-        """Raises ValueError, in one line, if `spec` names no reward."""
+        """Raises ValueError, in one line, if `spec` names no reward or the limit is no time."""
+        if not time_limit_s > 0:
+            raise ValueError(f"a reward's time limit must be above 0 seconds, not {time_limit_s}")
         self.spec, self.time_limit_s = spec, time_limit_s
         self._function = load_reward(spec)
         self._lock, self._queue = threading.Lock(), queue.SimpleQueue()

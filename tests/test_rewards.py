@@ -432,6 +432,12 @@ def test_a_reward_that_cannot_be_called_is_one_line_that_says_what_to_write(spec
     assert "\n" not in str(error.value) and spec in str(error.value)
 
 
+@pytest.mark.parametrize("limit", [0, -1, float("nan")])
+def test_a_time_limit_that_is_no_time_is_refused(limit):
+    with pytest.raises(ValueError, match="above 0 seconds"):
+        Rewarder(time_limit_s=limit)
+
+
 def test_a_module_that_cannot_be_run_is_one_line_too(tmp_path, monkeypatch):
     (tmp_path / "torn_reward.py").write_text("def short(problem, text\n")
     monkeypatch.syspath_prepend(tmp_path)

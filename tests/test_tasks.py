@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tasks
+from generated import arithmetic, facts, templates
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def test_two_step_answers_follow_from_the_numbers_in_the_question():
 
 
 def test_there_are_forty_templates_of_five_kinds_and_mostly_one_step_problems():
-    assert sum(map(len, tasks.TEMPLATES.values())) >= 40
+    assert sum(map(len, templates.TEMPLATES.values())) >= 40
     kinds = Counter(problem.kind for problem in tasks.load("arithmetic", "train"))
     assert set(kinds) == {"add", "subtract", "multiply", "divide", "two-step"}
     assert min(kinds.values()) > 60 and kinds["two-step"] < 100
@@ -88,7 +89,7 @@ def test_no_brace_of_a_template_is_left_in_a_question():
 
 def problem_without_names(problem) -> str:
     """What decides the split: the template and its numbers. Names and objects don't make a problem another one."""
-    return re.sub("|".join(rf"\b{word}\b" for word in tasks.NAMES + tasks.OBJECTS), "_", problem.question)
+    return re.sub("|".join(rf"\b{word}\b" for word in templates.NAMES + templates.OBJECTS), "_", problem.question)
 
 
 def test_p26_train_and_test_problems_are_disjoint_whatever_the_seeds():
@@ -115,7 +116,7 @@ def test_a_larger_limit_only_adds_problems():
 
 
 def test_more_problems_than_there_are_is_an_error_instead_of_an_endless_loop(monkeypatch):
-    monkeypatch.setattr(tasks, "TEMPLATES", {"multiply": [(1, "What is {p} * {q}?")]})
+    monkeypatch.setattr(arithmetic, "TEMPLATES", {"multiply": [(1, "What is {p} * {q}?")]})
     with pytest.raises(ValueError, match="hardly more than 25 all problems; lower the limit"):
         tasks.load("arithmetic", "all", limit=65)
 
@@ -163,7 +164,7 @@ def every():
     """{split: problems that between them take every fact that `facts` can give}; larger numbers are drawn more often
     here, since there are more of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "LEVELS", (0, 1, 1, 1, 1, 1, 1, 1, 1, 2))
+        patch.setattr(facts, "LEVELS", (0, 1, 1, 1, 1, 1, 1, 1, 1, 2))
         return {"train": tasks.load("facts", "train", 0, 15_000), "test": tasks.load("facts", "test", 0, 5000)}
 
 
@@ -208,8 +209,8 @@ def test_the_levels_of_facts_are_easy_then_larger_numbers_then_two_steps(every):
 
 
 def test_more_facts_than_there_are_is_an_error_instead_of_an_endless_loop(monkeypatch):
-    monkeypatch.setattr(tasks, "LEVELS", (2,))
-    monkeypatch.setitem(tasks.TEMPLATES, "two-step", [(1, "What is {p} * {q} + {c}?")])
+    monkeypatch.setattr(facts, "LEVELS", (2,))
+    monkeypatch.setitem(templates.TEMPLATES, "two-step", [(1, "What is {p} * {q} + {c}?")])
     with pytest.raises(ValueError, match=r"facts has hardly more than \d+ test problems; lower the limit"):
         tasks.load("facts", "test", limit=10_000)
 
@@ -224,8 +225,8 @@ def test_training_opens_one_level_after_another_the_same_for_every_arm():
 
 
 def test_facts_are_trained_on_with_the_settings_of_arithmetic():
-    facts, arithmetic = (vars(settings.settings(["--task", task])) for task in ("facts", "arithmetic"))
-    assert facts | {"task": "arithmetic"} == arithmetic and facts["prompts"] == 12
+    of_facts, of_sums = (vars(settings.settings(["--task", task])) for task in ("facts", "arithmetic"))
+    assert of_facts | {"task": "arithmetic"} == of_sums and of_facts["prompts"] == 12
 
 
 def test_with_several_rounds_a_step_a_level_opens_after_as_many_steps():
@@ -368,10 +369,9 @@ def test_the_command_prints_problems_with_their_answers():
 
 def test_every_prompt_style_keeps_the_question_with_its_braces():
     problem = tasks.Problem("What is $\\frac{1}{2} + {x}$?", "1", "0", "k")
-    for style in tasks.PROMPTS:
-        assert problem.question in tasks.format_question(problem, style)
-    assert tasks.format_question(problem) == problem.question
-    assert "\\boxed{}" in tasks.format_question(problem, "cot")
+    asked = {style: tasks.put([problem], style)[0] for style in tasks.PROMPTS}
+    assert all(problem.question in put.question and put.answer == "1" for put in asked.values())
+    assert asked["plain"] == problem and "\\boxed{}" in asked["cot"].question
 
 
 def test_an_epoch_of_batches_holds_every_problem_once_and_the_next_epoch_is_ordered_anew():
