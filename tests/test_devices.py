@@ -133,7 +133,7 @@ def test_triton_is_for_gpus_from_the_a100_on(monkeypatch, capability, dtype, tri
     from kernels import linear_logprob
     module = sys.modules[linear_logprob.__module__]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert module._uses_triton(SimpleNamespace(dtype=dtype, device="cuda:0")) == triton
+    assert module.uses_triton(SimpleNamespace(dtype=dtype, device="cuda:0")) == triton
 
 
 @outside
