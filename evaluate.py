@@ -37,6 +37,7 @@ import rollout
 import tasks
 import weights
 from common import files
+from common.command import Parser
 from common.files import write_atomically
 from evaluation import compare, judge, lottery, measures, report
 from evaluation.compare import run_of
@@ -373,8 +374,8 @@ def lottery_text(results):
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = files.Parser(description=__doc__.split("\n")[0],
-                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
     add("--task", default="arithmetic", help="arithmetic, facts, svamp, gsm8k, math, math500 or a .jsonl file")

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
-from common.files import Parser
+from common.command import Parser
 from verifier.extract import MAX_ANSWER
 from verifier.value import Undecided
 from verifier.verdict import Verdict, judged, verify

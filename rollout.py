@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import personas
 import weights
-from common.files import Parser, numbered, one_line
+from common.command import Parser, one_line
+from common.files import numbered
 from kernels.attention import Tree
 from model import Transformer, chunks
 from sampling.cache import Cache, Trunk, shared_openings

@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from common.files import Parser, numbered
+from common.command import Parser
+from common.files import numbered
 from verifier.extract import last_box
 
 

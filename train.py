@@ -42,7 +42,7 @@ import grpo
 import personas
 import tasks
 import weights
-from common.files import one_line
+from common.command import one_line
 from evaluation import report
 from model import Transformer, chunks, completion_logprobs, pack
 from rewards import Verifier, load_reward

@@ -16,7 +16,8 @@ import torch
 import grpo
 import tasks
 import weights
-from common.files import Parser, commit, write_atomically
+from common.command import Parser
+from common.files import commit, write_atomically
 from kernels.attention import flash_attn_with_kvcache
 from training import monitor
 
