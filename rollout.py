@@ -9,7 +9,7 @@ so do the n samples of a prompt; a row holds only what is its own. The cache and
 **A sample depends on (seed, key, sample index), not on the batch around it.** Each row draws its uniforms from its own
 counter-based stream (Philox) and inverts the CDF; torch's global generator is not touched.
 
-On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.blocked`).
+On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.reordered_weights`).
 
 Left out: beam search, speculative decoding.
 """
@@ -191,7 +191,7 @@ class Generation:
             out.truncated = out.tokens[-1] not in stops and not any(s in text for s in stop_strings)
             return not out.truncated or len(out.tokens) == self.max_new_tokens
 
-        with self.model.blocked():
+        with self.model.reordered_weights():
             while self.waiting or self.started or self.rows:
                 decoding = len(self.rows)
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:

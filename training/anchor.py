@@ -41,7 +41,8 @@ class Anchor:
         chosen = [(step * count + i) % len(self.groups) for i in range(count)]
         model = policy.model
         hidden = self.hidden_states(model, [self.groups[i] for i in chosen])
-        start = model.capped(torch.cat([self.hidden[i] for i in chosen]) @ self.head.T).log_softmax(-1)
+        before = torch.cat([self.hidden[i] for i in chosen])
+        start = model.logits(before, self.head).log_softmax(-1)
         now = model.logits(hidden).log_softmax(-1)
         divergence = (start.exp() * (start - now)).sum(-1).mean()
         policy.backward(coefficient * divergence / ranks()[1])          # every rank computes it; ranks are summed
