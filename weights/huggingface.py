@@ -2,7 +2,8 @@
 
 transformers reads configs, tokenizers and chat templates. Its modelling code is not used.
 Parameters carry Hugging Face's names already, so reading safetensors is a copy by name. A new
-family is a row of FAMILIES, and a field of model.Config for what no other family has.
+family is a row of ARCHITECTURES and a case of `differences`. What no other family has is also a
+field of model.Config and a line that uses it.
 
 Left out: pickled weights (.bin, .pt), which execute code when opened.
 """
@@ -18,16 +19,14 @@ from torch import Tensor
 from common.files import whole_folder
 from model import Config, Transformer, inverse_frequencies
 
-FAMILIES = {        # model_type: (the class that a saved config names, what differs from Llama)
-    "llama": ("LlamaForCausalLM", {}),
-    "mistral": ("MistralForCausalLM", {}),
-    "smollm3": ("SmolLM3ForCausalLM", {}),
-    "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
-    "qwen3": ("Qwen3ForCausalLM", {"qk_norm": "head"}),
-    "olmo2": ("Olmo2ForCausalLM", {"qk_norm": "all", "pre_norm": False, "post_norm": True}),
-    "gemma3_text": ("Gemma3ForCausalLM",
-                    {"qk_norm": "head", "post_norm": True, "norm_offset": 1.0}),
-}
+ARCHITECTURES = {                                       # model_type: what a saved config names
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM"}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False,
@@ -49,9 +48,9 @@ def read(folder: Path):
 def config_from_hf(hf) -> Config:
     """A transformers config as ours. Raises ValueError that names what is not supported."""
     kind = hf.model_type
-    if kind not in FAMILIES:
+    if kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported; "
-                         f"supported: {', '.join(FAMILIES)}")
+                         f"supported: {', '.join(ARCHITECTURES)}")
     for name, value in MUST_BE.items():
         if getattr(hf, name, value) not in (value, None):
             raise ValueError(f"{kind}: config field {name}={getattr(hf, name)!r} is not supported "
@@ -62,9 +61,6 @@ def config_from_hf(hf) -> Config:
                          f"({', '.join(ACTIVATIONS)})")
     windows, rope = per_layer(hf)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    embed_scale, attn_scale = 1.0, head_dim ** -0.5
-    if kind == "gemma3_text":
-        embed_scale, attn_scale = math.sqrt(hf.hidden_size), hf.query_pre_attn_scalar ** -0.5
     bias = bool(getattr(hf, "attention_bias", False))
     config = Config(
         vocab_size=hf.vocab_size,
@@ -80,13 +76,28 @@ def config_from_hf(hf) -> Config:
         activation=ACTIVATIONS[activation],
         windows=windows,
         rope=rope,
-        attn_scale=attn_scale,
-        embed_scale=embed_scale,
+        attn_scale=head_dim ** -0.5,
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
         softcap=getattr(hf, "final_logit_softcapping", None))
-    return replace(config, **FAMILIES[kind][1])
+    return replace(config, **differences(hf))
+
+
+def differences(hf) -> dict:
+    """What sets a family apart from Llama, as fields of Config."""
+    match hf.model_type:
+        case "qwen2":
+            return {"qkv_bias": True}
+        case "qwen3":
+            return {"qk_norm": "head"}
+        case "olmo2":
+            return {"qk_norm": "all", "pre_norm": False, "post_norm": True}
+        case "gemma3_text":
+            return {"qk_norm": "head", "post_norm": True, "norm_offset": 1.0,
+                    "embed_scale": math.sqrt(hf.hidden_size),
+                    "attn_scale": hf.query_pre_attn_scalar ** -0.5}
+    return {}
 
 
 def per_layer(hf) -> tuple[list[int], list[dict | None]]:
@@ -101,7 +112,7 @@ def per_layer(hf) -> tuple[list[int], list[dict | None]]:
     if unknown := set(types) - LAYER_TYPES:
         raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
     windows = [hf.sliding_window if t == "sliding_attention" else 0 for t in types]
-    rope = [hf.rope_parameters.get(t, hf.rope_parameters) for t in types]
+    rope = [hf.rope_parameters.get(t, hf.rope_parameters) for t in types]   # by type, or one set
     for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
         rope[i] = rope[i] if used else None
     for parameters in filter(None, rope):
@@ -146,7 +157,7 @@ def save(model: Transformer, tokenizer, folder: str | Path) -> None:
 
     with whole_folder(Path(folder)) as part:
         model.hf_config.dtype = model.dtype
-        model.hf_config.architectures = [FAMILIES[model.hf_config.model_type][0]]
+        model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type]]
         model.hf_config.save_pretrained(part)
         save_file(state(model), part / "model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(part)
