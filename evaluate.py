@@ -38,6 +38,7 @@ import rewards
 import tasks
 import weights
 from common import files
+from common.command import Parser
 from evaluation import answers, compare, judge, lottery, measures, report, rivals
 from evaluation.fidelity import Fidelity, fidelity
 from rollout import SamplingParams
@@ -269,7 +270,7 @@ def lottery_text(results):
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = files.Parser(description=__doc__.split("\n")[0],
+    parser = Parser(description=__doc__.split("\n")[0],
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m",

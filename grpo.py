@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.files import Parser
+from common.command import Parser
 
 FLAT = 1e-6  # rewards of a group that differ by no more are equal: that much is float noise
 LOG_RATIO_LIMIT = 20.0  # log ratios are cut here: exp overflows further out, and inf * 0 is NaN

@@ -36,7 +36,8 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from common.files import Parser, numbered
+from common.command import Parser
+from common.files import numbered
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "test")

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from typing import NamedTuple
 
-from common.files import Parser, one_line
+from common.command import Parser, one_line
 from verifier.verdict import verify
 from verifier.workers import TIMEOUT_S, Verifier, work
 

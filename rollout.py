@@ -9,7 +9,7 @@ so do the n samples of a prompt; a row holds only what is its own. The cache and
 **A sample depends on (seed, key, sample index), not on the batch around it.** Each row draws its uniforms from its own
 counter-based stream (Philox) and inverts the CDF; torch's global generator is not touched.
 
-On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.blocked`).
+On a CPU in bf16 the weights are rearranged for small batches while a generation runs (`Transformer.reordered_weights`).
 
 Left out: beam search, speculative decoding.
 """
@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import personas
 import weights
-from common.files import Parser, numbered, one_line
+from common.command import Parser, one_line
+from common.files import numbered
 from kernels.attention import Tree
 from model import Transformer, chunks
 from sampling.cache import Cache, Trunk, shared_openings
@@ -209,7 +210,7 @@ class Generation:
             out.truncated = out.tokens[-1] not in stops and not any(s in text for s in stop_strings)
             return not out.truncated or len(out.tokens) == self.max_new_tokens
 
-        with self.model.blocked():
+        with self.model.reordered_weights():
             while self.waiting or self.started or self.rows:
                 decoding = len(self.rows)
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:

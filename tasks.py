@@ -24,7 +24,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.files import Parser, numbered
+from common.command import Parser
+from common.files import numbered
 from generated.arithmetic import arithmetic
 from generated.facts import facts
 from verifier.extract import last_box

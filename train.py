@@ -36,7 +36,7 @@ import grpo
 import personas
 import tasks
 import weights
-from common.files import one_line
+from common.command import one_line
 from model import Transformer, chunks, completion_logprobs, pack
 from rollout import Completion, generate
 from training.checkpoints import Checkpoints

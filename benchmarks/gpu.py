@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import weights  # noqa: E402
 from benchmarks import gpu_stages  # noqa: E402
 from common import files  # noqa: E402
+from common.command import Parser, one_line  # noqa: E402
 
 # name -> (function of a report, its most seconds). A script may add its own and call main.
 STAGES = {"card": (gpu_stages.card, 60), "tests": (gpu_stages.tests, 240),
@@ -140,8 +141,8 @@ def write(summary: dict, out: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = files.Parser(description="Check and measure everything on a machine with a GPU.",
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Check and measure everything on a machine with a GPU.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder of the results")
     p.add_argument("--minutes", type=float, default=8, help="of all stages together, at most")
     p.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE",
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None, script: str = __file__) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         summary["stages"] = earlier(args.out, summary["card"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        p.exit(2, f"gpu.py: {args.out} cannot take results, or is not of this command: {files.one_line(error)}\n")
+        p.exit(2, f"gpu.py: {args.out} cannot take results, or is not of this command: {one_line(error)}\n")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     end = time.monotonic() + 60 * args.minutes

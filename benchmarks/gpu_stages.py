@@ -24,6 +24,7 @@ from torch import Tensor
 import weights
 from benchmarks.logprob import cross_entropy, fused, log_softmax
 from common import files
+from common.command import one_line
 from model import Transformer, completion_logprobs, pack
 from rollout import generate
 from training.policy import Policy
@@ -87,12 +88,12 @@ class Report:
         except Skip as reason:
             row["note"] = str(reason)
         except ImportError as error:
-            row["note"] = f"not installed ({files.one_line(error)})"
+            row["note"] = f"not installed ({one_line(error)})"
         except torch.OutOfMemoryError:
             row["note"] = "out of memory"
         except Exception as error:                      # the others are still worth their time
             traceback.print_exc()
-            row["note"] = f"failed: {type(error).__name__}: {files.one_line(error)}"
+            row["note"] = f"failed: {type(error).__name__}: {one_line(error)}"
             self.failed += [f"{what} {row['note']}"] * required
         row["seconds"] = round(time.perf_counter() - began, 2)
         self.rows.append(row)
@@ -353,7 +354,7 @@ def decode(report: Report) -> None:
                     try:
                         first = report.timed(lambda: sample(1), 1, 3)       # noqa: B023
                     except ValueError as refused:
-                        raise (Skip(files.one_line(refused)) if graphs else refused) from refused
+                        raise (Skip(one_line(refused)) if graphs else refused) from refused
                     whole = report.timed(lambda: sample(size.new), 1, 3)    # noqa: B023
                     step = (whole - first) / (size.new - 1)
                     row |= {"value": step * 1e3, "unit": "ms a step", "ratio": step / floor,

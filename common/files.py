@@ -1,12 +1,9 @@
-"""Files: written whole or not at all, read line by line with the line's number where one is wrong. And the one line
-that a user's mistake is told in.
+"""Files: written whole or not at all, read line by line with the number of a wrong line.
 
-A run may be killed at any moment. What was there before is then still there; of what was being written there is
-nothing, but for logs that grow by lines, whose torn last line is passed over (`rows`).
+A run may be killed at any moment. The old file is then still there, and nothing of the new one.
+Only logs grow line by line: a torn last line is skipped (`rows`).
 """
 
-import argparse
-import difflib
 import json
 import os
 import shutil
@@ -25,7 +22,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(target: Path):
-    """Yields an empty folder that takes the target's place when the block ends well, and vanishes otherwise."""
+    """Yields an empty folder. It takes the target's place if the block ends well.
+
+    Otherwise it is deleted, and the target stays as it was.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -44,54 +44,44 @@ def whole_folder(target: Path):
 
 def append(file, row: dict) -> None:
     """One more line at the end of an open .jsonl file, on disk before anything else happens."""
-    file.write("\n" + json.dumps(row))                  # the newline comes first, so that it also ends a torn line
+    file.write("\n" + json.dumps(row))                  # newline first: it also ends a torn line
     file.flush()
 
 
 def rows(path: Path) -> Iterator[dict]:
     """The whole lines of a .jsonl file; none where there is no file."""
-    for line in path.read_bytes().splitlines() if path.exists() else ():        # of bytes: U+2028 ends no line
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():         # of bytes: U+2028 does not end a line
         try:
             yield json.loads(line)
-        except ValueError:                              # not UTF-8 is one of them
-            continue                                    # torn by a kill, or empty
+        except ValueError:                              # empty, or torn by a kill
+            continue
 
 
 def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
-    """(number, "file, line n", object) of a user's .jsonl file for each line that is not blank; ValueError at the first
-    that is no object, which says to give one with `wanted`."""
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):           # of bytes: U+2028 ends no line
+    """(number, "file, line n", object) for each line of a user's .jsonl file that is not blank.
+
+    Raises ValueError at the first line that is not an object; it says to give one with `wanted`.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):       # as in `rows`
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:                     # broken JSON, or not UTF-8
-            raise ValueError(f"{where}: not JSON ({error}); give an object with {wanted}") from error
+            message = f"{where}: not JSON ({error}); give an object with {wanted}"
+            raise ValueError(message) from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not an object; give one with {wanted}")
         yield number, where, row
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong flags are one line too, with the flag that was probably meant."""
-
-    def error(self, message: str):
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        close = difflib.get_close_matches(unknown.split("=")[0].split(" ")[0], self._option_string_actions, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")
-
-
-def one_line(error: Exception) -> str:
-    """What a user is told of an error: the first line of its message."""
-    text = f"missing {error}" if isinstance(error, KeyError) else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0]
-
-
 def commit() -> str:
     """The git commit of this checkout, or "" outside one, or without git."""
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     return ""

@@ -29,7 +29,7 @@ import rollout  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
-from kernels.linear_logprob import _row_statistics  # noqa: E402
+from kernels.torch_linear_logprob import row_statistics  # noqa: E402
 from training import policy  # noqa: E402
 from training.settings import settings  # noqa: E402
 
@@ -157,7 +157,7 @@ def forward(s) -> str:
     out += ["## 8. Log-probs and entropy", "$$\\log \\pi(y_t) = \\frac{z_{y_t}}{T} - \\log \\sum_v e^{z_v / T}, "
             "\\qquad H_t = -\\sum_v \\pi_v \\log \\pi_v$$",
             code(decoder.completion_logprobs, "hidden = model", "return linear"),
-            code(_row_statistics, "logsumexp = ", "out[0, rows] = ", "out[1, rows] = "),
+            code(row_statistics, "logsumexp = ", "out[0, rows] = ", "out[1, rows] = "),
             "Sampler and trainer run the same weights at the same temperature, so their log-probs agree up to "
             "rounding. $\\pi_{old}$ in the loss is not the sampler's number but the trainer's own before the batch's "
             "first optimizer step. So the ratio is exactly 1 here, and moves only with `--inner-epochs 2`:",

@@ -64,7 +64,7 @@ class Tree:
             return self.flash(layer, q, k, v)
         B, n, P, C = self.shape
         K, D, T, window = k.shape[1], k.shape[2], self.trunk_tokens, self.c.windows[layer]
-        q = q * self.c.scale
+        q = q * self.c.attn_scale
 
         def pad(x, index, rows, width):                                         # -> [B, kv_heads, rows, g, width, D]
             return Move.apply(x, index, B * rows * width, True).view(B, rows, width, K, -1, D).permute(0, 3, 1, 4, 2, 5)

@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import personas  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
+from common.command import Parser  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
 from evaluation.fidelity import blocks, total_logprobs  # noqa: E402
 from results import transcripts  # noqa: E402
@@ -406,8 +407,8 @@ def lines(found: dict) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; a user's mistake is one line on stderr and exit 2."""
-    p = files.Parser(description=__doc__.splitlines()[0],
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.splitlines()[0],
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("folder", type=Path, help="results/NAME, or any folder of evaluations")
     p.add_argument("--reader", required=True, help=f"ngrams, {GEMMA}, or a model as for train.py")
     p.add_argument("--train", type=Path, help="answers for ngrams to learn from, as .jsonl")

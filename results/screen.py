@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import personas  # noqa: E402
-from common import files  # noqa: E402
+from common.command import Parser, one_line  # noqa: E402
 from evaluation import compare, lottery  # noqa: E402
 
 LEAST_SD, PILOT_SD = 0.08, 0.04  # persona_sd, as accuracies
@@ -118,7 +118,7 @@ def evaluated(args) -> dict:
 
 
 def parse(argv):
-    parser = files.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="start model, as for evaluate.py")
     add("--task", default="facts", help="as for evaluate.py")
@@ -139,7 +139,7 @@ def main(argv=None) -> int:
         found = checks(results, pilot)
         print(text(results, found))
     except (ValueError, OSError) as error:
-        print(f"screen.py: {files.one_line(error)}", file=sys.stderr)
+        print(f"screen.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0 if all(holds for holds, _ in found) else 1
 

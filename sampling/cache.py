@@ -182,7 +182,7 @@ class Cache:
             (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
             own_k, own_v = (x[:B] for x in self.row_kv[layer])
             own_k[rows, :, :, own], own_v[rows, :, own] = k, v
-            q = (q * self.c.scale).reshape(B * K, g, D)
+            q = (q * self.c.attn_scale).reshape(B * K, g, D)
             scores = q @ own_k.flatten(0, 1)                                    # [B * K, g, T]
             if S:                                       # one matmul a trunk and kv head: all its rows' queries at once
                 trunk_k, trunk_v = (x[:S].flatten(0, 1) for x in self.trunk_kv[layer])

@@ -51,7 +51,7 @@ def test_a_bf16_that_would_be_emulated_is_refused_by_the_cards_name(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     with pytest.raises(ValueError, match="Tesla T4 has no bf16"):
-        weights.check_dtype("bfloat16", "cuda:0")
+        weights.pick_dtype("bfloat16", "cuda:0")
 
 
 @outside
@@ -83,8 +83,8 @@ def test_load_asks_for_the_dtype_by_family_and_refuses_before_it_reads(tiny_fold
     asked, pick = [], weights.pick_dtype
     monkeypatch.setattr(weights, "pick_dtype", lambda *args: asked.append(args) or pick(*args))
     weights.load(str(tiny_folder), "auto", "cpu")
-    assert asked == [("auto", "cpu", "llama")]
-    monkeypatch.setattr(weights, "check_dtype", lambda dtype, device: (_ for _ in ()).throw(ValueError("none here")))
+    assert asked == [("auto", "cpu"), ("auto", "cpu", "llama")]
+    monkeypatch.setattr(weights, "pick_dtype", lambda dtype, device: (_ for _ in ()).throw(ValueError("none here")))
     with pytest.raises(ValueError, match="^none here$"):
         weights.load("/nowhere", "bfloat16", "cpu")
 
@@ -134,7 +134,7 @@ def test_triton_is_for_gpus_from_the_a100_on(monkeypatch, capability, dtype, tri
     from kernels import linear_logprob
     module = sys.modules[linear_logprob.__module__]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert module._uses_triton(SimpleNamespace(dtype=dtype, device="cuda:0")) == triton
+    assert module.uses_triton(SimpleNamespace(dtype=dtype, device="cuda:0")) == triton
 
 
 @outside

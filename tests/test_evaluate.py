@@ -215,7 +215,7 @@ def tiny(embedded):
     torch.manual_seed(0)
     c = model_module.Config(vocab_size=embedded[0].c.vocab_size, hidden_size=32, intermediate_size=48, num_layers=2,
                             num_heads=4, num_kv_heads=2, head_dim=8, rms_eps=1e-5, max_positions=2048, tied=True,
-                            activation="silu", windows=[0, 0], rope=embedded[0].c.rope[:2],
+                            attn_scale=8 ** -0.5, activation="silu", windows=[0, 0], rope=embedded[0].c.rope[:2],
                             stop_ids=embedded[0].c.stop_ids)
     model = model_module.Transformer(c)
     for weight in model.parameters():

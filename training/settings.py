@@ -17,7 +17,7 @@ import torch
 import grpo
 import tasks
 import weights
-from common.files import Parser
+from common.command import Parser
 from grpo import Loss
 from kernels.attention import flash_attn_with_kvcache
 from rollout import SamplingParams

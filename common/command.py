@@ -1,0 +1,21 @@
+"""The command line: a user's mistake is told in one line, with what to do."""
+
+import argparse
+import difflib
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is told in one line, with the flag that was probably meant."""
+
+    def error(self, message: str):
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        flag = unknown.split("=")[0].split(" ")[0]
+        close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")
+
+
+def one_line(error: Exception) -> str:
+    """What a user is told of an error: the first line of its message."""
+    text = f"missing {error}" if isinstance(error, KeyError) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]

