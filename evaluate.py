@@ -59,6 +59,7 @@ class EvalParams:
     temperature: float = 0.7                            # of `samples` and `noise_floor`
     fidelity: Fidelity | None = None
     personagym: judge.PersonaGym | None = None
+    reward: str | None = None                           # a user's module:function, see rewards.py
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("samples", 0), ("temperature", 0)):
@@ -88,6 +89,8 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
     results |= summary(table, problems, personas, params.seed) | totals(rows)
     for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
         row |= more
+    if params.reward:
+        results |= rewarded(rows, results["personas"], problems, everyone, params.reward)
 
     sampled, reruns, drawn, spoken = replace(greedy, temperature=params.temperature), [], [], []
     if params.noise_floor:
@@ -147,6 +150,24 @@ def ask(model, tokenizer, problems, personas, params, log=None):
         row |= {"correct": verdict.verdict == "correct", "verdict": verdict.verdict,
                 "extracted": verdict.extracted.strip()}
     return rows
+
+
+def rewarded(rows, by_persona, problems, personas, spec):
+    """Scores greedy transcripts with a user's reward too -> {"reward", "mean_reward"}.
+
+    spec: module:function, see rewards.py. Each transcript and each row of `by_persona` gets its
+    `reward`; the mean is over the personas, without `none`.
+    """
+    asked = [(persona, problem) for persona in personas for problem in problems]
+    with rewards.Rewarder(spec) as rewarder:
+        futures = [rewarder.submit(problem, row["answer"], persona)
+                   for row, (persona, problem) in zip(rows, asked, strict=True)]
+        for row, future in zip(rows, futures, strict=True):
+            row["reward"] = future.result().value
+    values = np.array([row["reward"] for row in rows]).reshape(len(personas), -1).mean(axis=1)
+    for row, value in zip(by_persona, values, strict=True):
+        row["reward"] = float(value)
+    return {"reward": spec, "mean_reward": float(values[1:].mean())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,6 +261,8 @@ def table_text(results):
     cut, limit = results["truncated_fraction"], results["max_new_tokens"]
     lines = [compare.aligned(rows), lottery_text(results),
              f"{100 * cut:.0f} % of the answers were cut at {limit} tokens (--max-new-tokens)"]
+    if "reward" in results:
+        lines.append(f"{results['reward']}, mean over personas: {results['mean_reward']:.3f}")
     if results["errors"]:
         lines.append(f"{results['errors']} answers were given up where logits were not finite: "
                      "try --dtype float32")
@@ -271,7 +294,7 @@ def lottery_text(results):
 def parse(argv):
     """The command line as a namespace."""
     parser = Parser(description=__doc__.split("\n")[0],
-                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m",
         help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
@@ -290,6 +313,8 @@ def parse(argv):
         help="auto: the GPU if there is one, else the CPU")
     add("--method",
         help="the arm's role, for --compare (default: of the model's run, else start)")
+    add("--reward", metavar="MODULE:FUNCTION",
+        help="also score the answers with a reward of yours, as train.py --reward would")
     add("--samples", type=int, default=0, help="answers a prompt, for pass@k")
     add("--noise-floor", action="store_true",
         help="rerun the prompt without persona, sampled, once per persona")
@@ -319,7 +344,10 @@ def one_arm(args):
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
     limit = trained.get("max_new_tokens", 32) if limit is None else limit
-    params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature)
+    params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature,
+                        reward=args.reward)
+    if args.reward:
+        rewards.load_reward(args.reward)    # refused before anything is spent
     problems = tasks.put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
     personas = pool.load(args.personas)
     model, tokenizer = weights.load(args.model, args.dtype, args.device)

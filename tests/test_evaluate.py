@@ -305,6 +305,22 @@ def test_p26_pass_at_k_comes_with_intervals_and_rises_with_k(evaluated):
     assert got["1"]["personas"] == pytest.approx(1 / 2) and got["1"]["none_low"] == 0
 
 
+def loud(problem, text, *, persona=None) -> float:
+    """More than 1 for a persona's answer, less without one."""
+    return len(text) + 1.0 if persona else 0.25
+
+
+def test_a_users_reward_scores_the_answers_and_sees_who_speaks(tiny, tmp_path):
+    params = evaluate.EvalParams(max_new_tokens=4, reward="tests.test_evaluate:loud")
+    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
+    none, *others = [row["reward"] for row in results["personas"]]
+    assert none == 0.25 and min(others) > 1 and results["mean_reward"] == pytest.approx(np.mean(others))
+    rows = list(files.rows(tmp_path / "transcripts.jsonl"))
+    assert all(row["reward"] == (0.25 if row["persona"] == "none" else len(row["answer"]) + 1) for row in rows)
+    assert "tests.test_evaluate:loud, mean over personas" in evaluate.table_text(results)
+    assert evaluate.main(["--reward", "tests.test_evaluate:absent"]) == 2
+
+
 def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, evaluated):
     params = SamplingParams(2, max_tokens=6)
     first, again, other = (evaluate.ask(*tiny, PROBLEMS, SPEAKERS, replace(params, seed=seed)) for seed in (3, 3, 4))

@@ -19,7 +19,7 @@ import weights
 from common.files import commit, write_atomically
 from grpo import Loss
 from model import Transformer
-from rewards import Rewarder
+from rewards import CORRECTNESS, Rewarder
 from rollout import SamplingParams
 from training import monitor
 from training.anchor import Anchor
@@ -159,7 +159,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
         if names == [p.name for p in speakers] and wanted.items() <= done.items():
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
-    params = evaluate.EvalParams(args.seed, args.max_new_tokens)
+    mine = None if args.reward == CORRECTNESS else args.reward
+    params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine)
     return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params, folder, info)
 
 
