@@ -84,7 +84,8 @@ def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
 
     prompts = []
     for problem, row in zip(problems, speakers, strict=True):
-        prompts += [job.prompt_ids(problem.question, persona) for persona in row[::n]]
+        prompts += [personas.prompt_ids(job.tokenizer, problem.question, persona)
+                    for persona in row[::n]]
     completions, texts, futures = ([None] * (len(problems) * G) for _ in range(3))
     if author:
         params = replace(job.sampling, seed=args.seed + 1_000_003 * (turn + 1))
@@ -322,10 +323,11 @@ def train(job: Job, out: Path) -> None:
     if args.memory:
         plan(policy, job)
     stopped = False
-    with job.rewarder, Monitor(out, first, args, policy) as monitor, terminated() as signals:
+    monitor = Monitor(out, first, args, policy)
+    with job.rewarder, terminated() as signals:
         batches = rollouts(job, first)
         for step in range(first, args.steps):
-            with monitor.step(step):
+            with monitor.phase("step", step):
                 with monitor.phase("sample"):
                     batch, lag = next(batches)
                 with monitor.phase("train"):

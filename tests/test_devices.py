@@ -140,7 +140,7 @@ def test_triton_is_for_gpus_from_the_a100_on(monkeypatch, capability, dtype, tri
 @outside
 def test_a_clock_waits_before_it_reads_the_time(monkeypatch):
     monkeypatch.setattr(torch.cpu, "synchronize", lambda *_: time.sleep(0.05))
-    watch = SimpleNamespace(seconds={}, policy=SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))))
+    watch = SimpleNamespace(seconds={}, first=0, policy=SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))))
     with monitor.Monitor.phase(watch, "phase"):
         pass
     assert watch.seconds["phase"] >= 0.05

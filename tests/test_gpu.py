@@ -298,7 +298,7 @@ def test_evaluation_with_fidelity_and_a_judge_runs_on_the_gpu(tiny_folder, tmp_p
 
 def test_a_clock_waits_for_what_the_gpu_still_does():
     x = torch.randn(2048, 2048, device=DEVICE)
-    watch = SimpleNamespace(seconds={}, policy=SimpleNamespace(model=x))
+    watch = SimpleNamespace(seconds={}, first=0, policy=SimpleNamespace(model=x))
     for phase in ("warm", "timed"):
         with monitor.Monitor.phase(watch, phase):
             for _ in range(10 if phase == "warm" else 50):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import personas
 from model import Transformer, pack
 from training.policy import Policy, ranks
 
@@ -19,7 +20,7 @@ def plan(policy: Policy, job) -> None:
     args, limit = job.args, job.args.memory * 1e9
     persona = max(job.pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     question = max(job.problems, key=lambda p: len(p.question)).question
-    prompt = len(job.prompt_ids(question, persona))
+    prompt = len(personas.prompt_ids(job.tokenizer, question, persona))
     completions = args.group_size if args.mix == "prompt" else 1
     group = prompt + completions * args.max_new_tokens
     per_token = activation_bytes(policy.model, prompt, completions, args.max_new_tokens)

@@ -38,31 +38,28 @@ class Monitor:
         self.speaks = ranks()[0] == 0
         self.seconds: dict[str, float] = {}             # by phase, of the step that runs
         self.history = resumed(out, first) if self.speaks else []       # metrics of all steps
-        self.said = set(symptoms(self.history))         # warnings are given once a run
+        self.said = set(symptoms(self.history)) if first else set()     # warnings, once a run
         self.broken = 0                                 # gradients in a row that were not finite
-        self.track = tracker(args.tracker, out, vars(args)) if self.speaks else None
+        self.track = None
+        if args.tracker and self.speaks:
+            self.track = tracker(args.tracker, out, vars(args))
         hidden = not self.speaks or not (args.progress or sys.stderr.isatty())
         self.bar = tqdm(total=args.steps, initial=first, unit="step", disable=hidden)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
     @contextmanager
-    def phase(self, name: str):
-        """Measures a phase of a step. What a GPU still works at belongs to the phase."""
-        start = time.perf_counter()
-        yield
-        torch.get_device_module(self.policy.model.device).synchronize()
-        self.seconds[name] = round(time.perf_counter() - start, 4)
+    def phase(self, name: str, step: int | None = None):
+        """Measures a phase. What a GPU still works at belongs to the phase.
 
-    def step(self, step: int):
-        """Measures a whole step; with --profile the second one's operators are printed too."""
-        if self.args.profile and self.speaks and step == self.first + 1:
-            return operators(self.phase("step"), self.policy.model.device)
-        return self.phase("step")
+        step: of a whole step, its number. With --profile the second one's operators are printed.
+        """
+        device, start = self.policy.model.device, time.perf_counter()
+        if step == self.first + 1 and self.args.profile and self.speaks:
+            with operators(device):
+                yield
+        else:
+            yield
+        torch.get_device_module(device).synchronize()
+        self.seconds[name] = round(time.perf_counter() - start, 4)
 
     def log(self, step: int, batch, metrics: dict, lag: int) -> None:
         """Records a finished step. Raises ValueError after MAX_BROKEN steps without a gradient.
@@ -81,7 +78,8 @@ class Monitor:
             record(self.out, step, batch, metrics)
             self.history.append(metrics)
             self.warn(step, finite)
-            self.track(metrics)
+            if self.track:
+                self.track(metrics)
             self.bar.set_postfix(reward=f"{metrics['reward']:.2f}",
                                  tok_s=f"{metrics['tokens_per_second']:.0f}")
             self.bar.update()
@@ -103,6 +101,7 @@ class Monitor:
 
     def finish(self, samples: bool) -> None:
         """Draws the curves; with --profile says where the time went. samples: see `profile`."""
+        self.bar.close()
         if self.args.profile:                           # without the first and the recorded step
             print(profile(self.history[self.first + 2:], self.policy.model, samples),
                   file=sys.stderr)
@@ -181,9 +180,9 @@ def resumed(out: Path, step: int) -> list[dict]:
 
 
 @contextmanager
-def operators(phase, device: torch.device):
-    """Prints the ten operators that take the most time within `phase`, on `device`."""
-    with torch.profiler.profile() as recorded, phase:   # CPU, and CUDA where there is one
+def operators(device: torch.device):
+    """Prints the ten operators that take the most time within it, on `device`."""
+    with torch.profiler.profile() as recorded:          # CPU, and CUDA where there is one
         yield
     by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     on_cpu = torch.autograd.DeviceType.CPU              # kernels count with their operators
@@ -302,10 +301,8 @@ def tracker_package(name: str):
         raise ValueError(f"--tracker {name} needs its package: pip install {name}") from error
 
 
-def tracker(name: str | None, out: Path, config: dict):
-    """log(metrics) for `--tracker`; None: a function that does nothing."""
-    if name is None:
-        return lambda metrics: None
+def tracker(name: str, out: Path, config: dict):
+    """log(metrics) for `--tracker`."""
     module = tracker_package(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(out / "tensorboard"))

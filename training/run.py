@@ -24,7 +24,7 @@ from rollout import SamplingParams
 from training import monitor
 from training.anchor import Anchor
 from training.policy import ranks, wait
-from training.settings import loss_of, sampling_of
+from training.settings import loss_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,7 @@ class Job:
     rewarder: Rewarder
     anchor: Anchor | None
     held_out: tuple[list, list] | None  # problems and personas of the evaluation
-
-    @property
-    def imitates(self) -> bool:
-        return self.args.method in ("sft", "distill")
-
-    def prompt_ids(self, question: str, persona: personas.Persona | None) -> list[int]:
-        return personas.prompt_ids(self.tokenizer, question, persona)
+    imitates: bool                      # sft and distill: what is correct is learned by heart
 
 
 def read(args) -> Job:
@@ -62,7 +56,15 @@ def read(args) -> Job:
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
                          "take another copy")
     problems = tasks.put(tasks.load(args.task, "train", args.seed), args.prompt)
-    pool, rewarder = training_pool(args.personas), Rewarder(args.reward, args.reward_seconds)
+    pool = personas.load(args.personas)
+    if tested := {p.text for p in pool} & personas.held_out_texts():
+        raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the "
+                         "evaluation's personas: give train, conflict-train, paraphrases-train, "
+                         "or a file without them")
+    n = args.group_size if args.mix == "prompt" else 1      # completions that share a prompt
+    sampling = SamplingParams(n, args.max_new_tokens, args.temperature, seed=args.seed,
+                              stop=tuple(args.stop))
+    rewarder = Rewarder(args.reward, args.reward_seconds)
     held_out = held_out_of(args) if args.eval_problems else None
     if args.tracker:
         monitor.tracker_package(args.tracker)
@@ -82,18 +84,9 @@ def read(args) -> Job:
             author = model
     if not ranks()[0]:
         wait()
-    return Job(args, loss_of(args), sampling_of(args), model, author,
-               start if args.kl_coef else None, tokenizer, problems, pool, rewarder, anchor,
-               held_out)
-
-
-def training_pool(which: str) -> list[personas.Persona]:
-    pool = personas.load(which)
-    if tested := {p.text for p in pool} & personas.held_out_texts():
-        raise ValueError(f"--personas {which} would train on {len(tested)} of the evaluation's "
-                         "personas: give train, conflict-train, paraphrases-train, or a file "
-                         "without them")
-    return pool
+    return Job(args, loss_of(args), sampling, model, author, start if args.kl_coef else None,
+               tokenizer, problems, pool, rewarder, anchor, held_out,
+               imitates=args.method in ("sft", "distill"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,32 +99,28 @@ def run_folder(args) -> Path:
     Raises ValueError if it holds another run. Restarted by torchrun (--max-restarts), a run with
     --out goes on where it was.
     """
-    folder = [made_folder(args) if ranks()[0] == 0 else None]
+    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
+    out = Path(args.resume or args.out or Path("runs") / name)
+    folder, number = [out], 1
+    if ranks()[0] == 0:
+        while not (args.resume or args.out) and (out / "config.json").exists():
+            number += 1
+            out = out.with_name(f"{name}-{number}")
+        goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if (out / "config.json").exists() and not goes_on:
+            raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or "
+                             "choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+        versions["python"] = sys.version.split()[0]
+        settings = vars(args) | {"resume": None, "out": str(out)}
+        config = {"settings": settings, "method": args.method, "command": " ".join(sys.argv),
+                  "commit": commit(), "versions": versions}
+        write_atomically(out / "config.json", json.dumps(config, indent=1))
+        folder = [out]
     if dist.is_initialized():
         dist.broadcast_object_list(folder)
     return folder[0]
-
-
-def made_folder(args) -> Path:
-    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
-    out = Path(args.resume or args.out or Path("runs") / name)
-    if not (args.resume or args.out):
-        number = 1
-        while (out / "config.json").exists():
-            number += 1
-            out = out.with_name(f"{name}-{number}")
-    goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if (out / "config.json").exists() and not goes_on:
-        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose "
-                         "another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    versions["python"] = sys.version.split()[0]
-    settings = vars(args) | {"resume": None, "out": str(out)}
-    config = {"settings": settings, "method": args.method, "command": " ".join(sys.argv),
-              "commit": commit(), "versions": versions}
-    write_atomically(out / "config.json", json.dumps(config, indent=1))
-    return out
 
 
 # --------------------------------------------------------------------------------------------------

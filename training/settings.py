@@ -20,7 +20,6 @@ import weights
 from common.command import Parser
 from grpo import Loss
 from kernels.attention import flash_attn_with_kvcache
-from rollout import SamplingParams
 from training.monitor import TRACKERS
 
 # name, default, help, and what else argparse should know
@@ -159,8 +158,9 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    if note := idle_clips(args, first.loss):
-        print(f"train.py: {note}", file=sys.stderr)
+    if first.loss not in (None, "reinforce") and args.inner_epochs * args.minibatches == 1:
+        print(f"train.py: with one optimizer step a batch the ratio is 1 and the clip of "
+              f"{first.loss} does nothing; --minibatches 2 gives it work", file=sys.stderr)
     return args
 
 
@@ -181,13 +181,6 @@ def loss_of(args: argparse.Namespace) -> Loss:
     """The flags of the same names as Loss's fields. Raises ValueError where they contradict."""
     names = [field.name for field in fields(Loss) if field.name != "name"]
     return Loss(args.loss, **{name: getattr(args, name) for name in names})
-
-
-def sampling_of(args: argparse.Namespace) -> SamplingParams:
-    """Of a group: its G completions share a prompt, or have one each (`--mix rollout`)."""
-    n = args.group_size if args.mix == "prompt" else 1
-    return SamplingParams(n=n, max_tokens=args.max_new_tokens, temperature=args.temperature,
-                          seed=args.seed, stop=tuple(args.stop))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,11 +256,3 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.prompts % world,
          f"--prompts {args.prompts} must be a multiple of the {world} processes"),
     ]
-
-
-def idle_clips(args: argparse.Namespace, named: str | None) -> str | None:
-    """What to say where a loss was named for its clip, and no clip can act (P31)."""
-    if not named or named == "reinforce" or args.inner_epochs * args.minibatches > 1:
-        return None
-    return (f"with one optimizer step a batch the ratio is 1 and the clip of {named} does nothing; "
-            "--minibatches 2 gives it work")
