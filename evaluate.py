@@ -63,8 +63,10 @@ def sample(model, tokenizer, prompts, n=1, log=None, **sampling):
             table[row["index"]][row["sample"]] = rollout.Completion(row["index"], row["sample"], row["tokens"], [],
                                                                     row["truncated"], error=row["error"])
     todo = [i for i, row in enumerate(table) if None in row]
+    settings = {"max_tokens" if key == "max_new_tokens" else key: value for key, value in sampling.items()}
+    params = rollout.SamplingParams(n, **settings)
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
-        for done in rollout.generate(model, [prompts[i] for i in todo], n, keys=todo, **sampling):
+        for done in rollout.generate(model, [prompts[i] for i in todo], params, keys=todo):
             done = replace(done, index=todo[done.index])
             table[done.index][done.sample] = done
             if file:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.files import Parser, one_line
 from kernels import linear_logprob
-from kernels.attention import Tree
+from kernels.attention import PrefixAttention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -293,8 +293,9 @@ def blocked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @dataclass
 class Packed:
     """Groups ready for one forward. M counts all completion tokens, in the order (group, completion, token)."""
-    input_ids: Tensor                                   # [N] every trunk, then every branch
-    tree: Tree
+    input_ids: Tensor                                   # [N] every prompt, then every completion
+    position_ids: Tensor                                # [N]
+    attend: PrefixAttention
     hidden_index: Tensor                                # [M] the packed position whose hidden state predicts the token
     targets: Tensor                                     # [M]
     lengths: list[int]                                  # tokens of each completion
@@ -306,10 +307,10 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) ->
     on an empty prompt."""
     if not all(prompt for prompt, _ in groups):
         raise ValueError("a prompt has no tokens")
-    branches = [[completion[:-1] for completion in completions] for _, completions in groups]
-    tree = Tree([len(prompt) for prompt, _ in groups], [[len(b) for b in row] for row in branches], model.c,
-                model.device)
-    hidden_index, last, start = [], -1, tree.trunk_tokens
+    inputs = [[completion[:-1] for completion in completions] for _, completions in groups]
+    attend = PrefixAttention([len(prompt) for prompt, _ in groups],
+                             [[len(ids) for ids in row] for row in inputs], model.c, model.device)
+    hidden_index, last, start = [], -1, attend.prefix_tokens
     for prompt, completions in groups:
         last += len(prompt)
         for completion in completions:
@@ -317,13 +318,15 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) ->
                 hidden_index += [last, *range(start, start + len(completion) - 1)]
                 start += len(completion) - 1
     completions = [completion for _, row in groups for completion in row]
-    ids = [t for prompt, _ in groups for t in prompt] + [t for row in branches for b in row for t in b]
+    ids = [t for prompt, _ in groups for t in prompt]
+    ids += [t for row in inputs for completion in row for t in completion]
     targets = [t for completion in completions for t in completion]
 
     def tensor(values):
         return torch.tensor(values, dtype=torch.long, device=model.device)
 
-    return Packed(tensor(ids), tree, tensor(hidden_index), tensor(targets), [len(y) for y in completions])
+    return Packed(tensor(ids), attend.position_ids, attend, tensor(hidden_index), tensor(targets),
+                  [len(y) for y in completions])
 
 
 def chunks(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
@@ -340,7 +343,7 @@ def chunks(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def completion_logprobs(model: Transformer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token and entropy of its distribution, [M] fp32, at the sampler's temperature."""
-    hidden = model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
+    hidden = model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
     return linear_logprob(hidden, model.head_weight, packed.targets, temperature, model.c.softcap)
 
 
@@ -371,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     theirs = AutoModelForCausalLM.from_config(model.hf_config, dtype=torch.float32, attn_implementation="eager").eval()
     theirs.load_state_dict(weights.state(model), strict=not model.c.tied)       # a tied head is not among ours
     packed = pack([(ids.tolist(), [])], model)
-    logits = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+    logits = model.logits(model(packed.input_ids, packed.position_ids, packed.attend))
     reference = theirs(ids[None]).logits[0]
     print(f"logits of {len(ids)} tokens: max |ours - transformers| = {(logits - reference).abs().max():.1e}; greedy "
           f"tokens equal: {(logits.argmax(-1) == reference.argmax(-1)).sum()} of {len(ids)}")

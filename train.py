@@ -46,7 +46,7 @@ from common.files import one_line
 from evaluation import report
 from model import Transformer, chunks, completion_logprobs, pack
 from rewards import Verifier, load_reward
-from rollout import Completion, generate
+from rollout import Completion, SamplingParams, generate
 from sampling.cache import prefilled
 from training import monitor
 from training.anchor import Anchor
@@ -130,8 +130,10 @@ def roll_out(author: Transformer | None, tokenizer, problems, drawn, grade, args
     completions, texts, grades = [None] * (B * G), [""] * (B * G), [None] * (B * G)
     if author:
         keys = range(first_key * G // n, first_key * G // n + len(asked))       # the same whichever rank samples it
-        samples = generate(author, prompts, n, args.max_new_tokens, args.temperature, slots=args.slots, keys=list(keys),
-                           seed=args.seed + 1_000_003 * (step + 1), cuda_graphs=args.cuda_graphs)
+        params = SamplingParams(n, args.max_new_tokens, args.temperature,
+                                seed=args.seed + 1_000_003 * (step + 1))
+        samples = generate(author, prompts, params, keys=keys, slots=args.slots,
+                           cuda_graphs=args.cuda_graphs)
     else:
         samples = gold_completions(tokenizer, [problem for problem, _ in asked], n)
     for done in samples:

@@ -129,7 +129,8 @@ def local(model, tokenizer):
     """A judge in this process, through our own sampler; as `endpoint`."""
     def ask(prompts):
         ids = [personas.prompt_ids(tokenizer, text, None) for text in prompts]
-        for done in rollout.generate(model, ids, max_new_tokens=16, temperature=0.0):
+        greedy = rollout.SamplingParams(max_tokens=16, temperature=0.0)
+        for done in rollout.generate(model, ids, greedy):
             text = tokenizer.decode(done.tokens, skip_special_tokens=True)
             yield done.index, text, len(ids[done.index]), len(done.tokens)
 

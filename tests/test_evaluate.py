@@ -260,12 +260,13 @@ def test_results_carry_what_the_design_names(evaluated):
 
 def test_p16_each_transcript_holds_the_answer_to_its_own_persona_and_problem(tiny, evaluated):
     rows = [json.loads(line) for line in (evaluated[1] / "transcripts.jsonl").read_text().splitlines()]
-    greedy = [row for row in rows if row["temperature"] == 0]
-    assert len(greedy) == 20 and len(rows) == 20 + 40
-    for row in greedy[::3]:
+    told = [row for row in rows if row["temperature"] == 0]
+    assert len(told) == 20 and len(rows) == 20 + 40
+    greedy = rollout.SamplingParams(max_tokens=6, temperature=0.0)
+    for row in told[::3]:
         persona = next((p for p in SPEAKERS if p.name == row["persona"]), None)
         prompt = personas.prompt_ids(tiny[1], row["question"], persona)
-        alone = next(rollout.generate(tiny[0], [prompt], max_new_tokens=6, temperature=0.0))
+        alone = next(rollout.generate(tiny[0], [prompt], greedy))
         assert tiny[1].decode(alone.tokens, skip_special_tokens=True) == row["answer"]
 
 
@@ -310,11 +311,12 @@ def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, e
 def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_path, monkeypatch):
     asked, real, settings = [], rollout.generate, {"seed": 1, "max_new_tokens": 4, "samples": 2}
 
-    def interrupted(model, prompts, n, **sampling):
-        for done in itertools.islice(real(model, prompts, n, **sampling), 13 if n == 2 else None):
-            asked.append((n, done.index))
+    def interrupted(model, prompts, params, **more):
+        done_before = 13 if params.n == 2 else None
+        for done in itertools.islice(real(model, prompts, params, **more), done_before):
+            asked.append((params.n, done.index))
             yield done
-        if n == 2:
+        if params.n == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(rollout, "generate", interrupted)
@@ -324,8 +326,8 @@ def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_p
     with (tmp_path / "answers.jsonl.part").open("a") as file:
         file.write('\n{"call": 1, "tok')  # as a kill in the middle of a write would leave it
     calls = []
-    monkeypatch.setattr(rollout, "generate", lambda model, prompts, n, **s: calls.append((n, len(prompts))) or
-                        real(model, prompts, n, **s))
+    monkeypatch.setattr(rollout, "generate", lambda model, prompts, params, **more: calls.append(
+        (params.n, len(prompts))) or real(model, prompts, params, **more))
     resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path, **settings)
     assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 // 2 <= calls[1][1] < 20
     whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, out=tmp_path / "whole", **settings)

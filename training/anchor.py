@@ -13,7 +13,7 @@ from torch import Tensor
 
 import personas
 from model import Transformer, pack
-from rollout import generate
+from rollout import SamplingParams, generate
 from training.policy import Policy, ranks
 
 
@@ -25,7 +25,8 @@ class Anchor:
         stride = 7 if len(pool) % 7 else 1              # through the strata, and every persona
         pairs = [(pool[i * stride % len(pool)], questions[i % len(questions)]) for i in range(args.anchor_answers)]
         prompts = [personas.prompt_ids(tokenizer, question, persona) for persona, question in pairs]
-        outs = generate(model, prompts, 1, args.anchor_tokens, seed=args.seed, slots=args.slots)
+        params = SamplingParams(max_tokens=args.anchor_tokens, seed=args.seed)
+        outs = generate(model, prompts, params, slots=args.slots)
         self.groups = [(prompts[out.index], [out.tokens]) for out in sorted(outs, key=lambda out: out.index)]
         self.head = model.head_weight.detach().clone()
         with torch.no_grad():
@@ -34,7 +35,7 @@ class Anchor:
     @staticmethod
     def hidden_states(model: Transformer, groups) -> Tensor:
         packed = pack(groups, model)
-        return model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
+        return model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
 
     def __call__(self, policy: Policy, step: int, coefficient: float, count: int) -> float:
         """Adds the gradient of coefficient * mean KL over the step's `count` answers; returns the mean KL per token."""
