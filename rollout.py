@@ -87,7 +87,7 @@ class Prompt:
     index: int
     ids: list[int]
     prefix: Prefix                                      # what its rows start on
-    hidden: Tensor | None = None                        # [1, H] at the last position, once prefilled
+    hidden: Tensor | None = None                        # [1, H] at its last token, from prefill
     samples: int = 0                                    # how many have started
 
 

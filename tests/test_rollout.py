@@ -87,7 +87,7 @@ def test_p4_p5_a_completion_ends_with_its_first_stop_token_or_is_truncated(tiny)
     for c in done:
         assert not set(c.tokens[:-1]) & set(stops) and len(c.tokens) == len(c.logprobs)
         assert c.truncated == (c.tokens[-1] not in stops)
-        assert len(c.tokens) == 6 or not c.truncated    # a stop in the last slot is a stop, not a truncation
+        assert len(c.tokens) == 6 or not c.truncated    # a stop in the last slot too
 
 
 def test_p6_the_prompts_ids_reach_the_model_as_they_are(tiny, monkeypatch):
@@ -276,7 +276,7 @@ def test_an_empty_prompt_is_refused_by_its_number(tiny):
 def test_nan_logits_end_their_row_with_an_error_and_spare_the_others(tiny_folder):
     model = weights.load(str(tiny_folder), "float32")[0]
     with torch.no_grad():
-        model.embed_tokens.weight[50, 0] = torch.nan    # tied: logit 50 is NaN everywhere, unless it is cut off
+        model.embed_tokens.weight[50, 0] = torch.nan    # tied: logit 50 would be NaN too
     model.c.tied = False
     model.lm_head = torch.nn.Linear(32, 99, bias=False)
     done = collected(stopping(model), [[50, 4], [5, 6]], max_tokens=3, seed=1)
