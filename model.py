@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
-from kernels.attention import Tree
+from kernels.attention import PrefixAttention
 
 # -----------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -294,8 +294,9 @@ class Transformer(nn.Module):
 class Packed:
     """Groups ready for one forward. M counts all completion tokens, in the order (group,
     completion, token)."""
-    input_ids: Tensor                                   # [N] every trunk, then every branch
-    tree: Tree
+    input_ids: Tensor                                   # [N] every prompt, then every completion
+    position_ids: Tensor                                # [N]
+    attend: PrefixAttention
     hidden_index: Tensor                                # [M] the position that predicts the token
     targets: Tensor                                     # [M]
     lengths: list[int]                                  # tokens of each completion
@@ -309,10 +310,10 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) ->
     """
     if not all(prompt for prompt, _ in groups):
         raise ValueError("a prompt has no tokens")
-    branches = [[completion[:-1] for completion in completions] for _, completions in groups]
-    tree = Tree([len(prompt) for prompt, _ in groups],
-                [[len(b) for b in row] for row in branches], model.c, model.device)
-    hidden_index, last, start = [], -1, tree.trunk_tokens
+    inputs = [[completion[:-1] for completion in completions] for _, completions in groups]
+    attend = PrefixAttention([len(prompt) for prompt, _ in groups],
+                             [[len(ids) for ids in row] for row in inputs], model.c, model.device)
+    hidden_index, last, start = [], -1, attend.prefix_tokens
     for prompt, completions in groups:
         last += len(prompt)
         for completion in completions:
@@ -321,11 +322,12 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) ->
                 start += len(completion) - 1
     completions = [completion for _, row in groups for completion in row]
     ids = [t for prompt, _ in groups for t in prompt]
-    ids += [t for row in branches for b in row for t in b]
+    ids += [t for row in inputs for completion in row for t in completion]
     targets = [t for completion in completions for t in completion]
     ids, hidden_index, targets = (torch.tensor(x, dtype=torch.long, device=model.device)
                                   for x in (ids, hidden_index, targets))
-    return Packed(ids, tree, hidden_index, targets, [len(y) for y in completions])
+    lengths = [len(completion) for completion in completions]
+    return Packed(ids, attend.position_ids, attend, hidden_index, targets, lengths)
 
 
 def chunks(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
@@ -346,5 +348,5 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token and entropy of its distribution, [M] fp32, at the
     sampler's temperature."""
-    hidden = model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
+    hidden = model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
     return linear_logprob(hidden, model.head_weight, packed.targets, temperature, model.c.softcap)

@@ -26,7 +26,7 @@ from benchmarks.logprob import cross_entropy, fused, log_softmax
 from common import files
 from common.command import one_line
 from model import Transformer, completion_logprobs, pack
-from rollout import generate
+from rollout import SamplingParams, generate
 from training.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -335,6 +335,7 @@ def cache_bytes(model: Transformer) -> int:
 def decode(report: Report) -> None:
     (bandwidth, _), size, best, found = rates(report), report.size, {}, models(report)
     for name, model in found.items():
+        model.c.stop_ids = []                           # rows have one length
         read = sum(p.nbytes for p in model.parameters())
         if not model.c.tied:                            # of the embeddings a few rows
             read -= model.embed_tokens.weight.nbytes
@@ -348,7 +349,7 @@ def decode(report: Report) -> None:
                     report.need(size.slow / 2)
 
                     def sample(new, model=model, prompts=prompts, rows=rows, graphs=graphs):
-                        list(generate(model, prompts, SAMPLES, new, stop_ids=[], slots=rows,
+                        list(generate(model, prompts, SamplingParams(SAMPLES, new), slots=rows,
                                       cuda_graphs=graphs))
 
                     try:
@@ -395,8 +396,9 @@ def mixed_load(report: Report, name: str, model: Transformer) -> None:
 
     with report.row(f"{name}, {size.requests} requests, {low} to {high} tokens in and out") as row:
         report.need(1.5 * size.slow)
+        params, model.c.stop_ids = SamplingParams(max_tokens=high), [-1]
         seconds = report.timed(lambda: done.extend(generate(
-            model, prompts, 1, high, stop_ids=[-1], slots=slots, on_token=end)), 0, 1)
+            model, prompts, params, slots=slots, on_token=end)), 0, 1)
         given, made = sum(map(len, prompts)), sum(len(c.tokens) for c in done)
         row |= {"value": made / seconds, "unit": "tokens/s out", "tokens_in": given, "slots": slots,
                 "tokens_out": made, "tokens_a_second": (given + made) / seconds}

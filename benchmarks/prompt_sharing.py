@@ -32,7 +32,7 @@ def shared(model, prompt: list[int], completions: list[list[int]]) -> Tensor:
 
 def padded(model, prompt: list[int], completions: list[list[int]]) -> Tensor:
     packed = pack([(prompt + completion[:-1], []) for completion in completions], model)
-    hidden = model(packed.input_ids, packed.tree.position_ids, packed.tree)
+    hidden = model(packed.input_ids, packed.position_ids, packed.attend)
     hidden = hidden.view(len(completions), -1, hidden.shape[-1])[:, len(prompt) - 1:].flatten(0, 1)
     return linear_logprob(hidden, model.head_weight, torch.tensor(completions).flatten(), 1.0, model.c.softcap)[0]
 

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 import personas
 import tasks
 import weights
-from rollout import generate
+from rollout import SamplingParams, generate
 
 STOPS = ["?", " to"]
 
@@ -43,8 +43,9 @@ def prompts_of(tokenizer, count: int) -> list[list[int]]:
 
 
 def ours(model, prompts, n, new_tokens, stops) -> tuple[int, float]:
+    model.c.stop_ids = stops
     start = time.perf_counter()
-    tokens = sum(len(c.tokens) for c in generate(model, prompts, n, new_tokens, 1.0, stop_ids=stops))
+    tokens = sum(len(c.tokens) for c in generate(model, prompts, SamplingParams(n, new_tokens)))
     return tokens, time.perf_counter() - start
 
 

@@ -25,11 +25,11 @@ import grpo  # noqa: E402
 import model as decoder  # noqa: E402
 import personas  # noqa: E402
 import rewards  # noqa: E402
-import rollout  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from kernels.torch_linear_logprob import row_statistics  # noqa: E402
+from sampling import draw  # noqa: E402
 from training import policy  # noqa: E402
 from training.settings import settings  # noqa: E402
 
@@ -112,9 +112,10 @@ def samples(s) -> str:
     out = ["## 4. The completions", "$$y_t \\sim \\pi(\\cdot \\mid x, y_{<t}), \\qquad \\pi = "
            f"\\mathrm{{softmax}}(z / T), \\quad T = {s.args.temperature}$$",
            "z are the logits. The sampler keeps each token's log-prob at the temperature it sampled with. The prompt "
-           "is computed once; its completions are branches of a tree.",
-           "![a trunk of prompt tokens with four branches](tree.svg)",
-           code(train.roll_out, "samples = generate"), code(rollout.sample_rows, "logprobs = (logits"),
+           "is computed once; its completions share it as their prefix.",
+           "![a prefix of prompt tokens with four completions](tree.svg)",
+           code(train.roll_out, "params = Sampling", "seed=args.seed +", "samples = generate"),
+           code(draw.sample_rows, "logprobs = (logits"),
            "Problem and sample, length, how it ended, text:",
            block(f"{c.index}.{c.sample} {len(c.tokens):2} tokens {'cut off' if c.truncated else 'ended  '} "
                  f"{json.dumps(text)}" for c, text in zip(s.batch.completions, s.batch.texts, strict=True)),
@@ -143,15 +144,15 @@ def forward(s) -> str:
     p, (_, logprobs, old, *_) = s.packed, s.calls["policy_loss"].given
     entropy = s.calls["completion_logprobs"].result[1]
     sampled = torch.tensor([x for c in s.batch.completions[-len(p.lengths):] for x in c.logprobs])
-    B, n, P, C = p.tree.shape
-    out = ["## 7. The pack", "Every token stands once in a row without padding: trunks (prompts), then branches. A "
-           "branch continues its trunk's positions. The last token of a completion is a target only, so it is not in "
-           "the row.",
+    B, n, P, C = p.attend.shape
+    out = ["## 7. The pack", "Every token stands once in a row without padding: prefixes (the prompts), then "
+           "completions. A completion continues its prefix's positions. Its last token is a target only, so it is not "
+           "in the row.",
            "![the packed row, and a mask of what attends to what](packing.svg)",
-           code(decoder.pack, "branches = "), code(decoder.pack, "hidden_index +="),
-           block([f"groups {B}, branches {n}, trunk {P}, longest branch {C}",
+           code(decoder.pack, "inputs = "), code(decoder.pack, "hidden_index +="),
+           block([f"groups {B}, completions {n}, prefix {P}, longest completion in the row {C}",
                   f"input_ids {list(p.input_ids.shape)} = {P} + {' + '.join(str(x - 1) for x in p.lengths)}",
-                  f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a branch",
+                  f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a completion",
                   f"targets {list(p.targets.shape)} = {' + '.join(map(str, p.lengths))}, read at hidden_index "
                   f"{p.hidden_index[:3].tolist()} ..."])]
     out += ["## 8. Log-probs and entropy", "$$\\log \\pi(y_t) = \\frac{z_{y_t}}{T} - \\log \\sum_v e^{z_v / T}, "

@@ -1,1 +1,1 @@
-"""Behind rollout.py: the cache, CUDA graphs."""
+"""Behind rollout.py: the cache, the draw, CUDA graphs."""

@@ -1,224 +1,266 @@
-"""The sampler's cache: keys and values of the tokens so far, and the decode step's attention to them.
+"""The sampler's cache: keys and values of the tokens so far, and the attention that reads them.
 
-Prompts that open alike (a persona's system message) share one *trunk*, and so do the n samples of a prompt; an entry of
-`row_kv` holds what a row has of its own. Live rows are contiguous, row i of the batch in entry i. The decode step reads
-a trunk's keys once for all its rows, as one matmul; flash-attn, which reads one cache a row, gets a copy instead.
+Prompts that open alike (a persona's system message) share one *prefix*, and so do the n samples of
+a prompt. A row's own entry holds only what comes behind its prefix. Live rows are contiguous: row i
+of the batch is entry i. The decode step reads a prefix's keys once for all its rows, as one matmul.
+flash-attn reads one entry a row, so there a row starts with a copy of its prefix.
 
 Left out: paged memory. The cache grows by whole entries and by WIDTH tokens.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.attention import bias, flash_attn_with_kvcache, uses_flash
+from kernels.attention import PrefixAttention, bias, flash_attn_with_kvcache, uses_flash
 from model import Transformer
 
-MIN_SHARED = 8                                          # a common opening shorter than this is not worth a trunk
+MIN_SHARED = 8                                          # a shorter opening is not worth sharing
 WIDTH = 32                                              # the cache grows by this many tokens
 
 
-@dataclass
-class Trunk:
+@dataclass(eq=False)                                    # two prefixes of the same ids are not one
+class Prefix:
     """A run of tokens that several rows open with."""
     ids: list[int]
     users: int                                          # rows and waiting prompts that need it
-    at: int = -1                                        # its place in the cache; -1: not there
+    entry: int = -1                                     # its entry in the cache; -1: not there
 
 
-def shared_openings(prompts: list[list[int]]) -> list[Trunk]:
-    """A trunk for each prompt, one object for all that open alike; a prompt's last token is never in it.
+def shared_openings(prompts: list[list[int]]) -> list[Prefix]:
+    """A prefix for each prompt, one object for all that open alike; empty where nothing is shared.
 
-    In sorted order a prompt joins the group before it while at least half of the group's opening remains shared.
+    A prompt's last token is never in it. In sorted order a prompt joins the group before it while
+    at least half of the group's opening remains shared.
     """
-    trunks, group = [Trunk([], 0)] * len(prompts), Trunk([], 0)
+    group = Prefix([], 0)
+    prefixes = [group] * len(prompts)
     for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
         room = min(len(group.ids), len(prompts[i]) - 1)
         common = next((j for j in range(room) if group.ids[j] != prompts[i][j]), room)
         if common >= max(MIN_SHARED, len(group.ids) / 2 if group.users > 1 else 0):
             group.ids, group.users = group.ids[:common], group.users + 1
         else:
-            group = Trunk(prompts[i][:-1], 1)
-        trunks[i] = group
-    return [t if t.users > 1 else Trunk([], 1) for t in trunks]
+            group = Prefix(prompts[i][:-1], 1)
+        prefixes[i] = group
+    return [prefix if prefix.users > 1 else Prefix([], 1) for prefix in prefixes]
 
 
 def prefilled(prompts: list[list[int]]) -> int:
     """How many tokens the sampler computes before it decodes: shared openings once."""
-    trunks = shared_openings(prompts)
-    return (sum(len(prompt) - len(trunk.ids) for prompt, trunk in zip(prompts, trunks, strict=True))
-            + sum(len(trunk.ids) for trunk in {id(t): t for t in trunks}.values()))
+    prefixes = shared_openings(prompts)
+    saved = sum(len(prefix.ids) for prefix in prefixes)
+    return sum(map(len, prompts)) - saved + sum(len(prefix.ids) for prefix in set(prefixes))
+
+
+class KeyValues:
+    """One (keys, values) a layer: keys [entries, kv_heads, D, T], as the decode step's matmul wants
+    them, and values [entries, kv_heads, T, D].
+
+    For flash-attn both lie in memory as [entries, T, kv_heads, D], under the same shapes.
+    """
+
+    def __init__(self, model: Transformer, entries: int, flash: bool):
+        self.c, self.dtype, self.device, self.flash = model.c, model.dtype, model.device, flash
+        self.layers = self.empty(entries, 0)
+
+    def empty(self, entries: int, width: int) -> list[tuple[Tensor, Tensor]]:
+        K, D = self.c.num_kv_heads, self.c.head_dim
+        kind = {"dtype": self.dtype, "device": self.device}
+        layers = []
+        for _ in range(self.c.num_layers):
+            if self.flash:
+                k, v = (torch.zeros(entries, width, K, D, **kind) for _ in range(2))
+                layers.append((k.permute(0, 2, 3, 1), v.transpose(1, 2)))
+            else:
+                layers.append((torch.zeros(entries, K, D, width, **kind),
+                               torch.zeros(entries, K, width, D, **kind)))
+        return layers
+
+    def grow(self, entries: int, width: int) -> None:
+        """Makes room for so many entries of so many tokens, if need be; contents stay.
+
+        Widths grow by steps, not by doubling: a decode step reads all of it, so copying it every
+        WIDTH steps is cheap.
+        """
+        old = self.layers
+        count, _, wide, _ = old[0][1].shape
+        if entries <= count and width <= wide:
+            return
+        self.layers = self.empty(max(entries, 2 * count) if entries > count else count,
+                                 max(wide, -(-width // WIDTH) * WIDTH))
+        for (k, v), (new_k, new_v) in zip(old, self.layers, strict=True):
+            new_k[:count, ..., :wide], new_v[:count, :, :wide] = k, v
+
+    def copy(self, entry: int, target: "KeyValues", to: int, tokens: int | None = None) -> None:
+        """An entry's first `tokens` (default: all) into entry `to` of target, which may be self."""
+        for (k, v), (new_k, new_v) in zip(self.layers, target.layers, strict=True):
+            new_k[to, ..., :tokens] = k[entry, ..., :tokens]
+            new_v[to, :, :tokens] = v[entry, :, :tokens]
+
+    def clear(self, entry: int) -> None:
+        """Zeros an entry: a mask hides old numbers from the next user, but not old NaNs."""
+        for k, v in self.layers:
+            k[entry], v[entry] = 0, 0
+
+
+class Place(NamedTuple):
+    """Where a run of tokens is written: behind the first `start` tokens of an entry."""
+    kv: KeyValues
+    entry: int
+    start: int
 
 
 class Cache:
-    """Per layer keys [entries, kv_heads, D, T], transposed as the decode matmul wants them, and values [.., T, D].
-
-    For flash-attn both lie in memory as it wants them, [entries, T, kv_heads, D], under the same shapes.
-    """
+    """Prefixes and rows: who has which entry, and the attention of prefill and decode steps."""
 
     def __init__(self, model: Transformer, slots: int):
-        self.c, self.dtype, self.device, self.slots = model.c, model.dtype, model.device, slots
+        self.c, self.device, self.slots = model.c, model.device, slots
         self.flash = uses_flash(model.head_weight)
-        self.trunk_kv, self.row_kv = self.empty(1, 0), self.empty(0, 0)
-        self.placed: list[Trunk] = []                   # the trunk in each entry
-        self.own = torch.zeros(slots, dtype=torch.long, device=model.device)    # tokens in each row's entry
-        self.cells: tuple | None = None                 # which trunk each row reads; None: rows or trunks have changed
+        self.prefix_kv = KeyValues(model, 1, self.flash)
+        self.row_kv = KeyValues(model, slots, self.flash)
+        self.prefixes: list[Prefix] = []                # the prefix in each entry
+        self.row_lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.grid_key, self.grid = None, None           # see decode_step
 
-    # -- what is kept ----------------------------------------------------------------------------------------------
+    # -- entries -----------------------------------------------------------------------------------
 
-    def empty(self, count: int, width: int) -> list[tuple[Tensor, Tensor]]:
-        K, D = self.c.num_kv_heads, self.c.head_dim
-
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-        if self.flash:
-            return [(zeros(count, width, K, D).permute(0, 2, 3, 1), zeros(count, width, K, D).transpose(1, 2))
-                    for _ in range(self.c.num_layers)]
-        return [(zeros(count, K, D, width), zeros(count, K, width, D)) for _ in range(self.c.num_layers)]
-
-    def grown(self, store: list, count: int, width: int) -> list:
-        """The same contents with room for `count` entries of `width` tokens, if need be.
-
-        Widths grow by steps, not by doubling: a decode step reads all of it, so copying it every WIDTH steps is cheap.
-        """
-        have, wide = store[0][1].shape[0], store[0][1].shape[2]
-        if count <= have and width <= wide:
-            return store
-        new = self.empty(max(count, 2 * have) if count > have else have, max(wide, -(-width // WIDTH) * WIDTH))
-        for (k, v), (new_k, new_v) in zip(store, new, strict=True):
-            new_k[:have, ..., :wide], new_v[:have, :, :wide] = k, v
-        return new
-
-    @staticmethod
-    def write(store: list, at: int, start: int, layers: list[tuple[Tensor, Tensor]], tokens: slice) -> None:
-        """Copies the packed keys and values [N, kv_heads, D] of `tokens` behind the first `start` of entry `at`."""
-        for (k, v), (new_k, new_v) in zip(store, layers, strict=True):
-            new_k, new_v = new_k[tokens], new_v[tokens]
-            k[at, :, :, start:start + len(new_k)] = new_k.permute(1, 2, 0)
-            v[at, :, start:start + len(new_v)] = new_v.transpose(0, 1)
-
-    @staticmethod
-    def copy(source: list, at: int, target: list, to: int, tokens: int | None = None) -> None:
-        """The first `tokens` (default: all) of entry `at` of one store into entry `to` of the same or the other."""
-        for (k, v), (new_k, new_v) in zip(source, target, strict=True):
-            new_k[to, ..., :tokens], new_v[to, :, :tokens] = k[at, ..., :tokens], v[at, :, :tokens]
-
-    @staticmethod
-    def clear(store: list, at: int) -> None:
-        """Entry `at` without what it held: a mask hides numbers from the next one there, but not NaNs."""
-        for k, v in store:
-            k[at], v[at] = 0, 0
-
-    def place(self, trunk: Trunk) -> None:
-        """An entry for a trunk, to be written."""
-        trunk.at, self.cells = len(self.placed), None
-        self.placed.append(trunk)
-        self.trunk_kv = self.grown(self.trunk_kv, len(self.placed), len(trunk.ids))
-
-    def release(self, trunk: Trunk) -> None:
-        """One user less; without any the trunk's entry goes to the last one."""
-        trunk.users, self.cells = trunk.users - 1, None
-        if trunk.users or trunk.at < 0:
-            return
-        last = self.placed.pop()
-        if last is not trunk:
-            self.copy(self.trunk_kv, last.at, self.trunk_kv, trunk.at)
-            self.placed[trunk.at], last.at = last, trunk.at
-        self.clear(self.trunk_kv, len(self.placed))
-
-    def extend(self, trunk: Trunk, opening: Trunk, kept: list, tokens: slice) -> None:
-        """Places a trunk that opens with another one and goes on with `tokens` of the packed keys and values `kept`."""
-        self.place(trunk)
+    def add_prefix(self, prefix: Prefix, opening: Prefix) -> Place:
+        """An entry for a prefix that opens with another one: where its other tokens are written."""
+        prefix.entry = len(self.prefixes)
+        self.prefixes.append(prefix)
+        self.prefix_kv.grow(len(self.prefixes), len(prefix.ids))
         if opening.ids:
-            self.copy(self.trunk_kv, opening.at, self.trunk_kv, trunk.at)
-        self.write(self.trunk_kv, trunk.at, len(opening.ids), kept, tokens)
+            self.prefix_kv.copy(opening.entry, self.prefix_kv, prefix.entry, len(opening.ids))
+        return Place(self.prefix_kv, prefix.entry, len(opening.ids))
 
-    def start_row(self, at: int, trunk: Trunk, kept: list | None, tokens: slice) -> None:
-        """Entry `at` becomes a row on a trunk, with `tokens` of `kept` of its own."""
-        own = tokens.stop - tokens.start
-        copied = len(trunk.ids) if self.flash else 0
-        self.row_kv = self.grown(self.row_kv, self.slots, copied + own + 1)
-        if copied:
-            self.copy(self.trunk_kv, trunk.at, self.row_kv, at, copied)
-        if kept:
-            self.write(self.row_kv, at, copied, kept, tokens)
-        self.own[at], self.cells = copied + own, None
+    def release(self, prefix: Prefix) -> None:
+        """One user less; without any, the last prefix takes over the entry."""
+        prefix.users -= 1
+        if prefix.users or prefix.entry < 0:
+            return
+        last = self.prefixes.pop()
+        if last is not prefix:
+            self.prefix_kv.copy(last.entry, self.prefix_kv, prefix.entry)
+            self.prefixes[prefix.entry], last.entry = last, prefix.entry
+        self.prefix_kv.clear(len(self.prefixes))
+
+    def add_row(self, row: int, prefix: Prefix, tokens: int) -> Place:
+        """Row `row` starts on a prefix: where its `tokens` further prompt tokens are written."""
+        start = len(prefix.ids) if self.flash else 0
+        self.row_kv.grow(self.slots, start + tokens + 1)
+        if start:
+            self.prefix_kv.copy(prefix.entry, self.row_kv, row, start)
+        self.row_lengths[row] = start + tokens
+        return Place(self.row_kv, row, start)
 
     def move_row(self, source: int, target: int) -> None:
-        self.copy(self.row_kv, source, self.row_kv, target)
-        self.own[target] = self.own[source]
+        self.row_kv.copy(source, self.row_kv, target)
+        self.row_lengths[target] = self.row_lengths[source]
 
-    def reader(self, trunks: list[Trunk]):
-        """layer -> keys and values [trunks, kv_heads, P, D], P the longest's length. An empty trunk, not in the
-        cache, gets those of entry 0: its length hides them all."""
-        at, P = torch.tensor([max(t.at, 0) for t in trunks], device=self.device), max(len(t.ids) for t in trunks)
+    # -- what a forward needs: (position_ids, attend) ----------------------------------------------
 
-        def read(layer: int) -> tuple[Tensor, Tensor]:
-            k, v = self.trunk_kv[layer]
-            return k[at, :, :, :P].transpose(-1, -2), v[at, :, :P]
+    def prefill_step(self, prefixes: list[Prefix], lengths: list[int], places: list[Place]):
+        """For packed runs of tokens, each behind its prefix: (position_ids [N], attend).
 
-        return read
+        attend(layer, q, k, v) stores each run's k and v in its place, and attends to its prefix and
+        the tokens before. Neighbours with the same prefix read it together.
+        """
+        runs = zip(prefixes, lengths, strict=True)
+        groups = [list(group) for _, group in groupby(runs, key=lambda run: id(run[0]))]
+        prefixes = [group[0][0] for group in groups]
+        attention = PrefixAttention(
+            [len(prefix.ids) for prefix in prefixes],
+            [[length for _, length in group] for group in groups], self.c, self.device, cached=True)
+        # An empty prefix is not in the cache. It gets entry 0, all of which its length hides.
+        entries = torch.tensor([max(prefix.entry, 0) for prefix in prefixes], device=self.device)
+        P = max(len(prefix.ids) for prefix in prefixes)
 
-    # -- what a decode step reads ----------------------------------------------------------------------------------
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            runs = zip(places, lengths, k.split(lengths), v.split(lengths), strict=True)
+            for (kv, entry, start), length, run_k, run_v in runs:
+                keys, values = kv.layers[layer]
+                keys[entry, :, :, start:start + length] = run_k.permute(1, 2, 0)
+                values[entry, :, start:start + length] = run_v.transpose(0, 1)
+            keys, values = self.prefix_kv.layers[layer]
+            prefix_kv = keys[entries, :, :, :P].transpose(-1, -2), values[entries, :, :P]
+            return attention(layer, q, k, v, prefix_kv)
 
-    def decode_step(self, trunks: list[Trunk], B: int):
-        """(position_ids [B], attend): attend(layer, q, k, v) stores the new token's k and v and attends to all before
-        it. trunks: of the rows that decode; the others up to B are there for the shape alone."""
-        self.row_kv = self.grown(self.row_kv, self.slots, int(self.own[:B].max()) + 1)
+        return attention.position_ids, attend
+
+    def decode_step(self, prefixes: list[Prefix], B: int):
+        """For one new token in each of B rows: (position_ids [B], attend).
+
+        attend(layer, q, k, v) stores the new k and v behind each row's tokens and attends to all of
+        them. prefixes: of the rows that decode; the others up to B only fill the batch.
+        """
+        self.row_kv.grow(self.slots, int(self.row_lengths[:B].max()) + 1)
+        lengths = self.row_lengths[:B]
         if self.flash:
-            return self.own[:B], self.flash_attention
-        rows, own = torch.arange(B, device=self.device), self.own[:B]
-        if self.cells is None or self.cells[0] != len(trunks):
-            self.cells = len(trunks), *self.trunk_cells(trunks)
-        _, trunk_length, to_grid, from_grid = self.cells
-        S, P, T = len(self.placed), self.trunk_kv[0][0].shape[-1] if self.placed else 0, self.row_kv[0][0].shape[-1]
-        trunk_length, from_grid = trunk_length[:B], from_grid[:B * self.c.num_kv_heads]
-        biases = {window: bias(own[:, None], T, trunk_length, P, window, self.dtype)[:, None]
-                  for window in set(self.c.windows)}                            # [B, 1, 1, P + T]
+            return lengths, self.flash_attention
+        key = [(prefix.entry, len(prefix.ids)) for prefix in prefixes], len(self.prefixes)
+        if key != self.grid_key:                        # rows or prefixes have changed
+            self.grid_key, self.grid = key, self.prefix_grid(prefixes)
+        prefix_lengths, cell_rows, row_cells = self.grid
+        prefix_lengths, row_cells = prefix_lengths[:B], row_cells[:B * self.c.num_kv_heads]
+        rows, S = torch.arange(B, device=self.device), len(self.prefixes)
+        P = self.prefix_kv.layers[0][1].shape[2] if S else 0
+        T = self.row_kv.layers[0][1].shape[2]
+        biases = {}                                     # by window, [B, 1, 1, P + T]
+        for window in set(self.c.windows):
+            found = bias(lengths[:, None], T, prefix_lengths, P, window, self.row_kv.dtype)
+            biases[window] = found[:, None]
 
-        def attend(layer, q, k, v):
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
-            own_k, own_v = (x[:B] for x in self.row_kv[layer])
-            own_k[rows, :, :, own], own_v[rows, :, own] = k, v
+            row_k, row_v = (x[:B] for x in self.row_kv.layers[layer])
+            row_k[rows, :, :, lengths], row_v[rows, :, lengths] = k, v
             q = (q * self.c.attn_scale).reshape(B * K, g, D)
-            scores = q @ own_k.flatten(0, 1)                                    # [B * K, g, T]
-            if S:                                       # one matmul a trunk and kv head: all its rows' queries at once
-                trunk_k, trunk_v = (x[:S].flatten(0, 1) for x in self.trunk_kv[layer])
-                grid = q.index_select(0, to_grid).view(S * K, -1, D)
-                on_trunk = (grid @ trunk_k).view(-1, g, P).index_select(0, from_grid)
-                scores = torch.cat([on_trunk, scores], -1)
-            weights = scores.view(B, K, g, -1).add_(biases[self.c.windows[layer]]).softmax(-1).view(B * K, g, -1)
-            out = weights[..., P:] @ own_v.flatten(0, 1)
+            scores = q @ row_k.flatten(0, 1)                                    # [B * K, g, T]
+            if S:                       # one matmul a prefix and kv head: all its rows at once
+                prefix_k, prefix_v = (x[:S].flatten(0, 1) for x in self.prefix_kv.layers[layer])
+                cells = q.index_select(0, cell_rows).view(S * K, -1, D)
+                cells = (cells @ prefix_k).view(-1, g, P)
+                scores = torch.cat([cells.index_select(0, row_cells), scores], -1)
+            scores = scores.view(B, K, g, -1).add_(biases[self.c.windows[layer]])
+            weights = scores.softmax(-1).view(B * K, g, -1)
+            out = weights[..., P:] @ row_v.flatten(0, 1)
             if S:
-                grid = weights[..., :P].index_select(0, to_grid).view(S * K, -1, P)
-                out += (grid @ trunk_v).view(-1, g, D).index_select(0, from_grid)
+                cells = weights[..., :P].index_select(0, cell_rows).view(S * K, -1, P)
+                out += (cells @ prefix_v).view(-1, g, D).index_select(0, row_cells)
             return out.view(B, K * g, D)
 
-        return trunk_length + own, attend
+        return prefix_lengths + lengths, attend
 
     def flash_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One call that appends k and v to the rows' caches and attends to them (flash-attn 2, arXiv 2307.08691)."""
-        B, (own_k, own_v) = len(q), self.row_kv[layer]
+        """The decode step's attend through flash-attn 2 (arXiv 2307.08691), in one call."""
+        B, (row_k, row_v) = len(q), self.row_kv.layers[layer]
         return flash_attn_with_kvcache(
-            q[:, None], own_k[:B].permute(0, 3, 1, 2), own_v[:B].transpose(1, 2), k[:, None], v[:, None],
-            cache_seqlens=self.own[:B].int(), **self.c.flash(layer))[:, 0]
+            q[:, None], row_k[:B].permute(0, 3, 1, 2), row_v[:B].transpose(1, 2), k[:, None],
+            v[:, None], cache_seqlens=self.row_lengths[:B].int(), **self.c.flash(layer))[:, 0]
 
-    def trunk_cells(self, trunks: list[Trunk]) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's trunk length [slots], and where (row, kv head) and (trunk, kv head, member) find each other: the
-        row of every cell of a grid [trunks, kv_heads, widest], and the cell of every row [slots * kv_heads].
+    def prefix_grid(self, prefixes: list[Prefix]) -> tuple[Tensor, Tensor, Tensor]:
+        """How rows find their prefixes in a grid of cells [prefixes, kv_heads, most rows of one].
 
-        A row without a trunk sits at the first one, all of which it is hidden from. Empty cells point at row 0 and
-        rows that are not live at cell 0; what comes of that is not read.
+        Returns each row's prefix length [slots], the (row, kv head) of every cell, and the cell of
+        every (row, kv head) [slots * kv_heads]. A row without a prefix sits at the first one, all
+        of which is hidden from it. Empty cells point at row 0, and rows that are not live at cell
+        0; these results are never read.
         """
-        members: list[list[int]] = [[] for _ in self.placed]
-        length, cell = [0] * self.slots, [(0, 0)] * self.slots
-        for i, trunk in enumerate(trunks if self.placed else ()):
-            at = max(trunk.at, 0)
-            length[i], cell[i] = len(trunk.ids), (at, len(members[at]))
-            members[at].append(i)
-        heads, widest = range(self.c.num_kv_heads), max(map(len, members), default=0)
-        to_grid = [i * len(heads) + h for rows in members for h in heads for i in rows + [0] * (widest - len(rows))]
-        from_grid = [(at * len(heads) + h) * widest + j for at, j in cell for h in heads]
-        return tuple(torch.tensor(x, dtype=torch.long, device=self.device) for x in (length, to_grid, from_grid))
+        members: list[list[int]] = [[] for _ in self.prefixes]
+        lengths, cells = [0] * self.slots, [(0, 0)] * self.slots
+        for row, prefix in enumerate(prefixes if self.prefixes else ()):
+            entry = max(prefix.entry, 0)
+            lengths[row], cells[row] = len(prefix.ids), (entry, len(members[entry]))
+            members[entry].append(row)
+        K, most = self.c.num_kv_heads, max(map(len, members), default=0)
+        cell_rows = []
+        for rows in members:
+            rows = rows + [0] * (most - len(rows))
+            cell_rows += [row * K + head for head in range(K) for row in rows]
+        row_cells = [(entry * K + head) * most + j for entry, j in cells for head in range(K)]
+        return tuple(torch.tensor(x, dtype=torch.long, device=self.device)
+                     for x in (lengths, cell_rows, row_cells))

@@ -3,7 +3,9 @@
 Tests run on the CPU, also where there is a GPU: all but those of test_gpu.py see none, nor do the processes they start.
 """
 
+import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test may wait for a network
@@ -58,6 +60,13 @@ def make_reference(family: str):
         for name, p in model.named_parameters():
             p.add_(torch.randn_like(p) * (0.3 if "norm" in name or "bias" in name else 0.1))
     return model
+
+
+def stopping(model, stop_ids=()):
+    """The same model and weights with other stop tokens; none by default."""
+    other = copy.copy(model)
+    other.c = replace(model.c, stop_ids=list(stop_ids))
+    return other
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,9 @@ import evaluate
 import rollout
 import train
 import weights
-from rollout import generate
+from rollout import SamplingParams, generate
+from sampling import draw
+from tests.conftest import stopping
 from tests.test_model import groups_of, random_ids, varlen_stand_in
 from tests.test_train import FAST, REWARD, metrics, same, tensors
 from training import monitor
@@ -140,7 +142,8 @@ def test_triton_is_for_gpus_from_the_a100_on(monkeypatch, capability, dtype, tri
 @outside
 def test_a_clock_waits_before_it_reads_the_time(monkeypatch):
     monkeypatch.setattr(torch.cpu, "synchronize", lambda *_: time.sleep(0.05))
-    watch = SimpleNamespace(seconds={}, first=0, policy=SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))))
+    model = SimpleNamespace(device=torch.device("cpu"))
+    watch = SimpleNamespace(seconds={}, first=0, policy=SimpleNamespace(model=model))
     with monitor.Monitor.phase(watch, "phase"):
         pass
     assert watch.seconds["phase"] >= 0.05
@@ -273,7 +276,8 @@ def sampled(model, n: int, **settings) -> dict:
     """Shared openings, lone prompts, few slots: rows leave and others take their place."""
     opening = random_ids(20)
     prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3), opening + random_ids(3, 4)]
-    done = generate(model, prompts, n=n, max_new_tokens=12, stop_ids=range(12), slots=3, **settings)
+    params = SamplingParams(n, max_tokens=12, **settings)
+    done = generate(stopping(model, range(12)), prompts, params, slots=3)
     return {(c.index, c.sample): (c.tokens, c.truncated) for c in done}
 
 
@@ -284,8 +288,7 @@ def test_pretended_sampling_equals_the_cpus_in_every_family(family, counts):
 
 
 @on_it
-@pytest.mark.parametrize("more", [{"top_k": 9, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0},
-                                  {"model_logprobs": True}])
+@pytest.mark.parametrize("more", [{"top_k": 9, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0}])
 def test_pretended_sampling_of_single_samples_equals_the_cpus_with_every_filter(tiny, tiny_folder, counts, more):
     assert sampled(weights.load(str(tiny_folder), "float32")[0], 1, **more) == sampled(tiny[0], 1, **more)
 
@@ -295,7 +298,7 @@ def test_pretended_decoding_reads_no_more_values_for_more_rows(tiny_folder, coun
     model, found = weights.load(str(tiny_folder), "float32")[0], []
     for rows in (2, 16):
         counts["reads"] = 0
-        list(generate(model, [random_ids(5)], n=rows, max_new_tokens=30, stop_ids=[]))
+        list(generate(stopping(model), [random_ids(5)], SamplingParams(rows, max_tokens=30)))
         found.append(counts["reads"])
     assert found[0] == found[1] <= 3 * 30 + 2           # tokens, log-probs and the longest row, a step
 
@@ -303,9 +306,10 @@ def test_pretended_decoding_reads_no_more_values_for_more_rows(tiny_folder, coun
 @on_it
 def test_pretended_rows_are_drawn_in_one_go(tiny_folder, counts, monkeypatch):
     calls, model = [], weights.load(str(tiny_folder), "float32")[0]
-    draw = rollout.sample_rows
-    monkeypatch.setattr(rollout, "sample_rows", lambda *args: calls.append(len(args[0])) or draw(*args))
-    list(generate(model, [random_ids(5)], n=16, max_new_tokens=3, stop_ids=[]))
+    sample_rows = draw.sample_rows
+    monkeypatch.setattr(draw, "sample_rows",
+                        lambda *args: calls.append(len(args[0])) or sample_rows(*args))
+    list(generate(stopping(model), [random_ids(5)], SamplingParams(16, max_tokens=3)))
     assert calls == [16, 16, 16]
 
 

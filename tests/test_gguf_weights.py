@@ -12,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import weights
-from rollout import generate
+from rollout import SamplingParams, generate
+from tests.conftest import stopping
 from tests.test_model import logits_of, random_ids
 from weights import gguf as gguf_weights
 from weights import huggingface
@@ -187,7 +188,7 @@ def test_a_gguf_model_equals_transformers_on_the_same_dequantised_weights(loaded
     ids = random_ids(40)
     theirs = reference(torch.tensor([ids])).logits[0]
     assert (logits_of(model, ids) - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
-    done = next(generate(model, [ids], max_new_tokens=16, temperature=0, stop_ids=[]))
+    done = next(generate(stopping(model), [ids], SamplingParams(max_tokens=16, temperature=0)))
     theirs = reference.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=None)
     assert done.tokens == theirs[0, len(ids):].tolist()
 

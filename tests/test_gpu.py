@@ -21,8 +21,8 @@ import weights
 from kernels import linear_logprob
 from kernels.attention import flash_attn_with_kvcache
 from model import completion_logprobs, pack
-from rollout import generate
-from tests.conftest import make_reference
+from rollout import SamplingParams, generate
+from tests.conftest import make_reference, stopping
 from tests.test_kernels import outputs_and_gradients, reference, relative_errors, sample
 from tests.test_model import groups_of, random_ids
 from tests.test_rollout import random_prompts, trainer_logprobs
@@ -161,7 +161,8 @@ def test_greedy_tokens_equal_transformers_in_every_family(family, request):
     kind = request.node.callspec.params["family"]
     model, theirs = loaded(folder), make_reference(kind).to(DEVICE)
     prompts = [random_ids(n, n) for n in (5, 23)]
-    done = sorted(generate(model, prompts, max_new_tokens=48, temperature=0, stop_ids=[]), key=lambda c: c.index)
+    params = SamplingParams(max_tokens=48, temperature=0)
+    done = sorted(generate(stopping(model), prompts, params), key=lambda c: c.index)
     for prompt, completion in zip(prompts, done, strict=True):
         ids = torch.tensor([prompt], device=DEVICE)
         out = theirs.generate(ids, max_new_tokens=48, min_new_tokens=48, do_sample=False, eos_token_id=None)
@@ -176,7 +177,8 @@ def test_greedy_tokens_equal_transformers_in_every_family(family, request):
 def test_p14_sampler_and_trainer_agree_in_every_family_and_dtype(family, dtype, n):
     model = loaded(family[2], dtype)
     prompts = random_prompts(6, seed=4, low=12) + [[7] * 10 + p for p in random_prompts(3, seed=5, low=5)]
-    done = {(c.index, c.sample): c for c in generate(model, prompts, n, 20, 0.6, slots=5, stop_ids=[])}
+    found = generate(stopping(model), prompts, SamplingParams(n, 20, 0.6), slots=5)
+    done = {(c.index, c.sample): c for c in found}
     mine = torch.tensor([x for i in range(len(prompts)) for j in range(n) for x in done[i, j].logprobs])
     error = (trainer_logprobs(model, prompts, done, n, 0.6).cpu() - mine).abs()
     assert error.mean() <= 2 * CLOSE[dtype] and not any(c.error for c in done.values())
@@ -187,13 +189,13 @@ def test_p35_128_prompts_of_many_lengths_through_few_slots_decode_as_they_do_alo
     """Rows leave at random times and others take their place. In half precision a sample may turn where two tokens are
     nearly alike, so there the log-probs are compared with the trainer's."""
     model, prompts = loaded(tiny_folder, dtype), random_prompts(128, seed=7, high=120)
-    asked = {"max_new_tokens": 40, "stop_ids": range(3, 9), "seed": 3}
-    crowd = {(c.index, c.sample): c for c in generate(model, prompts, slots=16, **asked)}
+    model, params = stopping(model, range(3, 9)), SamplingParams(max_tokens=40, seed=3)
+    crowd = {(c.index, c.sample): c for c in generate(model, prompts, params, slots=16)}
     assert len(crowd) == 128 and not any(c.error for c in crowd.values())
     assert 20 < len({len(c.tokens) for c in crowd.values()})
     if dtype == torch.float32:
         for i in range(0, 128, 9):
-            (alone,) = generate(model, prompts[i:i + 1], keys=[i], **asked)
+            (alone,) = generate(model, prompts[i:i + 1], params, keys=[i])
             assert alone.tokens == crowd[i, 0].tokens
     theirs = trainer_logprobs(model, prompts, crowd, 1, 1.0).cpu()
     error = (theirs - torch.tensor([x for i in range(128) for x in crowd[i, 0].logprobs])).abs()
@@ -203,9 +205,9 @@ def test_p35_128_prompts_of_many_lengths_through_few_slots_decode_as_they_do_alo
 @pytest.mark.skipif(flash_attn_with_kvcache is None, reason="CUDA graphs need flash-attn, which is not installed")
 def test_p35_cuda_graphs_give_the_same_tokens(tiny_folder):
     model, found = loaded(tiny_folder, HALF), []
+    model, params = stopping(model, range(3, 9)), SamplingParams(2, max_tokens=40, temperature=0)
     for on in (False, True):
-        done = generate(model, random_prompts(128, seed=7, high=120), n=2, max_new_tokens=40, temperature=0,
-                        stop_ids=range(3, 9), slots=16, cuda_graphs=on)
+        done = generate(model, random_prompts(128, seed=7, high=120), params, slots=16, cuda_graphs=on)
         found.append({(c.index, c.sample): c.tokens for c in done})
     assert found[0] == found[1]
 

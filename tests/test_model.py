@@ -16,14 +16,15 @@ import tasks
 import weights
 from kernels import attention
 from model import Transformer, completion_logprobs, pack
-from rollout import generate
+from rollout import SamplingParams, generate
 from sampling import cache
+from tests.conftest import stopping
 from weights import parity
 
 
 def logits_of(model, ids: list[int]) -> torch.Tensor:
     packed = pack([(ids, [])], model)
-    return model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+    return model.logits(model(packed.input_ids, packed.position_ids, packed.attend))
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -51,7 +52,8 @@ def test_logits_equal_transformers(family):
 def test_greedy_continuation_equals_transformers(family):
     ours, reference, _ = family
     prompts = [random_ids(n, n) for n in (5, 23)]
-    done = sorted(generate(ours, prompts, max_new_tokens=64, temperature=0, stop_ids=[]), key=lambda c: c.index)
+    params = SamplingParams(max_tokens=64, temperature=0)
+    done = sorted(generate(stopping(ours), prompts, params), key=lambda c: c.index)
     for prompt, completion in zip(prompts, done, strict=True):
         ids = torch.tensor([prompt])
         theirs = reference.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None)
@@ -102,7 +104,8 @@ def test_the_embedded_models_greedy_tokens_equal_transformers(embedded, tmp_path
     seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     theirs = reference.generate(ids, attention_mask=seen, max_new_tokens=length, min_new_tokens=length, do_sample=False,
                                 eos_token_id=None, pad_token_id=2)[:, longest:].tolist()
-    done = sorted(generate(model, prompts, max_new_tokens=length, temperature=0, stop_ids=[]), key=lambda c: c.index)
+    params = SamplingParams(max_tokens=length, temperature=0)
+    done = sorted(generate(stopping(model), prompts, params), key=lambda c: c.index)
     assert len(prompts) == count and [c.tokens for c in done] == theirs
 
 
@@ -298,11 +301,12 @@ def test_sampling_through_flash_attn_gives_the_same_tokens(family, flash, monkey
         steps.append(args)
         return kvcache_stand_in(*args, **kwargs)
 
+    model, params = stopping(family[0], range(20)), SamplingParams(n, max_tokens=12)
     for on in (False, True):
         calls = flash(on)
         monkeypatch.setattr(cache, "uses_flash", lambda q, on=on: on)
         monkeypatch.setattr(cache, "flash_attn_with_kvcache", counted)
-        done = list(generate(family[0], prompts, n=n, max_new_tokens=12, temperature=1.0, stop_ids=range(20), slots=3))
+        done = list(generate(model, prompts, params, slots=3))
         found.append({(c.index, c.sample): c for c in done})
     plain, flashed = found
     assert calls and steps and len(plain) == n * len(prompts)
@@ -357,8 +361,8 @@ def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
     """As CUDA graphs would: batches of 8 and 16 rows, rows that leave and others in their place, a cache that grows."""
     opening, made = random_ids(20), []
     prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3), opening + random_ids(3, 4)]
-    settings = {"n": 5, "max_new_tokens": 40, "stop_ids": range(4), "slots": 16}
-    plain = {(c.index, c.sample): c for c in generate(family[0], prompts, **settings)}
+    model, params = stopping(family[0], range(4)), SamplingParams(5, max_tokens=40)
+    plain = {(c.index, c.sample): c for c in generate(model, prompts, params, slots=16)}
 
     def graph():
         made.append(RecordedGraph())
@@ -370,7 +374,8 @@ def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
     monkeypatch.setattr(cache, "flash_attn_with_kvcache", kvcache_without_host_reads)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
-    replayed = {(c.index, c.sample): c for c in generate(family[0], prompts, cuda_graphs=True, **settings)}
+    done = generate(model, prompts, params, slots=16, cuda_graphs=True)
+    replayed = {(c.index, c.sample): c for c in done}
     assert {key: c.tokens for key, c in plain.items()} == {key: c.tokens for key, c in replayed.items()}
     assert len(made) > 2 and max(graph.replays for graph in made) > 5           # two sizes, and again once it had grown
 

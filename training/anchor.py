@@ -43,7 +43,7 @@ class Anchor:
     def hidden_states(model: Transformer, groups) -> Tensor:
         """[tokens, H]: what predicts each token of the answers."""
         packed = pack(groups, model)
-        return model(packed.input_ids, packed.tree.position_ids, packed.tree)[packed.hidden_index]
+        return model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
 
     def __call__(self, policy: Policy, step: int) -> float:
         """Adds the gradient of an optimizer step's share of the answers to the policy's.

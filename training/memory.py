@@ -85,6 +85,6 @@ def activation_bytes(model: Transformer, prompt: int, completions: int, new_toke
 
     packed = pack([([0] * prompt, [[0] * new_tokens] * completions)], model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(packed.input_ids, packed.tree.position_ids, packed.tree)
+        model(packed.input_ids, packed.position_ids, packed.attend)
     total = sum(size for at, size in saved.items() if at not in parameters)
     return total / len(packed.input_ids)

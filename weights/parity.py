@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         model.hf_config, dtype=torch.float32, attn_implementation="eager").eval()
     theirs.load_state_dict(weights.state(model), strict=not model.c.tied)   # ours has no tied head
     packed = pack([(ids, [])], model)
-    logits = model.logits(model(packed.input_ids, packed.tree.position_ids, packed.tree))
+    logits = model.logits(model(packed.input_ids, packed.position_ids, packed.attend))
     reference = theirs(torch.tensor([ids])).logits[0]
     difference = (logits - reference).abs().max()
     same = (logits.argmax(-1) == reference.argmax(-1)).sum()
