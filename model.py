@@ -247,9 +247,10 @@ class Transformer(nn.Module):
         return [tables[id(rope)] for rope in ropes]
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
-        """[N, V] fp32, soft-capped where the family does that. head [V, H]: another one's weight.
+        """[N, V] fp32, soft-capped where the family does that.
 
         For the few rows of the sampler and the anchor; the loss uses kernels.linear_logprob.
+        head [V, H]: a weight to use in place of the model's own.
         """
         if head is None and "head" in self.reordered and not torch.is_grad_enabled():
             logits = torch.ops.mkldnn._linear_pointwise(
