@@ -219,7 +219,7 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
 
 
 def minibatches(batch: Rollout, advantages: Tensor, job: Job) -> list[tuple]:
-    """The batch's groups in `--minibatches` parts: (all groups, micro-batches of those to train on).
+    """The batch's groups in `--minibatches` parts: (groups, micro-batches).
 
     Groups without a gradient are left out of the micro-batches.
     """

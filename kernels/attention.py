@@ -71,7 +71,8 @@ class PrefixAttention:
         if uses_flash(q):
             return self.flash(layer, q, k, v, prefix_kv)
         B, n, P, C = self.shape
-        K, T, window, q = k.shape[1], self.prefix_tokens, self.c.windows[layer], q * self.c.attn_scale
+        K, T, window = k.shape[1], self.prefix_tokens, self.c.windows[layer]
+        q = q * self.c.attn_scale
         out = []
         if not self.cached:
             prefix_q, prefix_k, prefix_v = (pad(x[:T], self.prefix_index, (B, 1, P, K))

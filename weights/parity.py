@@ -10,7 +10,6 @@ from collections import Counter
 import torch
 from transformers import AutoModelForCausalLM
 
-import personas
 import weights
 from common.command import Parser, one_line
 from model import pack
@@ -26,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
                         help=f"as for train.py (default {weights.EMBEDDED})")
     try:
         model, tokenizer = weights.load(parser.parse_args(argv).model, "float32", "cpu")
-        ids = personas.prompt_ids(tokenizer, "What is 6 + 7?", None)
+        ids = tokenizer("What is 6 + 7? I think that it is 13.").input_ids
     except (ValueError, OSError) as error:
         parser.exit(2, f"parity.py: {one_line(error)}\n")
 
