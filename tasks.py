@@ -131,9 +131,6 @@ def put(problems: list[Problem], prompt: str) -> list[Problem]:
     return [replace(p, question=PROMPTS[prompt].format(question=p.question)) for p in problems]
 
 
-def format_question(problem: Problem, prompt: str = "plain") -> str:
-    return put([problem], prompt)[0].question
-
 
 # --------------------------------------------------------------------------------------------------
 # Files

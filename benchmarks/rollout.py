@@ -39,7 +39,7 @@ STOPS = ["?", " to"]
 
 def prompts_of(tokenizer, count: int) -> list[list[int]]:
     problems, pool = tasks.load("arithmetic", "train", 0, count), personas.load("train")
-    return [personas.prompt_ids(tokenizer, tasks.format_question(p, "plain"), pool[i]) for i, p in enumerate(problems)]
+    return [personas.prompt_ids(tokenizer, p.question, pool[i]) for i, p in enumerate(problems)]
 
 
 def ours(model, prompts, n, new_tokens, stops) -> tuple[int, float]:

@@ -269,7 +269,7 @@ def test_p16_each_transcript_holds_the_answer_to_its_own_persona_and_problem(tin
     for row in greedy[::3]:
         persona = next((p for p in SPEAKERS if p.name == row["persona"]), None)
         prompt = personas.prompt_ids(tiny[1], row["question"], persona)
-        alone = next(rollout.generate(tiny[0], [prompt], max_new_tokens=6, temperature=0.0))
+        alone = next(rollout.generate(tiny[0], [prompt], SamplingParams(max_tokens=6, temperature=0.0)))
         assert tiny[1].decode(alone.tokens, skip_special_tokens=True) == row["answer"]
 
 
