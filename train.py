@@ -20,11 +20,9 @@ Behind this file, in training/: settings, masters and ranks (policy.py), checkpo
 a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more than a step.
 """
 
-import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -37,11 +35,13 @@ import personas
 import tasks
 import weights
 from common.command import one_line
-from model import Transformer, chunks, completion_logprobs, pack
+from model import Transformer, completion_logprobs, pack
 from rollout import Completion, generate
 from training.checkpoints import Checkpoints
 from training.memory import plan
+from training.minibatches import loss_weights, micro_batches, minibatches, old_logprobs
 from training.monitor import Monitor, batch_metrics
+from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
 from training.run import Job, Terminated, before_after, evaluated, read, run_folder, terminated
 from training.settings import settings
@@ -129,7 +129,7 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
     """
     args, rounds = job.args, 1 + job.args.dynamic_sampling
     if args.overlap:
-        yield from overlapped(job, first)
+        yield from overlapped(roll_out, job, first)
         return
     for step in range(first, args.steps):
         batch = roll_out(job.author, job, step * rounds)
@@ -138,26 +138,6 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
                 break
             batch = batch.joined(roll_out(job.author, job, turn))
         yield batch, 0
-
-
-def overlapped(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
-    """`--overlap`: a copy of the policy samples the next batch while this one is trained on.
-
-    So its lag is 1. The first batch after a checkpoint that `--save-every` asks for is sampled with
-    its very weights: resumed from there, a run is the same run. Resumed after SIGTERM, or where a
-    shorter run had ended, it samples one more batch that way.
-    """
-    args, author = job.args, job.author
-    earlier, ahead = copy.deepcopy(author), None
-    on_gpu = (torch.cuda.set_device, (author.device,)) if author.device.type == "cuda" else ()
-    thread = ThreadPoolExecutor(1, "", *on_gpu)         # not `with`: Ctrl-C must not wait for it
-    for step in range(first, args.steps):
-        batch, lag = (ahead.result(), 1) if ahead else (roll_out(author, job, step), 0)
-        ahead = None
-        if step + 1 < args.steps and (step + 1) % args.save_every:
-            earlier.load_state_dict(author.state_dict())
-            ahead = thread.submit(roll_out, earlier, job, step + 1)
-        yield batch, lag
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,52 +196,6 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
         total -= args.kl_coef * divergence.view_as(total)
     return total
-
-
-def minibatches(batch: Rollout, advantages: Tensor, job: Job) -> list[tuple]:
-    """The batch's groups in `--minibatches` parts: (groups, micro-batches).
-
-    Groups without a gradient are left out of the micro-batches.
-    """
-    args, parts = job.args, []
-    live = advantages.view(len(batch.groups), -1).any(1)
-    if args.kl_coef or args.entropy_coef:
-        live[:] = True
-    for part in torch.arange(len(batch.groups)).tensor_split(args.minibatches):
-        micros = micro_batches(batch, part[live[part]].tolist(), args.micro_tokens)
-        parts.append((part, list(micros)))
-    return parts
-
-
-def micro_batches(batch: Rollout, groups: Sequence[int], limit: int) -> Iterator[Sequence[int]]:
-    """Runs of whole groups of at most `limit` packed tokens together, or of one longer group."""
-    sizes = [len(batch.groups[i][0]) + sum(map(len, batch.groups[i][1])) for i in groups]
-    for first, last in chunks(sizes, limit):
-        yield groups[first:last]
-
-
-def loss_weights(batch: Rollout, kept: Tensor, groups: Tensor, job: Job) -> list[Tensor]:
-    """For each completion, the weight of its tokens. Counted are the part's groups, on all ranks.
-
-    Completions that are not `kept` weigh 0 and are not counted.
-    """
-    mine = kept.view(len(batch.groups), -1)[groups]
-    lengths = batch.lengths.view(len(batch.groups), -1)[groups]
-    tokens, sequences = summed([(lengths * mine).sum(), mine.sum()])
-    weights = grpo.token_weights(batch.lengths.flatten(), job.loss.normaliser, tokens, sequences,
-                                 job.args.max_new_tokens, kept.flatten())
-    return weights.split(batch.lengths.flatten().tolist())
-
-
-def old_logprobs(model: Transformer, batch: Rollout, parts: list[tuple], job: Job) -> dict:
-    """By first group of each micro-batch: the log-probs [N] before the first optimizer step."""
-    old = {}
-    with torch.no_grad():
-        for _, micros in parts:
-            for micro in micros:
-                packed = pack([batch.groups[i] for i in micro], model)
-                old[micro[0]], _ = completion_logprobs(model, packed, job.args.temperature)
-    return old
 
 
 SUMS = ("packed_tokens", "trained_tokens", "entropy", "kl", "gap", *grpo.SUMS)

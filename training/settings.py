@@ -212,7 +212,7 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     rl_only = (args.loss, args.advantage, args.correction, args.inner_epochs, args.minibatches,
                args.overlong_buffer, args.kl_in)
     steps = args.inner_epochs * args.minibatches
-    groups = args.prompts * (1 if args.mix == "prompt" else args.group_size)
+    groups = args.prompts // world * (1 if args.mix == "prompt" else args.group_size)
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
     usual = (Loss.clip_low, Loss.clip_high), (recipe["clip_low"], recipe["clip_high"])
     graphs = (torch.cuda.is_available() and args.device in ("auto", "cuda")
@@ -244,7 +244,7 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.overlap and args.profile,
          "--profile tells sampling from training; --overlap does both at once: choose one"),
         (args.minibatches > groups,
-         f"--minibatches {args.minibatches} is more than the {groups} groups of a batch"),
+         f"--minibatches {args.minibatches} is more than the {groups} groups that a process has"),
         (args.loss == "reinforce" and steps > 1,
          "reinforce has no ratio, so a batch's second optimizer step is wrong: use grpo"),
         (steps == 1 and (args.dual_clip is not None or clips not in usual),

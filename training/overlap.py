@@ -1,0 +1,28 @@
+"""`--overlap`: a copy of the policy samples the next batch while this one is trained on."""
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
+    """(batch, lag) of each step from `first` on, as train.rollouts gives them; the lag is 1.
+
+    roll_out: train.roll_out. job: a training.run.Job.
+    The first batch after a checkpoint that `--save-every` asks for is sampled with its very
+    weights. So a run that is resumed from there is the same run. Resumed after SIGTERM, or where a
+    shorter run had ended, it samples one more batch that way.
+    """
+    args, author = job.args, job.author
+    earlier, ahead = copy.deepcopy(author), None
+    on_gpu = (torch.cuda.set_device, (author.device,)) if author.device.type == "cuda" else ()
+    thread = ThreadPoolExecutor(1, "", *on_gpu)         # not `with`: Ctrl-C must not wait for it
+    for step in range(first, args.steps):
+        batch, lag = (ahead.result(), 1) if ahead else (roll_out(author, job, step), 0)
+        ahead = None
+        if step + 1 < args.steps and (step + 1) % args.save_every:
+            earlier.load_state_dict(author.state_dict())
+            ahead = thread.submit(roll_out, earlier, job, step + 1)
+        yield batch, lag
