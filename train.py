@@ -253,6 +253,8 @@ def train(job: Job, out: Path) -> None:
     if first > args.steps:
         raise ValueError(f"{out} has {first} steps already: --steps {args.steps} would take some "
                          "back")
+    if first and ranks()[0] == 0:
+        print(f"train.py: goes on after step {first}", file=sys.stderr)
     checkpoints.check_disk(sum(p.numel() for p in policy.parameters))
     if args.memory:
         plan(policy, job)

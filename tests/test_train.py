@@ -475,7 +475,7 @@ def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, 
                "tests.test_train:dies_once"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count("begins") == 2                  # it did begin twice
+    assert "goes on after step" in done.stderr          # it did begin twice
     assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3] and (out / "model" / "config.json").is_file()
 
 
