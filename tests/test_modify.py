@@ -14,10 +14,19 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
-def test_the_page_has_six_diffs_each_with_a_check_below_it():
-    assert len(SECTIONS) == 6
+def test_the_page_has_seven_diffs_each_with_a_check_below_it():
+    assert len(SECTIONS) == 7
     assert all(re.fullmatch("diff (python|sh)", " ".join(kind for kind, _ in FENCE.findall(text)))
                for text in SECTIONS.values())
+
+
+def test_the_table_counts_the_places_of_each_diff():
+    rows = re.findall(r"^\| \[.*?\]\(#(.*?)\) \| (.*) \|$", PAGE, re.M)
+    for title, (anchor, places) in zip(SECTIONS, rows, strict=True):
+        assert anchor == re.sub(r"[^a-z ]", "", title.lower()).replace(" ", "-")
+        files = re.split(r"^\+\+\+ b/", FENCE.findall(SECTIONS[title])[0][1], flags=re.M)[1:]
+        counted = {text.split()[0]: len(re.findall(r"^@@", text, re.M)) for text in files}
+        assert {name: int(n) for name, n in re.findall(r"`(.*?)` (\d)", places)} == counted
 
 
 @pytest.fixture

@@ -676,7 +676,7 @@ def test_p29_every_flag_is_read():
     assert unread == []
 
 
-def test_a_clip_that_cannot_act_is_said_at_the_start(capsys):
+def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
     train.settings(["--loss", "gspo"])
     assert "the clip of gspo does nothing" in capsys.readouterr().err
     train.settings(["--loss", "gspo", "--minibatches", "2"])
