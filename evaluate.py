@@ -41,6 +41,7 @@ from common import files
 from common.command import Parser
 from evaluation import answers, compare, judge, lottery, measures, report, rivals
 from evaluation.fidelity import Fidelity, fidelity
+from evaluation.report import table_text
 from rollout import SamplingParams
 
 NONE = "none"  # the name of the prompt without a persona in every result
@@ -60,6 +61,7 @@ class EvalParams:
     fidelity: Fidelity | None = None
     personagym: judge.PersonaGym | None = None
     reward: str | None = None                           # a user's module:function, see rewards.py
+    stop: tuple[str, ...] = ()                          # strings that end an answer
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("samples", 0), ("temperature", 0)):
@@ -79,12 +81,14 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
         raise ValueError("evaluation needs problems, and personas with different names "
                          f"(none of them '{NONE}')")
     log = answers_file(out)
-    greedy = SamplingParams(max_tokens=params.max_new_tokens, temperature=0.0, seed=params.seed)
+    greedy = SamplingParams(max_tokens=params.max_new_tokens, temperature=0.0, seed=params.seed,
+                            stop=params.stop)
     everyone = [None, *personas]
     rows = ask(model, tokenizer, problems, everyone, greedy, log)
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv),
                "commit": files.commit()} | (info or {})
-    results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed}
+    results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
+                "stop": list(params.stop)}
     table = measures.correct_table(rows, n_items)
     results |= summary(table, problems, personas, params.seed) | totals(rows)
     for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
@@ -250,43 +254,6 @@ def write(results, transcripts, folder):
     files.write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
 
-def table_text(results):
-    """The table that the command prints: personas from best to worst, then the scores."""
-    ends = ("", "_low", "_high")
-    rows = [["persona, then score", "value", "95 % from", "to"]]
-    for row in sorted(results["personas"], key=lambda row: row["accuracy"])[::-1]:
-        rows.append([row["name"], *(f"{row['accuracy' + end]:.3f}" for end in ends)])
-    for name in measures.SCORES:
-        rows.append([name, *(f"{results[name + end]:.3f}" for end in ends)])
-    cut, limit = results["truncated_fraction"], results["max_new_tokens"]
-    lines = [compare.aligned(rows), lottery_text(results),
-             f"{100 * cut:.0f} % of the answers were cut at {limit} tokens (--max-new-tokens)"]
-    if "reward" in results:
-        lines.append(f"{results['reward']}, mean over personas: {results['mean_reward']:.3f}")
-    if results["errors"]:
-        lines.append(f"{results['errors']} answers were given up where logits were not finite: "
-                     "try --dtype float32")
-    return "\n".join(lines)
-
-
-def lottery_text(results):
-    """The lottery without luck, in a few lines."""
-    def shown(name):
-        values = [results.get(name + end) for end in ("", "_low", "_high")]
-        return "not measured" if None in values else report.interval(*values, name=name)
-
-    rests, one = "", results["pss_without_one"]
-    if one:
-        rests = (f"; between {one['low']:.3f} and {one['high']:.3f} without one persona "
-                 f"({one['persona']})")
-    return (f"persona_sd, the true spread over personas in points: {shown('persona_sd')}, "
-            f"p = {results['persona_sd_p']:.3f} without any effect; "
-            f"in logits {shown('persona_sd_logit')}\n"
-            f"harmful_gap, what harmful personas cost in points: {shown('harmful_gap')}\n"
-            f"pss would be {shown('pss_shuffled')} if personas made no difference; "
-            f"without luck it is {shown('pss_deconvolved')}{rests}")
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -345,7 +312,7 @@ def one_arm(args):
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
     limit = trained.get("max_new_tokens", 32) if limit is None else limit
     params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature,
-                        reward=args.reward)
+                        reward=args.reward, stop=tuple(trained.get("stop", ())))
     if args.reward:
         rewards.load_reward(args.reward)    # refused before anything is spent
     problems = tasks.put(tasks.load(args.task, "test", args.seed, args.limit), prompt)

@@ -23,9 +23,10 @@ Completions are packed: `logprobs` [N] holds the tokens of all R completions one
 same for any micro-batch size, packing or number of ranks. Where a wrapper averages gradients over
 ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too: add, then `summarise`.
 
-**A new loss** is a row of `RECIPES` and a case in `policy_loss`. A new knob is a field of `Loss`
-and a flag of the same name in training/settings.py.
-`python grpo.py` prints a worked example: advantages, and what the clips leave of the gradient.
+**A new loss** is a row of `RECIPES` and a case in `policy_loss`. Its surrogate must vanish where
+the advantage is 0, since such groups are left out of the forward. A new knob is a field of `Loss`
+and a flag of the same name in training/settings.py; `Loss` refuses it where it cannot act.
+`python docs/losses.py` prints a worked example: advantages, and what the clips leave of gradients.
 
 Left out: a learned value function and GAE (no critic), token-level rewards, GSPO-token (equal to
 GSPO unless advantages differ within a completion), and baselines over the whole batch.
@@ -36,8 +37,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from common.command import Parser
 
 FLAT = 1e-6  # rewards of a group that differ by no more are equal: that much is float noise
 LOG_RATIO_LIMIT = 20.0  # log ratios are cut here: exp overflows further out, and inf * 0 is NaN
@@ -360,41 +359,3 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
         "old_kl": total["old_kl"] / tokens,
         "effective_sample_fraction": total["ratio"] ** 2 / squares,
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# The worked example
-
-
-def clip_gradient(loss: Loss, ratio: float, advantage: float) -> float:
-    """d surrogate / d log pi of one token: what the clip leaves of ratio * advantage."""
-    logprob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    one = torch.ones(1, dtype=torch.float64)
-    value, _ = policy_loss(loss, logprob, 0 * one, advantage * one, torch.tensor([1]), one)
-    value.backward()
-    return -logprob.grad.item()
-
-
-def main() -> None:
-    Parser(description="Prints a worked example: advantages, and what the clip does.").parse_args()
-    print("Advantages of a group with the rewards 1, 0, 0, 1:\n")
-    for kind in CHOICES["advantage"]:
-        advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), kind)
-        print(f"{kind:>10}  ", *(f"{a:+.3f}" for a in advantages[0]))
-    columns = {
-        "reinforce": Loss("reinforce", clip_low=math.inf, clip_high=math.inf),
-        "clip 0.2": Loss("grpo"),
-        "clip-higher": Loss("dapo", clip_high=0.28),
-        "dual clip 3": Loss("grpo", dual_clip=3.0),
-        "cispo <= 2": Loss("cispo", clip_low=1.0, clip_high=1.0),
-    }
-    print("\nGradient with respect to one token's log-prob, twelve cases:")
-    print("\nadvantage  ratio", *(f"{title:>12}" for title in columns))
-    for advantage in (1.0, -1.0):
-        for ratio in (0.5, 0.9, 1.0, 1.25, 1.5, 4.0):
-            cells = [clip_gradient(loss, ratio, advantage) + 0.0 for loss in columns.values()]
-            print(f"{advantage:>+9.0f}{ratio:>7.2f}", *(f"{cell:>+12.2f}" for cell in cells))
-
-
-if __name__ == "__main__":
-    main()

@@ -161,6 +161,11 @@ def mix(personas: Sequence[Persona], prob: float, mode: str, keys: Sequence[str]
     return [[draw(personas, prob, key, g, seed) for g in range(group_size)] for key in keys]
 
 
+def shares_prompt(mode: str) -> bool:
+    """Whether a group's completions share the persona, and so the prompt."""
+    return mode == "prompt"
+
+
 def draw(personas: Sequence[Persona], prob: float, key: str, sample: int,
          seed: int) -> Persona | None:
     """Who speaks in one completion, or None."""

@@ -3,7 +3,9 @@
 A reward is a function `reward(problem, text, *, persona=None) -> float`, named `module:function`.
 It sees what a reader of the transcript sees: the problem, the text of the completion, and the
 persona that spoke (None where nobody did). So "right and in character" is one function;
-docs/modify.md has such a one. `Rewarder` runs it with a time limit while the sampler decodes.
+docs/modify.md has such a one. It may call `correctness(problem, text)` to ask the verifier, which
+then gives 0 for a pair that only a killable process could decide. `Rewarder` runs it with a time
+limit while the sampler decodes.
 
 The default, `rewards:correctness`, is the verifier: gold, answer -> correct, wrong or unverifiable.
 Training exploits every mistake of a verifier. So it has to be right, fast and safe:

@@ -1,6 +1,6 @@
 """What is asked: problems with a gold answer, generated or loaded.
 
-    arithmetic, facts            made from templates and a seed, in generated/
+    arithmetic, facts            made from templates and a seed, in generators/
     svamp, gsm8k, math, math500  from the hub, through `datasets`
     FILE.jsonl                   lines with `question` (or `problem`) and `answer`
 
@@ -26,8 +26,8 @@ from pathlib import Path
 
 from common.command import Parser
 from common.files import numbered
-from generated.arithmetic import arithmetic
-from generated.facts import facts
+from generators.arithmetic import arithmetic
+from generators.facts import facts
 from verifier.extract import last_box
 
 
@@ -129,7 +129,6 @@ PROMPTS = {                                             # plain will do: the ver
 def put(problems: list[Problem], prompt: str) -> list[Problem]:
     """The problems with their question in one of PROMPTS."""
     return [replace(p, question=PROMPTS[prompt].format(question=p.question)) for p in problems]
-
 
 
 # --------------------------------------------------------------------------------------------------

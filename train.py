@@ -69,12 +69,13 @@ class Rollout:
 
 
 def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
-    """One round of problems: each under the persona it drew, sampled by `author`, and rewarded.
+    """One turn of problems: each under the persona it drew, sampled by `author`, and rewarded.
 
     A group under one persona is one prompt, sampled G times. With `--mix rollout` each completion
     has a prompt of its own. Rewards are computed while other completions still decode.
     """
-    args, G, n = job.args, job.args.group_size, job.sampling.n
+    args, G = job.args, job.args.group_size
+    n = job.sampling.n                                  # completions that share a prompt: G, or 1
     rank, world = ranks()
     mine = slice(rank * args.prompts // world, (rank + 1) * args.prompts // world)
     rounds = 1 + args.dynamic_sampling
@@ -88,13 +89,13 @@ def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
                     for persona in row[::n]]
     completions, texts, futures = ([None] * (len(problems) * G) for _ in range(3))
     if author:
-        params = replace(job.sampling, seed=args.seed + 1_000_003 * (turn + 1))
+        params = replace(job.sampling, seed=args.seed + 1_000_003 * (turn + 1))  # one for each turn
         first = mine.start * G // n                     # keys are the same whichever rank samples
         keys = list(range(first, first + len(prompts)))
         done = generate(author, prompts, params, keys=keys, slots=args.slots,
                         tokenizer=job.tokenizer, cuda_graphs=args.cuda_graphs)
     else:
-        done = gold_completions(job.tokenizer, problems, G)
+        done = gold_completions(job.tokenizer, [p for p in problems for _ in range(G // n)], n)
     for completion in done:
         i = completion.index * n + completion.sample
         completions[i] = completion
@@ -113,7 +114,7 @@ def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
 
 
 def gold_completions(tokenizer, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
-    """`sft`: each problem's gold answer in a sentence, n times."""
+    """`sft`: for each prompt its problem's gold answer in a sentence, n times."""
     for i, problem in enumerate(problems):
         tokens = tokenizer(f"The answer is {problem.answer}.", add_special_tokens=False).input_ids
         tokens = tokens + [tokenizer.eos_token_id]
@@ -167,9 +168,10 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     sums, anchor_kl, skipped = dict.fromkeys(SUMS, 0.0), 0.0, policy.skipped
     for i in range(steps):
         groups, micros = parts[i % len(parts)]
-        weights = loss_weights(batch, kept, groups, job)
+        token_weights = loss_weights(batch, kept, groups, job)
         for micro in micros:
-            loss, more = micro_loss(policy.model, batch, micro, advantages, weights, old, job)
+            loss, more = micro_loss(policy.model, batch, micro, advantages, token_weights, old,
+                                    job)
             policy.backward(loss)
             sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if job.anchor:
@@ -187,14 +189,14 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
     args, total = job.args, torch.zeros_like(batch.rewards)
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
-    if job.reference and args.kl_in == "reward":
+    if job.reference and job.loss.kl_in == "reward":
         reference = []
         for micro in micro_batches(batch, range(len(batch.groups)), args.micro_tokens):
             packed = pack([batch.groups[i] for i in micro], job.reference)
             reference.append(completion_logprobs(job.reference, packed, args.temperature)[0])
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
-        total -= args.kl_coef * divergence.view_as(total)
+        total -= job.loss.kl_coef * divergence.view_as(total)
     return total
 
 
@@ -202,17 +204,17 @@ SUMS = ("packed_tokens", "trained_tokens", "entropy", "kl", "gap", *grpo.SUMS)
 
 
 def micro_loss(model: Transformer, batch: Rollout, micro: Sequence[int], advantages: Tensor,
-               weights: list[Tensor], old: dict, job: Job) -> tuple[Tensor, dict]:
+               token_weights: list[Tensor], old: dict, job: Job) -> tuple[Tensor, dict]:
     """The loss of the groups `micro`, and SUMS over their tokens.
 
-    advantages [B, G]; weights: for each completion, of its tokens; old: see `old_logprobs`.
+    advantages [B, G]; token_weights: see `loss_weights`; old: see `old_logprobs`.
     """
     loss, temperature = job.loss, job.args.temperature
     n = len(batch.completions) // len(batch.groups)
     rows = [row for i in micro for row in range(i * n, (i + 1) * n)]
     lengths = batch.lengths.flatten()[rows].to(model.device)
     advantages = advantages.flatten()[rows].to(model.device)
-    weights = torch.cat([weights[row] for row in rows]).to(model.device)
+    weight = torch.cat([token_weights[row] for row in rows]).to(model.device)
     sampled = torch.tensor([x for row in rows for x in batch.completions[row].logprobs],
                            device=model.device)
 
@@ -223,7 +225,7 @@ def micro_loss(model: Transformer, batch: Rollout, micro: Sequence[int], advanta
     if loss.correction != "none":
         level = "sequence" if loss.name == "gspo" else "token"
         correction = grpo.sampler_correction(before, sampled, lengths, loss.correction, level)
-    total, sums = grpo.policy_loss(loss, logprobs, before, advantages, lengths, weights, correction)
+    total, sums = grpo.policy_loss(loss, logprobs, before, advantages, lengths, weight, correction)
     divergence = torch.zeros_like(logprobs)
     if job.reference:
         with torch.no_grad():
@@ -231,9 +233,9 @@ def micro_loss(model: Transformer, batch: Rollout, micro: Sequence[int], advanta
         corrected = before if loss.kl == "k1" else None         # else k1's mean gradient is 0
         divergence = grpo.kl(logprobs, reference, loss.kl, corrected)
         if loss.kl_in == "loss":
-            total = total + loss.kl_coef * (weights * divergence).sum()
+            total = total + loss.kl_coef * (weight * divergence).sum()
     if loss.entropy_coef:
-        total = total - loss.entropy_coef * (weights * entropy).sum()
+        total = total - loss.entropy_coef * (weight * entropy).sum()
     return total, sums | {
         "packed_tokens": len(packed.input_ids), "trained_tokens": len(sampled),
         "entropy": entropy.detach().sum(), "kl": divergence.detach().sum(),

@@ -28,7 +28,7 @@ def sample(model, tokenizer, prompts, params, log=None):
     todo = [i for i, row in enumerate(table) if None in row]
     asked = [prompts[i] for i in todo]
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
-        for done in rollout.generate(model, asked, params, keys=todo):
+        for done in rollout.generate(model, asked, params, keys=todo, tokenizer=tokenizer):
             done = replace(done, index=todo[done.index])
             table[done.index][done.sample] = done
             if file:

@@ -372,16 +372,6 @@ def mean_curve(runs):
 # Text
 
 
-def aligned(rows):
-    """Rows of strings as text in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def text(comparison):
     """The arms' main scores, their paired differences, and a verdict for each hypothesis."""
     verdicts = [f"{h['name']} {h['claim']}: {h['verdict'].upper()}. {h['words']}"
@@ -392,5 +382,6 @@ def text(comparison):
     if single:
         note += (f" One training seed for {single}: its intervals cover the choice of problems "
                  "alone.")
-    return "\n\n".join([aligned(report.arm_rows(comparison)),
-                        aligned(report.difference_rows(comparison)), "\n".join(verdicts), note])
+    return "\n\n".join([report.aligned(report.arm_rows(comparison)),
+                        report.aligned(report.difference_rows(comparison)),
+                         "\n".join(verdicts), note])

@@ -10,7 +10,7 @@ import html
 from string import Template
 
 from common.files import write_atomically
-from evaluation import plots
+from evaluation import measures, plots
 
 POINTS = ("persona_sd", "persona_sd_common", "harmful_gap")  # accuracies, told in points of 0..100
 MAIN = {  # the columns of a comparison: name in results.json, and in the head of the table
@@ -267,3 +267,54 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
         plots="".join(image(fig, folder / f"{name}.png") for name, fig in figures.items()),
         transcripts="".join(card(panel) for panel in spoken[:6] + solved[:6]),
         footer=html.escape(footer)))
+
+
+# --------------------------------------------------------------------------------------------------
+# On the terminal
+
+
+def table_text(results):
+    """The table that the command prints: personas from best to worst, then the scores."""
+    ends = ("", "_low", "_high")
+    rows = [["persona, then score", "value", "95 % from", "to"]]
+    for row in sorted(results["personas"], key=lambda row: row["accuracy"])[::-1]:
+        rows.append([row["name"], *(f"{row['accuracy' + end]:.3f}" for end in ends)])
+    for name in measures.SCORES:
+        rows.append([name, *(f"{results[name + end]:.3f}" for end in ends)])
+    cut, limit = results["truncated_fraction"], results["max_new_tokens"]
+    lines = [aligned(rows), lottery_text(results),
+             f"{100 * cut:.0f} % of the answers were cut at {limit} tokens (--max-new-tokens)"]
+    if "reward" in results:
+        lines.append(f"{results['reward']}, mean over personas: {results['mean_reward']:.3f}")
+    if results["errors"]:
+        lines.append(f"{results['errors']} answers were given up where logits were not finite: "
+                     "try --dtype float32")
+    return "\n".join(lines)
+
+
+def lottery_text(results):
+    """The lottery without luck, in a few lines."""
+    def shown(name):
+        values = [results.get(name + end) for end in ("", "_low", "_high")]
+        return "not measured" if None in values else interval(*values, name=name)
+
+    rests, one = "", results["pss_without_one"]
+    if one:
+        rests = (f"; between {one['low']:.3f} and {one['high']:.3f} without one persona "
+                 f"({one['persona']})")
+    return (f"persona_sd, the true spread over personas in points: {shown('persona_sd')}, "
+            f"p = {results['persona_sd_p']:.3f} without any effect; "
+            f"in logits {shown('persona_sd_logit')}\n"
+            f"harmful_gap, what harmful personas cost in points: {shown('harmful_gap')}\n"
+            f"pss would be {shown('pss_shuffled')} if personas made no difference; "
+            f"without luck it is {shown('pss_deconvolved')}{rests}")
+
+
+def aligned(rows):
+    """Rows of strings as text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

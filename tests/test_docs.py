@@ -68,7 +68,7 @@ def test_the_results_that_the_pages_show_are_those_that_were_measured():
 
 def test_every_symbol_that_the_pages_name_exists():
     """`module.name` and `Class.method` in backticks, where the module is a file or the class stands in one."""
-    folders = (".", "common", "evaluation", "generated", "kernels", "sampling", "training", "verifier", "weights")
+    folders = (".", "common", "evaluation", "generators", "kernels", "sampling", "training", "verifier", "weights")
     files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     sources = {path.stem: path.read_text() for path in files}
     classes = {name: text for text in sources.values() for name in re.findall(r"^class (\w+)", text, re.M)}

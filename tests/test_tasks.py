@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from generated import arithmetic, facts, templates
+from generators import arithmetic, facts, templates
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -509,7 +509,9 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path)
                                   ["--loss", "dapo", "--dynamic-sampling", "1", "--overlong-buffer", "2"],
                                   ["--kl-coef", "0.1", "--kl", "k1"], ["--dual-clip", "3", "--minibatches", "2"],
                                   ["--stop", "w9", "--stop", "w8 w7"],
-                                  ["--method", "sft"], ["--method", "distill"], ["--correction", "truncate"],
+                                  ["--method", "sft"], ["--method", "distill"],
+                                  ["--method", "sft", "--mix", "rollout", "--persona-prob", "0.5"],
+                                  ["--correction", "truncate"],
                                   ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
     assert run(tiny_folder, tmp_path / "run", "--steps", "2", *more) == 0

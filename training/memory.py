@@ -21,7 +21,7 @@ def plan(policy: Policy, job) -> None:
     persona = max(job.pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     question = max(job.problems, key=lambda p: len(p.question)).question
     prompt = len(personas.prompt_ids(job.tokenizer, question, persona))
-    completions = args.group_size if args.mix == "prompt" else 1
+    completions = args.group_size if personas.shares_prompt(args.mix) else 1
     group = prompt + completions * args.max_new_tokens
     per_token = activation_bytes(policy.model, prompt, completions, args.max_new_tokens)
 

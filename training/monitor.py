@@ -98,7 +98,6 @@ class Monitor:
                 print(f"step {step}: {words}", file=sys.stderr)
                 self.said.add(name)
 
-
     def finish(self, samples: bool) -> None:
         """Draws the curves; with --profile says where the time went. samples: see `profile`."""
         self.bar.close()

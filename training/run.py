@@ -61,7 +61,7 @@ def read(args) -> Job:
         raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the "
                          "evaluation's personas: give train, conflict-train, paraphrases-train, "
                          "or a file without them")
-    n = args.group_size if args.mix == "prompt" else 1      # completions that share a prompt
+    n = args.group_size if personas.shares_prompt(args.mix) else 1
     sampling = SamplingParams(n, args.max_new_tokens, args.temperature, seed=args.seed,
                               stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
@@ -139,7 +139,7 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     """The results of evaluate.py on what is held out. What has been done already is read back."""
     args, (problems, speakers) = job.args, job.held_out
     info = {"task": args.eval_task or args.task, "prompt": args.prompt,
-            "max_new_tokens": args.max_new_tokens, "steps": steps}
+            "max_new_tokens": args.max_new_tokens, "stop": args.stop, "steps": steps}
     items = [{"id": problem.id, "kind": problem.kind} for problem in problems]
     if (folder / "results.json").is_file():
         done = json.loads((folder / "results.json").read_text())
@@ -149,15 +149,17 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
     mine = None if args.reward == CORRECTNESS else args.reward
-    params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine)
+    params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
+                                 stop=job.sampling.stop)
     return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params, folder, info)
 
 
 def before_after(before: dict, after: dict) -> str:
     """The table that the main job ends with."""
     scores = ("mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy", "pss",
-              "pss_mean_minus_std", "pss_all_correct")
-    rows = [(name, before[name], after[name]) for name in scores]
+              "pss_mean_minus_std", "pss_all_correct", "mean_reward")
+    shown = [name for name in scores if name in before and name in after]
+    rows = [(name, before[name], after[name]) for name in shown]
     for old, new in zip(before["personas"], after["personas"], strict=True):
         rows.append((f"  {old['name']} ({old['stratum']})", old["accuracy"], new["accuracy"]))
     width = max(len(name) for name, *_ in rows)

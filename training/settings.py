@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import grpo
+import personas
 import tasks
 import weights
 from common.command import Parser
@@ -37,7 +38,7 @@ FLAGS = [
     ("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)",
      {"type": float}),
     ("mix", "prompt", "one persona a group, or one a completion",
-     {"choices": ["prompt", "rollout"]}),
+     {"choices": personas.MODES}),
     ("personas", "train", "training pool: train, conflict-train, paraphrases-train, or a .jsonl "
      "file", {}),
     # roll out
@@ -180,6 +181,8 @@ def settings_before(first: argparse.Namespace) -> dict:
 def loss_of(args: argparse.Namespace) -> Loss:
     """The flags of the same names as Loss's fields. Raises ValueError where they contradict."""
     names = [field.name for field in fields(Loss) if field.name != "name"]
+    if missing := set(names) - vars(args).keys():
+        raise ValueError(f"Loss has fields without a flag in FLAGS: {', '.join(sorted(missing))}")
     return Loss(args.loss, **{name: getattr(args, name) for name in names})
 
 
@@ -212,9 +215,9 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     rl_only = (args.loss, args.advantage, args.correction, args.inner_epochs, args.minibatches,
                args.overlong_buffer, args.kl_in)
     steps = args.inner_epochs * args.minibatches
-    groups = args.prompts // world * (1 if args.mix == "prompt" else args.group_size)
+    groups = args.prompts // world * (1 if personas.shares_prompt(args.mix) else args.group_size)
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
-    usual = (Loss.clip_low, Loss.clip_high), (recipe["clip_low"], recipe["clip_high"])
+    usual = (Loss.clip_low, Loss.clip_high), (recipe.get("clip_low"), recipe.get("clip_high"))
     graphs = (torch.cuda.is_available() and args.device in ("auto", "cuda")
               and flash_attn_with_kvcache and args.dtype != "float32")
     return [

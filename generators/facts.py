@@ -1,4 +1,4 @@
-"""generated/facts.py: the same templates, but what is held out is a fact, in any wording.
+"""generators/facts.py: the same templates, but what is held out is a fact, in any wording.
 
 A fact is what two numbers make: 7 + 5, 5 + 7, 12 - 5 and 12 - 7 are one. A hash of it decides the
 split, so no fact of the test is seen in training. Problems have levels; training opens one after
@@ -9,7 +9,7 @@ enough to learn from, and room above.
 import random
 from functools import cache
 
-from generated.templates import BARE, TEMPLATES, first_step, gold, numbered_template, told
+from generators.templates import BARE, TEMPLATES, first_step, gold, numbered_template, told
 
 EASY, LARGE = {"+": 12, "*": 9}, {"+": 49, "*": 12}     # largest number of an easy fact, of any
 LEVELS = (0, 0, 1, 0, 0, 0, 1, 0, 0, 2)                 # of ten: easy, larger numbers, two steps

@@ -1,4 +1,4 @@
-"""generated/templates.py: small sums, bare ("What is 3 + 4?") or told as a story.
+"""generators/templates.py: small sums, bare ("What is 3 + 4?") or told as a story.
 
 {a}, {b}, {c}, {p}, {q} are numbers, {s} = a + b, {d} = p * q; {n} and {m} are names, {o} objects.
 """

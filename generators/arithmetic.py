@@ -1,4 +1,4 @@
-"""generated/arithmetic.py: a template, names, objects and numbers, drawn from a seed.
+"""generators/arithmetic.py: a template, names, objects and numbers, drawn from a seed.
 
 Train and test are disjoint: a hash of the template and its numbers (not of the names) decides the
 split, whatever the seed. But a test problem may be another wording of a trained one; facts.py
@@ -8,7 +8,7 @@ holds out more.
 import random
 import zlib
 
-from generated.templates import TEMPLATES, numbered_template, told
+from generators.templates import TEMPLATES, numbered_template, told
 
 KINDS = {"add": 3, "subtract": 3, "multiply": 3, "divide": 3, "two-step": 1}    # their weights
 
