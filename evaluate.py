@@ -55,7 +55,7 @@ class EvalParams:
     """
     seed: int = 0                                       # of sampling and of the bootstrap
     max_new_tokens: int = 32
-    samples: int = 0                                    # answers a prompt, for pass@k
+    samples: int = 0                                    # answers per prompt, for pass@k
     noise_floor: bool = False                           # rerun `none`, once per persona
     temperature: float = 0.7                            # of `samples` and `noise_floor`
     fidelity: Fidelity | None = None
@@ -223,7 +223,7 @@ def totals(rows):
 
 
 def lengths(rows, n_items):
-    """How long each persona's answers are -> a dict each, from one answer a prompt.
+    """How long each persona's answers are -> a dict each, from one answer per prompt.
 
     `tokens` an answer, `truncated` (the share that was cut off), and `accuracy_finished` among the
     others (None where all were cut off). A lottery of lengths is no lottery of competence.
@@ -282,7 +282,7 @@ def parse(argv):
         help="the arm's role, for --compare (default: of the model's run, else start)")
     add("--reward", metavar="MODULE:FUNCTION",
         help="also score the answers with a reward of yours, as train.py --reward would")
-    add("--samples", type=int, default=0, help="answers a prompt, for pass@k")
+    add("--samples", type=int, default=0, help="answers per prompt, for pass@k")
     add("--noise-floor", action="store_true",
         help="rerun the prompt without persona, sampled, once per persona")
     add("--temperature", type=float, default=0.7, help="of --samples and --noise-floor")

@@ -52,7 +52,7 @@ RECIPES = {
     "dr_grpo": {"advantage": "mean", "normaliser": "constant", "clip_low": 0.2, "clip_high": 0.2},
     # DAPO, arXiv 2503.14476: clip-higher and token level
     "dapo": {"advantage": "std", "normaliser": "token", "clip_low": 0.2, "clip_high": 0.28},
-    # GSPO, arXiv 2507.18071: one ratio a completion, per token, so it stays much closer to 1
+    # GSPO, arXiv 2507.18071: one ratio per completion, the geometric mean over its tokens
     "gspo": {"advantage": "std", "normaliser": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     # MiniMax-M1, arXiv 2506.13585: no lower bound; the upper one from ScaleRL, arXiv 2510.13786
     "cispo": {"advantage": "std", "normaliser": "token", "clip_low": 1.0, "clip_high": 4.0},
@@ -105,7 +105,7 @@ class Loss:
             (name == "dr_grpo" and self.normaliser == "sequence",
              "dr_grpo leaves out the division by length: use normaliser constant, or loss grpo"),
             (name == "gspo" and self.normaliser != "sequence",
-             "gspo has one ratio a completion: any normaliser but sequence weighs by length"),
+             "gspo has one ratio per completion: any normaliser but sequence weighs by length"),
             (dual is not None and name not in CLIPPED,
              f"{name} has no clipped minimum for a dual clip"),
             (dual is not None and not dual > 1 + high, "dual clip must lie above 1 + clip_high"),

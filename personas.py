@@ -12,11 +12,11 @@ A draw is a function of (seed, key, sample) alone, not of batch, rank or order. 
 u ~ U(0, 1), compares it with rho, then picks the persona. So the arms are nested: whoever speaks
 at rho = 0.25 speaks at rho = 0.5 too.
 
-data/personas.jsonl   the main pool, in three strata: expert, neutral, harmful. They say what is
-                      promised for mathematics, not what was measured.
-data/conflict.jsonl   personas that rule out the usual answer, each in its manner (verse, binary,
-                      questions only), its `kind`. No kind, nor one akin to it, is both trained and
-                      tested. Six ordinary characters of the same length are tested beside them.
+data/personas.jsonl   the main pool, in three strata: expert, neutral, harmful. They go by what the
+                      text promises for mathematics, not by measured accuracy.
+data/conflict.jsonl   personas that forbid a plain answer (verse, binary, questions only). `kind`
+                      names the manner, and no kind is both trained and tested. Six ordinary
+                      characters of the same length are tested beside them.
 data/paraphrases.jsonl  "helpful assistant" in other words: variation that means nothing
 In every pool train and test are disjoint.
 

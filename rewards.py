@@ -47,7 +47,7 @@ from verifier.workers import TIMEOUT_S, Verifier, work
 
 def correctness(problem, text: str, *, persona=None) -> float:
     """1 for a correct completion, else 0, whoever speaks. The default reward."""
-    return float(verify(problem.answer, text).verdict == "correct")
+    return worth(verify(problem.answer, text).verdict).value
 
 
 CORRECTNESS = "rewards:correctness"

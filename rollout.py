@@ -6,8 +6,9 @@ a waiting prompt takes its place. Live rows stay contiguous: the last one moves 
 **A prompt is computed once.** Prompts that open alike (a persona's system message) share one
 *prefix* in the cache, and so do the n samples of a prompt. See sampling/cache.py.
 
-**A sample depends on (seed, key, sample index), not on the batch around it.** Each row has its own
-counter-based stream of uniform numbers (Philox). See sampling/draw.py.
+**A sample depends on (seed, key, sample index), not on the batch around it** (in half precision: up
+to the rounding of its matmuls). Each row has its own counter-based stream of uniform numbers
+(Philox). See sampling/draw.py.
 
 On a CPU in bf16 the weights are rearranged for small batches while a generation runs
 (`Transformer.reordered_weights`).
@@ -15,7 +16,6 @@ On a CPU in bf16 the weights are rearranged for small batches while a generation
 Left out: beam search, speculative decoding.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 import personas
 import weights
-from common.command import Parser, one_line
+from common.command import one_line
 from common.files import numbered
 from model import Transformer, chunks
 from sampling.cache import Cache, Place, Prefix, shared_openings
 from sampling.draw import sample
+from sampling.flags import parser
 from sampling.graphs import Graphs
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
@@ -46,7 +47,7 @@ PREFILL_TOKENS = 4096                                   # tokens in one prefill 
 @dataclass(frozen=True)
 class SamplingParams:
     """How `generate` samples. Raises ValueError for values that cannot work."""
-    n: int = 1                                          # completions of a prompt
+    n: int = 1                                          # completions per prompt
     max_tokens: int = 64                                # length limit of a completion
     temperature: float = 1.0                            # 0: greedy
     top_k: int = 0                                      # among the k likeliest tokens; 0: off
@@ -96,7 +97,7 @@ class Prompt:
 class Row:
     prompt: Prompt
     completion: Completion
-    uniforms: np.ndarray                                # [max_tokens] float64, one a token
+    uniforms: np.ndarray                                # [max_tokens] float64, one per token
 
 
 def generate(model: Transformer, prompts: list[list[int]],
@@ -105,7 +106,7 @@ def generate(model: Transformer, prompts: list[list[int]],
              cuda_graphs: bool = False) -> Iterator[Completion]:
     """Yields the n completions of every prompt as they finish.
 
-    prompts: token ids. keys: one integer a prompt (default: its index); a sample is a function of
+    prompts: token ids. keys: one integer per prompt (default: its index); a sample is a function of
     (seed, key, sample index). slots: rows decoded together, which bounds memory. tokenizer: for
     stop strings. on_token: called with a row's tokens after each new one. cuda_graphs: see
     sampling/graphs.py. Raises ValueError, before anything runs, for what cannot work.
@@ -143,12 +144,13 @@ class Generation:
         with self.model.reordered_weights():
             while self.waiting or self.prefilled or self.rows:
                 decoding = len(self.rows)
+                # Several prompts are prefilled together: a forward for one would be wasted.
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
                     self.admit()
                 self.next_tokens(decoding)
                 for row in self.rows if on_token else ():
                     on_token(row.completion.tokens)
-                for i in reversed(range(len(self.rows))):       # a row that moves was asked before
+                for i in reversed(range(len(self.rows))):       # a row that moves has been asked
                     reason = self.finish_reason(self.rows[i].completion)
                     if reason:
                         yield self.retire(i, reason)
@@ -182,15 +184,15 @@ class Generation:
         openings = list(dict.fromkeys(
             prompt.prefix for prompt in new if prompt.prefix.ids and prompt.prefix.entry < 0))
         for first, last in chunks([len(opening.ids) for opening in openings], PREFILL_TOKENS):
-            part, start = openings[first:last], Prefix([], 0)
-            places = [self.cache.add_prefix(opening, start) for opening in part]
-            self.prefill([start] * len(part), [opening.ids for opening in part], places)
+            part, nothing = openings[first:last], Prefix([], 0)
+            places = [self.cache.add_prefix(opening, nothing) for opening in part]
+            self.prefill([nothing] * len(part), [opening.ids for opening in part], places)
         lengths = [len(prompt.ids) - len(prompt.prefix.ids) for prompt in new]
         for first, last in chunks(lengths, PREFILL_TOKENS):
             self.prefill_prompts(new[first:last])
         for prompt in self.prefilled:
             while prompt.samples < n and len(self.rows) < self.slots:
-                self.start(prompt, 0)
+                self.start_row(prompt, 0)
         self.prefilled = [prompt for prompt in self.prefilled if prompt.samples < n]
 
     def prefill_prompts(self, prompts: list[Prompt]) -> None:
@@ -199,7 +201,7 @@ class Generation:
         openings = [prompt.prefix for prompt in prompts]
         rest = [prompt.ids[len(prompt.prefix.ids):] for prompt in prompts]
         if self.params.n == 1:
-            places = [self.start(prompt, len(ids))
+            places = [self.start_row(prompt, len(ids))
                       for prompt, ids in zip(prompts, rest, strict=True)]
         else:
             for prompt in prompts:
@@ -220,9 +222,12 @@ class Generation:
         position_ids, attend = self.cache.prefill_step(prefixes, [len(run) for run in runs], places)
         return self.model(ids, position_ids, attend)
 
-    def start(self, prompt: Prompt, tokens: int) -> Place:
-        """A row for the prompt's next sample: where its `tokens` behind the prefix are written."""
-        place = self.cache.add_row(len(self.rows), prompt.prefix, tokens)
+    def start_row(self, prompt: Prompt, num_tokens: int) -> Place:
+        """Starts the prompt's next sample in a new row.
+
+        Returns where its last `num_tokens` prompt tokens go in the cache; they follow the prefix.
+        """
+        place = self.cache.add_row(len(self.rows), prompt.prefix, num_tokens)
         counter = [0, 0, prompt.samples, self.keys[prompt.index] % 2**64]
         stream = np.random.Philox(key=self.params.seed % 2**64, counter=counter)
         uniforms = np.random.Generator(stream).random(self.params.max_tokens)
@@ -285,34 +290,6 @@ class Generation:
 
 # --------------------------------------------------------------------------------------------------
 # Command line: batch sampling, and a chat in the terminal
-
-
-def parser() -> argparse.ArgumentParser:
-    p = Parser(description="Sample completions for a file of prompts, or chat with a persona.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    add("--model", default="smollm2-135m", help="smollm2-135m, a folder, a hub id or a .gguf file")
-    add("--prompts", help='lines {"prompt"} or {"messages"}; without it: a chat in the terminal')
-    add("--out", help="where the completions go, one JSON line each (default: stdout)")
-    add("--persona", help='system message of the chat, e.g. "You are a pirate."')
-    add("--n", type=int, default=1, help="completions a prompt")
-    add("--max-new-tokens", type=int, default=128, help="length limit of a completion")
-    add("--temperature", type=float, default=0.7, help="0: greedy")
-    add("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: off")
-    add("--top-p", type=float, default=1.0, help="sample within this probability mass")
-    add("--min-p", type=float, default=0.0,
-        help="drop tokens below this share of the likeliest one's")
-    add("--stop", action="append", default=[],
-        help="a string that ends a completion; may be repeated")
-    add("--seed", type=int, default=0)
-    add("--slots", type=int, default=64, help="completions decoded together")
-    add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
-    add("--device", default="auto", choices=weights.DEVICES,
-        help="auto: the GPU if there is one, else the CPU")
-    add("--cuda-graphs", action="store_true",
-        help="decode steps as CUDA graphs (never run by us)")
-    add("--progress", action="store_true", help="progress bar even without a terminal")
-    return p
 
 
 def read_prompts(path: str, tokenizer) -> list[list[int]]:

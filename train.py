@@ -6,15 +6,15 @@
 
 PerMix-RLVR (arXiv 2604.08986): with probability rho a training persona opens a problem's prompt,
 else none does. G completions are sampled under it, the verifier says which are correct, and GRPO
-moves the policy towards those. rho = 0 is plain RLVR. The paper's abstract gives no numbers and no
-mixing scheme; those are ours.
+moves the policy towards those. rho = 0 is plain RLVR. The paper's abstract names neither a mixing
+scheme nor hyper-parameters; those are ours.
 
-Step s is a function of (seed, s) and the weights alone, so a resumed run is the same run. Under
+Step s is a function of (seed, s) and the checkpoint, so a resumed run is the same run. Under
 torchrun each rank samples and trains its own share of a step's problems. Counts and gradients are
-summed over ranks, in the same places whatever the ranks have drawn.
+summed over ranks; no collective depends on what a rank has drawn.
 
-`sft` and `distill` are the same step with other authors: the gold answers, or a teacher. What is
-correct is trained on with advantage 1; the policy gradient is then that of the cross-entropy.
+`sft` and `distill` are the same step on other completions: the gold answers, or a teacher's. Each
+is weighted by its reward, and those without a reward are left out.
 
 Behind this file, in training/: settings, masters and ranks (policy.py), checkpoints, what surrounds
 a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more than a step.
@@ -22,8 +22,9 @@ a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more t
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,11 +36,12 @@ import personas
 import tasks
 import weights
 from common.command import one_line
+from grpo import Loss
 from model import Transformer, completion_logprobs, pack
 from rollout import Completion, generate
 from training.checkpoints import Checkpoints
 from training.memory import plan
-from training.minibatches import loss_weights, micro_batches, minibatches, old_logprobs
+from training.minibatches import MicroBatch, minibatches, runs
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
@@ -151,38 +153,38 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     Each of `--inner-epochs` takes the batch in `--minibatches` parts, an optimizer step each.
     The loss is a sum over micro-batches of whole groups, so their size changes nothing.
     """
-    args, kept = job.args, batch.kept
-    if job.imitates:                                    # cross-entropy on what is correct
+    args, kept, skipped = job.args, batch.kept, policy.skipped
+    if job.imitates:                                    # what was rewarded is learned
         advantages, kept = batch.rewards, kept & (batch.rewards > 0)
     else:
         rewards = batch.rewards + penalties(batch, job)
         advantages = grpo.group_advantages(rewards, job.loss.advantage)
     if args.dynamic_sampling:                           # DAPO: flat groups do not count
         kept = kept & grpo.informative(batch.rewards)[:, None]
-        advantages = advantages * kept
 
-    parts = minibatches(batch, advantages, job)
-    steps, old = len(parts) * args.inner_epochs, {}
-    if steps > 1:                                       # the ratio is to the weights of before
-        old = old_logprobs(policy.model, batch, parts, job)
-    sums, anchor_kl, skipped = dict.fromkeys(SUMS, 0.0), 0.0, policy.skipped
+    parts = minibatches(batch, advantages, kept, job)
+    steps = len(parts) * args.inner_epochs
+    for micro in chain(*parts):
+        if steps > 1:
+            micro.old = frozen_logprobs(policy.model, micro.groups, args.temperature)
+        if job.reference:
+            micro.reference = frozen_logprobs(job.reference, micro.groups, args.temperature)
+    sums, anchor_kl = dict.fromkeys(SUMS, 0.0), 0.0
     for i in range(steps):
-        groups, micros = parts[i % len(parts)]
-        token_weights = loss_weights(batch, kept, groups, job)
-        for micro in micros:
-            loss, more = micro_loss(policy.model, batch, micro, advantages, token_weights, old,
-                                    job)
+        for micro in parts[i % len(parts)]:
+            loss, more = micro_loss(policy.model, micro, job.loss, args.temperature)
             policy.backward(loss)
             sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if job.anchor:
-            anchor_kl += job.anchor(policy, step * steps + i)
+            divergence = job.anchor.kl(policy.model, step * steps + i)
+            policy.backward(args.anchor_coef * divergence / ranks()[1])     # the same on all ranks
+            anchor_kl += divergence.item()
         norm = policy.step(args.max_grad_norm)
     return {**batch_metrics(batch, sums, job.imitates), "grad_norm": norm,
             "anchor_kl": anchor_kl / steps, "loss_scale": policy.loss_scale,
             "skipped_steps": policy.skipped - skipped}
 
 
-@torch.no_grad()
 def penalties(batch: Rollout, job: Job) -> Tensor:
     """What is added to the rewards before the advantages [B, G]: DAPO's overlong penalty, and minus
     the KL to the start model where `--kl-in reward` puts it."""
@@ -190,56 +192,48 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
     if job.reference and job.loss.kl_in == "reward":
-        reference = []
-        for micro in micro_batches(batch, range(len(batch.groups)), args.micro_tokens):
-            packed = pack([batch.groups[i] for i in micro], job.reference)
-            reference.append(completion_logprobs(job.reference, packed, args.temperature)[0])
+        reference = [frozen_logprobs(job.reference, batch.groups[first:last], args.temperature)
+                     for first, last in runs(batch.groups, args.micro_tokens)]
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
         total -= job.loss.kl_coef * divergence.view_as(total)
     return total
 
 
+@torch.no_grad()
+def frozen_logprobs(model: Transformer, groups: list[tuple], temperature: float) -> Tensor:
+    """Log-probs [N] of the groups' completions, without gradient."""
+    return completion_logprobs(model, pack(groups, model), temperature)[0]
+
+
 SUMS = ("packed_tokens", "trained_tokens", "entropy", "kl", "gap", *grpo.SUMS)
 
 
-def micro_loss(model: Transformer, batch: Rollout, micro: Sequence[int], advantages: Tensor,
-               token_weights: list[Tensor], old: dict, job: Job) -> tuple[Tensor, dict]:
-    """The loss of the groups `micro`, and SUMS over their tokens.
-
-    advantages [B, G]; token_weights: see `loss_weights`; old: see `old_logprobs`.
-    """
-    loss, temperature = job.loss, job.args.temperature
-    n = len(batch.completions) // len(batch.groups)
-    rows = [row for i in micro for row in range(i * n, (i + 1) * n)]
-    lengths = batch.lengths.flatten()[rows].to(model.device)
-    advantages = advantages.flatten()[rows].to(model.device)
-    weight = torch.cat([token_weights[row] for row in rows]).to(model.device)
-    sampled = torch.tensor([x for row in rows for x in batch.completions[row].logprobs],
-                           device=model.device)
-
-    packed = pack([batch.groups[i] for i in micro], model)
+def micro_loss(model: Transformer, micro: MicroBatch, loss: Loss, temperature: float,
+               ) -> tuple[Tensor, dict]:
+    """The loss of one micro-batch (a sum over its tokens), and SUMS."""
+    packed = pack(micro.groups, model)
     logprobs, entropy = completion_logprobs(model, packed, temperature)
-    before = old.get(micro[0], logprobs.detach())
+    old = logprobs.detach() if micro.old is None else micro.old
     correction = None
     if loss.correction != "none":
         level = "sequence" if loss.name == "gspo" else "token"
-        correction = grpo.sampler_correction(before, sampled, lengths, loss.correction, level)
-    total, sums = grpo.policy_loss(loss, logprobs, before, advantages, lengths, weight, correction)
+        correction = grpo.sampler_correction(old, micro.sampled, micro.lengths, loss.correction,
+                                             level)
+    total, sums = grpo.policy_loss(loss, logprobs, old, micro.advantages, micro.lengths,
+                                   micro.weights, correction)
     divergence = torch.zeros_like(logprobs)
-    if job.reference:
-        with torch.no_grad():
-            reference, _ = completion_logprobs(job.reference, packed, temperature)
-        corrected = before if loss.kl == "k1" else None         # else k1's mean gradient is 0
-        divergence = grpo.kl(logprobs, reference, loss.kl, corrected)
+    if micro.reference is not None:
+        corrected = old if loss.kl == "k1" else None            # else k1's mean gradient is 0
+        divergence = grpo.kl(logprobs, micro.reference, loss.kl, corrected)
         if loss.kl_in == "loss":
-            total = total + loss.kl_coef * (weight * divergence).sum()
+            total = total + loss.kl_coef * (micro.weights * divergence).sum()
     if loss.entropy_coef:
-        total = total - loss.entropy_coef * (weight * entropy).sum()
+        total = total - loss.entropy_coef * (micro.weights * entropy).sum()
     return total, sums | {
-        "packed_tokens": len(packed.input_ids), "trained_tokens": len(sampled),
+        "packed_tokens": len(packed.input_ids), "trained_tokens": len(logprobs),
         "entropy": entropy.detach().sum(), "kl": divergence.detach().sum(),
-        "gap": (before - sampled).abs().sum()}
+        "gap": (old - micro.sampled).abs().sum()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,10 +247,9 @@ def train(job: Job, out: Path) -> None:
     checkpoints = Checkpoints(out / "checkpoints", args.keep, args.async_save)
     first = checkpoints.load(policy)
     if first > args.steps:
-        raise ValueError(f"{out} has {first} steps already: --steps {args.steps} would take some "
-                         "back")
+        raise ValueError(f"{out} has {first} steps already: give --steps {first} or more")
     if first and ranks()[0] == 0:
-        print(f"train.py: goes on after step {first}", file=sys.stderr)
+        print(f"train.py: resuming after step {first}", file=sys.stderr)
     checkpoints.check_disk(sum(p.numel() for p in policy.parameters))
     if args.memory:
         plan(policy, job)
@@ -280,12 +273,12 @@ def train(job: Job, out: Path) -> None:
     if stopped and step + 1 < args.steps:
         raise Terminated
     if ranks()[0] == 0:
-        monitor.finish(job.author is job.model)
+        monitor.finish(samples=not job.imitates)
         weights.save(job.model, job.tokenizer, out / "model")
 
 
 def run(args) -> None:
-    """What the flags name is read first, and refused. Then the run folder is made."""
+    """Loads and checks all that the flags name, before the run folder exists; then trains."""
     began, job = time.time(), read(args)
     out, evaluates = run_folder(args), ranks()[0] == 0 and args.eval_problems
     try:
@@ -301,7 +294,7 @@ def run(args) -> None:
         raise
     if ranks()[0] == 0:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
-    wait()                                              # nobody leaves while another still talks
+    wait()                                              # others may still need this rank
 
 
 def main(argv: list[str] | None = None) -> int:

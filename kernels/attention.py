@@ -82,10 +82,10 @@ class PrefixAttention:
             out.append(unpad(attention(prefix_q, prefix_k, prefix_v, mask), self.prefix_index))
             prefix_kv = prefix_k.squeeze(2), prefix_v.squeeze(2)                # [B, K, P, D]
         if C:
-            own_q, own_k, own_v = (pad(x[T:], self.completion_index, (B, n, C, K))
-                                   for x in (q, k, v))
+            queries, keys, values = (pad(x[T:], self.completion_index, (B, n, C, K))
+                                     for x in (q, k, v))
             mask = self.mask(q.dtype, window, of_prefix=False)
-            padded = attention(own_q, own_k.squeeze(3), own_v.squeeze(3), mask, *prefix_kv)
+            padded = attention(queries, keys.squeeze(3), values.squeeze(3), mask, *prefix_kv)
             out.append(unpad(padded, self.completion_index))
         return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -116,7 +116,7 @@ class PrefixAttention:
         keys, *lengths = self.sequences
         # In fp32, so that a prefix's gradient is summed over its completions in fp32.
         k, v = (x.float()[keys].to(x.dtype) for x in (k, v))
-        return flash_attn_varlen_func(q, k, v, *lengths, deterministic=True,    # P42
+        return flash_attn_varlen_func(q, k, v, *lengths, deterministic=True,
                                       **self.c.flash(layer))
 
     @cached_property

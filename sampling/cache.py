@@ -3,7 +3,7 @@
 Prompts that open alike (a persona's system message) share one *prefix*, and so do the n samples of
 a prompt. A row's own entry holds only what comes behind its prefix. Live rows are contiguous: row i
 of the batch is entry i. The decode step reads a prefix's keys once for all its rows, as one matmul.
-flash-attn reads one entry a row, so there a row starts with a copy of its prefix.
+flash-attn reads one entry per row, so there a row starts with a copy of its prefix.
 
 Left out: paged memory. The cache grows by whole entries and by WIDTH tokens.
 """

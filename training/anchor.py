@@ -14,7 +14,6 @@ from torch import Tensor
 import personas
 from model import Transformer, pack
 from rollout import SamplingParams, generate
-from training.policy import Policy, ranks
 
 
 class Anchor:
@@ -24,7 +23,7 @@ class Anchor:
     """
 
     def __init__(self, start: Transformer, tokenizer, pool: list[personas.Persona], args):
-        self.coefficient, self.count = args.anchor_coef, args.anchor_count
+        self.count = args.anchor_count
         questions = personas.load_roleplay("train")
         stride = 7 if len(pool) % 7 else 1              # through the strata, and every persona
         prompts = []
@@ -45,17 +44,11 @@ class Anchor:
         packed = pack(groups, model)
         return model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
 
-    def __call__(self, policy: Policy, step: int) -> float:
-        """Adds the gradient of an optimizer step's share of the answers to the policy's.
-
-        Returns the mean KL per token, in nats.
-        """
-        model = policy.model
+    def kl(self, model: Transformer, step: int) -> Tensor:
+        """Mean KL per token, in nats, on an optimizer step's answers; with gradient."""
         chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
         hidden = self.hidden_states(model, [self.groups[i] for i in chosen])
         before = torch.cat([self.hidden[i] for i in chosen])
         start = model.logits(before, self.head).log_softmax(-1)
         now = model.logits(hidden).log_softmax(-1)
-        divergence = (start.exp() * (start - now)).sum(-1).mean()
-        policy.backward(self.coefficient * divergence / ranks()[1])  # all ranks add the same
-        return divergence.item()
+        return (start.exp() * (start - now)).sum(-1).mean()

@@ -1,59 +1,62 @@
-"""A batch in parts: which groups share an optimizer step, which a forward, and what tokens weigh.
+"""A batch in parts: groups that share an optimizer step, and groups that share a forward."""
 
-batch is a train.Rollout and job a training.run.Job throughout.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import grpo
-from model import Transformer, chunks, completion_logprobs, pack
+from model import chunks
 from training.policy import summed
 
 
-def minibatches(batch, advantages: Tensor, job) -> list[tuple]:
-    """The batch's groups in `--minibatches` parts: (groups, micro-batches).
+@dataclass
+class MicroBatch:
+    """Groups that go through one forward: R completions with N tokens in all."""
+    groups: list[tuple[list[int], list[list[int]]]]     # (prompt_ids, completions)
+    lengths: Tensor                                     # [R]
+    advantages: Tensor                                  # [R]
+    weights: Tensor                                     # [N] of each token in the loss
+    sampled: Tensor                                     # [N] the sampler's log-probs
+    old: Tensor | None = None                           # [N] before the batch's first step
+    reference: Tensor | None = None                     # [N] the start model's
 
-    Groups without a gradient are left out of the micro-batches.
+
+def minibatches(batch, advantages: Tensor, kept: Tensor, job) -> list[list[MicroBatch]]:
+    """The batch's groups in `--minibatches` parts, each as micro-batches of `--micro-tokens`.
+
+    batch: a train.Rollout. advantages, kept [B, G]. job: a training.run.Job.
+    A part's token weights count its groups on all ranks, and of these what is `kept`. Groups
+    without a gradient are in no micro-batch.
     """
-    args, parts = job.args, []
-    live = advantages.view(len(batch.groups), -1).any(1)
+    args, device, n = job.args, job.model.device, len(batch.completions) // len(batch.groups)
+    lengths, advantages, kept = (x.view(-1, n) for x in (batch.lengths, advantages, kept))
+    live = (advantages * kept).any(1)
     if args.kl_coef or args.entropy_coef:
         live[:] = True
+    parts = []
     for part in torch.arange(len(batch.groups)).tensor_split(args.minibatches):
-        micros = micro_batches(batch, part[live[part]].tolist(), args.micro_tokens)
-        parts.append((part, list(micros)))
+        counts = summed([(lengths[part] * kept[part]).sum(), kept[part].sum()])
+        micros, ids = [], part[live[part]].tolist()
+        for first, last in runs([batch.groups[i] for i in ids], args.micro_tokens):
+            chosen = ids[first:last]
+            weights = grpo.token_weights(lengths[chosen].flatten(), job.loss.normaliser, *counts,
+                                         args.max_new_tokens, kept[chosen].flatten())
+            sampled = []
+            for i in chosen:
+                for completion in batch.completions[i * n:(i + 1) * n]:
+                    sampled += completion.logprobs
+            micros.append(MicroBatch(
+                [batch.groups[i] for i in chosen], lengths[chosen].flatten().to(device),
+                advantages[chosen].flatten().to(device), weights.to(device),
+                torch.tensor(sampled, device=device)))
+        parts.append(micros)
     return parts
 
 
-def micro_batches(batch, groups: Sequence[int], limit: int) -> Iterator[Sequence[int]]:
-    """Runs of whole groups of at most `limit` packed tokens together, or of one longer group."""
-    sizes = [len(batch.groups[i][0]) + sum(map(len, batch.groups[i][1])) for i in groups]
-    for first, last in chunks(sizes, limit):
-        yield groups[first:last]
-
-
-def loss_weights(batch, kept: Tensor, groups: Tensor, job) -> list[Tensor]:
-    """For each completion, the weight of its tokens. Counted are the part's groups, on all ranks.
-
-    Completions that are not `kept` weigh 0 and are not counted.
-    """
-    mine = kept.view(len(batch.groups), -1)[groups]
-    lengths = batch.lengths.view(len(batch.groups), -1)[groups]
-    tokens, sequences = summed([(lengths * mine).sum(), mine.sum()])
-    weights = grpo.token_weights(batch.lengths.flatten(), job.loss.normaliser, tokens, sequences,
-                                 job.args.max_new_tokens, kept.flatten())
-    return weights.split(batch.lengths.flatten().tolist())
-
-
-def old_logprobs(model: Transformer, batch, parts: list[tuple], job) -> dict:
-    """By first group of each micro-batch: the log-probs [N] before the first optimizer step."""
-    old = {}
-    with torch.no_grad():
-        for _, micros in parts:
-            for micro in micros:
-                packed = pack([batch.groups[i] for i in micro], model)
-                old[micro[0]], _ = completion_logprobs(model, packed, job.args.temperature)
-    return old
+def runs(groups: list, limit: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole groups of at most `limit` packed tokens, or of one longer group, as (first,
+    last + 1)."""
+    return chunks([len(prompt) + sum(map(len, completions)) for prompt, completions in groups],
+                  limit)

@@ -71,7 +71,7 @@ class Monitor:
                    "tokens_per_second": metrics["sampled_tokens"] / busy,
                    "seconds": self.seconds}
         self.seconds = {}
-        finite = math.isfinite(metrics["grad_norm"])
+        finite = math.isfinite(metrics["grad_norm"]) and not metrics["skipped_steps"]
         overflow = self.policy.loss_scale > 1           # of fp16: nothing is broken
         self.broken = 0 if finite or overflow else self.broken + 1
         if self.speaks:
@@ -111,7 +111,7 @@ def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
     """What a step's batch was like, over all ranks.
 
     Rewards and lengths are of everything sampled. Entropy, KL, gap and clips are of the tokens that
-    were trained on, and None where there were none. sums: see train.SUMS.
+    went through the forward, and None where there were none. sums: see train.SUMS.
     """
     verdicts, completions = batch.verdicts, batch.completions
     own = {"rewards": batch.rewards.sum(), "completions": batch.rewards.numel(),

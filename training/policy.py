@@ -85,7 +85,7 @@ def whole(x: Tensor) -> Tensor:
 # The weights
 
 GROWTH = 200        # steps without an overflow before fp16's loss scale doubles
-MOST = 2.0 ** 24    # of the loss scale
+MAX_LOSS_SCALE = 2.0 ** 24
 
 
 class Policy:
@@ -176,7 +176,7 @@ class Policy:
         if self.scaled and not finite:
             self.loss_scale = max(1.0, self.loss_scale / 2)
         elif self.scaled and self.good_steps % GROWTH == 0:
-            self.loss_scale = min(MOST, 2 * self.loss_scale)
+            self.loss_scale = min(MAX_LOSS_SCALE, 2 * self.loss_scale)
 
     @torch.no_grad()
     def refresh(self) -> None:

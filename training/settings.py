@@ -37,14 +37,14 @@ FLAGS = [
     # mix
     ("persona-prob", None, "rho: share of prompts with a persona (default: 0.7 for permix, else 0)",
      {"type": float}),
-    ("mix", "prompt", "one persona a group, or one a completion",
+    ("mix", "prompt", "one persona per group, or one per completion",
      {"choices": personas.MODES}),
     ("personas", "train", "training pool: train, conflict-train, paraphrases-train, or a .jsonl "
      "file", {}),
     # roll out
-    ("prompts", None, "problems a step (default: 12 for generated tasks, else 64, since fewer of "
+    ("prompts", None, "problems per step (default: 12 for generated tasks, else 64, since fewer of "
      "them teach)", {"type": int}),
-    ("group-size", None, "completions a problem, G (default: 8; sft has one gold answer)",
+    ("group-size", None, "completions per problem, G (default: 8; sft has one gold answer)",
      {"type": int}),
     ("max-new-tokens", None, "length limit of a completion (default: 32 for generated tasks, else "
      "48)", {"type": int}),
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(argv: list[str] | None) -> argparse.Namespace:
-    """Flags over the loss's recipe over a resumed run's settings over the defaults.
+    """The settings. First come the flags, then the loss's recipe, a resumed run's, the defaults.
 
     Raises ValueError where they contradict each other.
     """
