@@ -203,10 +203,10 @@ def test_p24_a_trainer_without_a_main_guard_and_its_threads_can_verify(tmp_path)
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import threading\nfrom rewards import Verifier\nprint('imported')\n"
-        "verifier = Verifier(workers=1, timeout_s=20)\n"
-        "def ask(n): print(verifier.verify(r'\\ln(-x^2)+%d' % n, r'\\boxed{\\ln(-x\\cdot x)+%d}' % n).verdict)\n"
+        "verifier, found = Verifier(workers=1, timeout_s=20), []\n"
+        "def ask(n): found.append(verifier.verify(r'\\ln(-x^2)+%d' % n, r'\\boxed{\\ln(-x\\cdot x)+%d}' % n).verdict)\n"
         "threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]\n"
-        "[t.start() for t in threads]; [t.join() for t in threads]\nverifier.close()\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\nverifier.close()\nprint(*found)\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert Counter(done.stdout.split()) == {"imported": 1, "correct": 3}, done.stderr
