@@ -73,10 +73,23 @@ def train(name: str, problems: Path, out: Path, args) -> list[dict]:
     return list(files.rows(run / "metrics.jsonl"))
 
 
-def keep(metrics: dict[str, list[dict]], key: str, path: Path) -> None:
-    """Writes one metric of every loss, step by step."""
+def keep(metrics: dict[str, list[dict]], key: str, path: Path) -> dict[str, list[float]]:
+    """Writes one metric of every loss, step by step, and returns it."""
     curves = {name: [round(row[key], 4) for row in rows] for name, rows in metrics.items()}
     path.write_text(json.dumps(curves) + "\n")
+    return curves
+
+
+def table(rewards: dict[str, list[float]], clipped: dict[str, list[float]]) -> str:
+    """What results/README.md shows of it."""
+    first = min(curve[0] for curve in rewards.values())
+    lines = [f"| loss | best mean reward of two batches, from {first:.2f} "
+             "| tokens clipped, mean over batches | most in a batch |", "|---|---|---|---|"]
+    for name, curve in rewards.items():
+        best = max(a + b for a, b in zip(curve, curve[1:], strict=False)) / 2
+        mean = sum(clipped[name]) / len(clipped[name])
+        lines.append(f"| {name} | {best:.3f} | {100 * mean:.2f} % | {100 * max(clipped[name]):.1f} % |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -100,13 +113,10 @@ def main() -> None:
     metrics = {}
     for name in args.losses:
         metrics[name] = train(name, problems, out, args)
-        reward = [row["reward"] for row in metrics[name]]
-        best = max(a + b for a, b in zip(reward, reward[1:], strict=False)) / 2
-        clipped = sum(row["clip_fraction"] for row in metrics[name]) / len(metrics[name])
-        print(f"{name:10} reward {reward[0]:.2f} at the start, best mean of two steps {best:.3f}, "
-              f"{clipped:.2%} of the tokens clipped", flush=True)
-        keep(metrics, "reward", kept / "rewards.json")
-        keep(metrics, "clip_fraction", kept / "clip_fractions.json")
+        rewards = keep(metrics, "reward", kept / "rewards.json")
+        clipped = keep(metrics, "clip_fraction", kept / "clip_fractions.json")
+        (kept / "tables.md").write_text(table(rewards, clipped))
+        print(table({name: rewards[name]}, clipped).splitlines()[-1], flush=True)
     plots.curves(metrics).savefig(kept / "curves.png", dpi=110)
 
 

@@ -60,7 +60,7 @@ def test_the_results_that_the_pages_show_are_those_that_were_measured():
     assert len(arms) == 6
     for page in ("README.md", "results/README.md"):
         assert set(arms) <= set((ROOT / page).read_text().splitlines()), page
-    for name in ("early", "ablations", "pushed", "anchors"):
+    for name in ("early", "ablations", "pushed", "anchors", "sanity"):
         measured += (ROOT / "results" / name / "tables.md").read_text().splitlines()
     shown = [line for line in (ROOT / "results" / "README.md").read_text().splitlines()
              if line.startswith("|") and not re.match(r"\| (learning rate|\de-\d)", line)]  # see test_results.py

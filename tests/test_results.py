@@ -67,6 +67,11 @@ def test_every_loss_has_learnt_the_sanity_problems():
     assert rewards.keys() == {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo"}
     for name, curve in rewards.items():
         assert curve[0] < 0.4 and max(a + b for a, b in zip(curve, curve[1:], strict=False)) / 2 >= 0.95, name
+    clipped = json.loads((RESULTS / "sanity" / "clip_fractions.json").read_text())
+    from results import sanity
+    assert (RESULTS / "sanity" / "tables.md").read_text() == sanity.table(rewards, clipped)
+    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo"):           # their curves vouch for their clips
+        assert max(clipped[name]) > 0 and len(clipped[name]) == len(rewards[name])
 
 
 def test_the_start_model_is_asked_as_the_arms_are_trained(run, monkeypatch, tmp_path):
