@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from verifier.text import MULTIPLIERS, UNITS, NotMath, TooBig, multiplies, normalise, plain_text
+from verifier.text import (
+    MULTIPLIERS, NO_FACTORS, UNITS, NotMath, TooBig, multiplies, normalise, plain_text,
+)
 from verifier.tokens import Tokens
 
 MAX_DEPTH = 40  # of brackets, signs and exponents; past it an expression is TooBig
@@ -281,7 +283,7 @@ class _Parser(Tokens):
         if word.lower() in MULTIPLIERS:
             self.i += 1
             return ("num", Fraction(MULTIPLIERS[word.lower()]))
-        if len(word) > 3 or word.lower() in UNITS and len(word) > 1:
+        if len(word) > 3 or word.lower() in NO_FACTORS or word.lower() in UNITS and len(word) > 1:
             raise NotMath(word)
         letters = [("word", letter, False) for letter in word]  # ba^2 is b a^2
         self.tokens[self.i : self.i + 1] = letters

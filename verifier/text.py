@@ -34,6 +34,7 @@ _UNICODE = {
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2060": "", "\u2062": "",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
 }
+CIRCLED = re.compile("[\u2460-\u24ff\u2776-\u2793]")  # the first and third statement: ①③
 _SUPER, _SUB = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
 _PLAIN = str.maketrans(_SUPER + _SUB, "0123456789+-n0123456789")
 _LAYOUT = [(re.compile(a), b) for a, b in [
@@ -68,6 +69,8 @@ def normalise(text: str) -> str:
     """One spelling for Unicode, LaTeX layout and thousands; raises TooBig past MAX_CHARS."""
     if len(text) > MAX_CHARS:
         raise TooBig(f"{len(text)} characters")
+    if CIRCLED.search(text):
+        raise NotMath("circled digits are names")
     fraction = re.compile(f"([{_SUPER}]+)⁄([{_SUB}]+)")
     text = fraction.sub(lambda m: rf"\frac{{{m[1]}}}{{{m[2]}}}".translate(_PLAIN), text)
     text = re.sub(f"[{_SUPER}]+", lambda m: "^{" + m[0].translate(_PLAIN) + "}", text)
@@ -113,6 +116,8 @@ UNITS = {w: g.split()[0] for g in _UNIT_NAMES.replace("\n", "").split("|") for w
 UNITS.update({w + "s": u for w, u in UNITS.items() if len(w) > 1})
 MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
                "trillion": 10**12, "dozen": 12}
+NO_FACTORS = set("""the and for not but are was has its yes can all so no of to in it if he she we
+is do go us on or up""".split())  # short words that are no product of letters
 _FILLER = {"of", "the", "a", "total", "more", "left", "each", "exactly", "about", "is"}
 
 

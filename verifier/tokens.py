@@ -8,7 +8,7 @@ from verifier.text import MULTIPLIERS, NotMath, TooBig
 
 MAX_TOKENS = 600  # of one expression; past them it is TooBig
 _TEXT_COMMANDS = set("""text mbox textbf textit textrm mathrm mathbf operatorname hbox mathit mathsf
-texttt mathtt textsf emph bold bf rm mathcal""".split())
+texttt mathtt textsf textnormal emph bold bf rm mathcal""".split())
 FUNCTIONS = set("""sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt
 abs asin acos atan""".split())
 _WORDS = {"pi": r"\pi", "infinity": r"\infty", "infty": r"\infty", "inf": r"\infty",
