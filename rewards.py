@@ -45,7 +45,7 @@ from verifier.workers import TIMEOUT_S, Verifier, work
 
 def correctness(problem, text: str, *, persona=None) -> float:
     """1 for a correct completion, else 0, whoever speaks. The default reward."""
-    return float(verify(problem.answer, text).verdict == "correct")
+    return float(verify(problem.answer, text, problem.question).verdict == "correct")
 
 
 CORRECTNESS = "rewards:correctness"
@@ -124,7 +124,7 @@ class Rewarder:
         future: Future = Future()
         future.set_running_or_notify_cancel()           # from here on nobody can cancel it
         if self._verifier:
-            verdict = self._verifier.submit(problem.answer, text)
+            verdict = self._verifier.submit(problem.answer, text, problem.question)
             verdict.add_done_callback(lambda done: future.set_result(worth(done.result().verdict)))
             return future
         with self._lock:                                # never behind the None of close()

@@ -159,12 +159,12 @@ def test_p24_hostile_answers_get_verdicts_within_512_mb_and_the_next_answer_is_r
 def test_p24_a_late_worker_is_killed_and_replaced_and_only_its_own_pair_suffers():
     worker = Worker(memory_mb=512)
     try:
-        assert worker.ask("1", "1", 10.0).verdict == "correct"
+        assert worker.ask("1", "1", timeout_s=10.0).verdict == "correct"
         pid = worker.process.pid
-        late = worker.ask(r"\ln(-x^2)", r"\ln(-x^4)-\ln(x^2)", 0.001)
+        late = worker.ask(r"\ln(-x^2)", r"\ln(-x^4)-\ln(x^2)", timeout_s=0.001)
         assert late.verdict == "unverifiable" and "no verdict within" in late.rule
         assert worker.process.pid != pid
-        assert worker.ask("1/2", "0.5", 10.0).verdict == "correct"
+        assert worker.ask("1/2", "0.5", timeout_s=10.0).verdict == "correct"
     finally:
         worker.stop()
 
@@ -172,9 +172,9 @@ def test_p24_a_late_worker_is_killed_and_replaced_and_only_its_own_pair_suffers(
 def test_p24_a_worker_that_dies_by_itself_costs_no_pair_its_verdict():
     worker = Worker(memory_mb=512)
     try:
-        assert worker.ask("1", "1", 10.0).verdict == "correct"
+        assert worker.ask("1", "1", timeout_s=10.0).verdict == "correct"
         os.kill(worker.process.pid, signal.SIGKILL)
-        assert worker.ask("1/2", "0.5", 10.0).verdict == "correct"
+        assert worker.ask("1/2", "0.5", timeout_s=10.0).verdict == "correct"
     finally:
         worker.stop()
 
@@ -214,7 +214,7 @@ def test_p24_a_trainer_without_a_main_guard_and_its_threads_can_verify(tmp_path)
 
 def test_p24_workers_end_with_their_parent(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier.workers import Worker; w = Worker(512); " \
-             "w.ask('1', '1', 9.0); print(w.process.pid, flush=True); import os; os._exit(0)"  # fmt: skip
+             "w.ask('1', '1', timeout_s=9.0); print(w.process.pid, flush=True); import os; os._exit(0)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     pid = int(done.stdout)
     for _ in range(100):

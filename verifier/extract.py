@@ -69,17 +69,28 @@ _MATH_CHARACTERS = (r"(?:[\d.+\-−–*/^()\[\]{}=×÷·√π%$€£¥°±<>≤�
                     r"|\b[a-zA-Z](?![a-zA-Z'’])|(?<!,)[ ])*")
 
 
-def extract(text: str) -> tuple[str, str]:
-    """(answer, rule) of a completion; rule: box, answer tag, ####, statement, whole ..."""
-    return _extract(in_digits(_spaced(text[-MAX_ANSWER:])))
+def extract(text: str, in_words: bool = False) -> tuple[str, str]:
+    """(answer, rule) of a completion; rule: box, answer tag, ####, statement, whole ...
+
+    in_words: the answer asked for is a text. Then no number is looked for; the last resort is the
+    whole text.
+    """
+    text = text[-MAX_ANSWER:]
+    return _extract(text if in_words else in_digits(_spaced(text)), in_words)
 
 
-def _extract(text: str) -> tuple[str, str]:
+def stated(text: str) -> str:
+    """The value of the last "the answer is ..." in a text, or ""."""
+    text = in_digits(_spaced(text[-MAX_ANSWER:]))
+    return _concluding_statement(text) if _STATEMENT.search(text) else ""
+
+
+def _extract(text: str, in_words: bool) -> tuple[str, str]:
     text = _after_thinking(text)
     box, place = _last_boxes(text)
     tags = list(_TAG.finditer(text))
     if tags and tags[-1].end() > place:
-        return _extract(tags[-1][2])[0], "answer tag"
+        return _extract(tags[-1][2], in_words)[0], "answer tag"
     if box is not None:
         return box, "box"
     if BOX.search(text):
@@ -89,6 +100,9 @@ def _extract(text: str) -> tuple[str, str]:
     line = _last_hash_line(text)
     if line:
         return _value_of_line(line), "####"
+    if in_words:
+        answer = _concluding_statement(text) if _STATEMENT.search(text) else ""
+        return (answer, "statement") if answer else (text.strip(), "whole text")
     last_number = max((m.start() for m in _NUMBER.finditer(text)), default=-1)
     retractions = [m.end() for m in _RETRACTION.finditer(text) if m.end() <= last_number]
     tail = text[max(retractions, default=0) :]

@@ -11,7 +11,14 @@ import re
 from fractions import Fraction
 
 from verifier.text import (
-    MULTIPLIERS, NO_FACTORS, UNITS, NotMath, TooBig, multiplies, normalise, plain_text,
+    MULTIPLIERS,
+    NO_FACTORS,
+    UNITS,
+    NotMath,
+    TooBig,
+    multiplies,
+    normalise,
+    plain_text,
 )
 from verifier.tokens import Tokens
 
@@ -37,7 +44,7 @@ _POSTFIX = {"!": "factorial", "!!": "factorial2", "%": "percent", r"\deg": "degr
 _BASED = re.compile(                                    # 101_2, (2A)_{16}
     r"\(?((?=[A-F]*\d)[0-9A-F]+|[A-F]{2,}(?=\)?_\{?\(?16))\)?_\{?\(?(\d+)\)?\}?", re.I)
 _REMARK = re.compile(
-    r"\b(?:or|and|not|than|less|least|most|but|if|plus|minus|maybe|wrong|half)\b|\d", re.I)
+    r"\b(?:or|and|not|than|less|least|most|but|if|plus|minus|maybe|wrong|half)\b|\d|[不非否或]", re.I)
 
 
 class _Parser(Tokens):
@@ -140,6 +147,8 @@ class _Parser(Tokens):
         self.i += 1
         self.depth += 1
         self.check_depth()
+        if sign == "neg" and self.peek() == "-":
+            raise NotMath("--41 is a line, no sign")
         node = self.unary()
         self.depth -= 1
         return (sign, node) if sign != "pos" else node

@@ -19,7 +19,8 @@ _OPERATORS = {"**": "^", r"\cdot": "*", r"\times": "*", r"\div": "/", "<=": r"\l
               "!=": r"\ne", r"\$": "$", r"\lt": "<", r"\gt": ">", ";": ","}
 _TOKEN = re.compile(r"(?P<space>\s+)|(?P<num>(?:\d+\.(?=\\(?:overline|bar))|\d+(?:\.\d+)?|\.\d+)"
                     r"(?:[eE][+-]?\d{1,4}(?![\w.]))?)|(?P<cmd>\\[A-Za-z]+|\\.)"
-                    r"|(?P<word>[A-Za-z]+)|(?P<op>\*\*|!!|<=|>=|!=|\.\.\.|.)", re.S)
+                    r"|(?P<word>[A-Za-z]+)|(?P<text>[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]+)"
+                    r"|(?P<op>\*\*|!!|<=|>=|!=|\.\.\.|.)", re.S)
 Token = tuple[str, str, bool]  # kind, text, preceded by a space?
 
 
@@ -38,6 +39,8 @@ def tokenize(text: str) -> list[Token]:
             value = value.strip()
             if value.lower() in ("or", "and", ",", "and/or", ", and", ", or"):
                 kind, value = "op", ","
+        elif kind == "text" and value in ("和", "或"):
+            kind, value = "op", ","
         elif kind == "cmd" and value[1:] in FUNCTIONS:
             kind, value = "fn", value[1:]
         elif kind == "word" and value in FUNCTIONS:
