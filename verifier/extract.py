@@ -46,7 +46,7 @@ _RETRACTION = re.compile(
 _REJECTED = re.compile(                                 # 42 is wrong
     r"\W{0,3}(?:[a-z]+ )?(?:is|are|was)(?:n't| not| wrong| incorrect| too)\b", re.I)
 _NEGATION = re.compile(r"\s*(?:not\b|n't)")
-_NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\brather than|\binstead of)"
+_NEGATED = re.compile(r"(?:不是?|并非|\bnot|n't|\bnever|\brather than|\binstead of)"
                       r"\s*(?:just|be|equal|equal to)?\W{0,4}$", re.I)
 _NUMBER = re.compile(r"""
     (?<![\w.^])
@@ -109,6 +109,8 @@ def _extract(text: str, in_words: bool) -> tuple[str, str]:
     answer = _concluding_statement(tail)
     if answer:
         return answer, "statement"
+    if len(text) <= 200 and re.match(r"\s*\(?[A-J][).:]\)?\s+\S[^\n]*$", text):
+        return text.strip(), "option"
     if len(text) <= 200 and not _TWO_WORDS.search(text) and is_math(text):
         return text, "whole"
     return last_expression(tail)
@@ -117,6 +119,7 @@ def _extract(text: str, in_words: bool) -> tuple[str, str]:
 _EAST_ASIAN = re.compile("[\u3001-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff5e]")
 _LETTER = "[\u3041-\u30fa\u30fc-\u30ff\u3400-\u9fff\uac00-\ud7a3]"
 _EDGE = re.compile(f"(?<={_LETTER})(?=[!-~])|(?<=[!-~])(?={_LETTER})")
+_EITHER = re.compile(r"(?<=\d)\s?[个個つ本]?\s?(?:或者?|还是|か|또는)\s?(?=\d)")
 _PUNCTUATION = str.maketrans({"。": ". ", "、": ", ", **{
     chr(code): chr(code - 0xFEE0) + " " * (code in (0xFF0C, 0xFF1A, 0xFF1B))
     for code in range(0xFF01, 0xFF5F)}})
@@ -126,7 +129,7 @@ def _spaced(text: str) -> str:
     """Blanks between Chinese, Japanese or Korean letters and all others; their commas as ours."""
     if not _EAST_ASIAN.search(text):
         return text
-    return _EDGE.sub(" ", text.translate(_PUNCTUATION))
+    return _EDGE.sub(" ", _EITHER.sub(" or ", text.translate(_PUNCTUATION)))
 
 
 def _after_thinking(text: str) -> str:
@@ -288,14 +291,18 @@ def _around(text: str, number: re.Match) -> str:
     return _with_unit(text, number)
 
 
+_UNIT = re.compile(r"(\s?)(?:(?:square|cubic|sq\.?|cu\.?) )?([a-zA-Z]+)"
+                   r"((?:/[a-z]+|\ per\ [a-z]+|\^?[23²³])?)")
+
+
 def _with_unit(text: str, number: re.Match) -> str:
     """A number with the unit behind it, and with letters that touch it: 42x and 3k are not 42, 3.
 
     Ordinals (5th), decades (1960s) and words (42apples) are their number.
     """
-    unit = re.compile(r"(\s?)([a-zA-Z]+)((?:/[a-z]+|\^?[23²³])?)").match(text, number.end())
+    unit = _UNIT.match(text, number.end())
     if not unit or unit[2] in ("st", "nd", "rd", "th", "s") and not unit[1]:
         return number[0].strip()
     if unit[2] in UNITS:
-        return f"{number[0].strip()} {unit[2]}{unit[3]}"
+        return f"{number[0].strip()} {unit[0].strip()}"
     return (number[0] + ("" if unit[1] or len(unit[2]) > 3 else unit[2])).strip()

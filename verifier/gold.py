@@ -141,7 +141,7 @@ def circled(text: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # Texts
 
-_DENIAL = re.compile(
+DENIAL = re.compile(
     r"\b(?:or|not?|nor|neither|either|never|if|whether|may|might|doubt|but)\b|n't", re.I)
 _SQUEEZED = [(re.compile(pattern), symbol) for pattern, symbol in [
     (r"\\operatorname\s*\{([^{}]*)\}", r"\1"), (r"≡", r"\\equiv "),
@@ -180,7 +180,8 @@ def same_text(gold: str, found: str) -> bool:
         return answer == goals or bool(named) and value == answer
     sentence = re.split(r"[.!?]\s+|\n", said)[-1].strip()
     ending = rf"\b(?:is|are|was|be|on|it's) (?:the |an? )?{re.escape(goal)}"
-    if re.search(ending + "$", sentence) and not _DENIAL.search(sentence):
+    end = re.search(ending + "$", sentence)
+    if end and not DENIAL.search(sentence[: end.start()]):
         return True
     other = {"yes": "no|not", "no": "yes"}.get(goal)    # Yes, because 4 > 3.
     return bool(other and re.match(rf"{goal}[,.;:!]", said)

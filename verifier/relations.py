@@ -45,6 +45,8 @@ def split(node):
         name = parts.pop(0)
     elif len(parts) == 2 and is_name(parts[1]):
         name = parts.pop()
+    if name and name[:2] == ("fn", "abs"):
+        name = name[2]
     if "~" in node[1][len(node) - 2 - len(parts):]:
         parts = parts[:1]
     return name, parts

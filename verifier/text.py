@@ -117,7 +117,7 @@ UNITS.update({w + "s": u for w, u in UNITS.items() if len(w) > 1})
 MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
                "trillion": 10**12, "dozen": 12}
 NO_FACTORS = set("""the and for not but are was has its yes can all so no of to in it if he she we
-is do go us on or up""".split())  # short words that are no product of letters
+is do go us on or up one two six ten""".split())  # short words that are no product of letters
 _FILLER = {"of", "the", "a", "total", "more", "left", "each", "exactly", "about", "is"}
 
 

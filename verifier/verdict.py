@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from fractions import Fraction
 from typing import NamedTuple
 
 from verifier.copied import is_copied, left_to_do, without_question
@@ -17,6 +18,7 @@ from verifier.extract import MAX_ANSWER, extract
 from verifier.gold import (
     CLOCK,
     COSTUME,
+    DENIAL,
     Gold,
     bare,
     circled,
@@ -28,7 +30,7 @@ from verifier.gold import (
 )
 from verifier.text import CIRCLED, TooBig
 from verifier.value import Effort, Undecided, symbols
-from verifier.words import whole_number
+from verifier.words import whole_number, written
 
 
 class Verdict(NamedTuple):
@@ -44,8 +46,6 @@ _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"
 _CHOSEN_LAST = re.compile(
     r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
 _LETTER_FIRST = re.compile(r"\(?([A-J])[).:]\)?\s*(?=\S)")
-_DENIAL = re.compile(
-    r"\b(?:or|not?|nor|neither|either|never|if|whether|may|might|doubt|but)\b|n't", re.I)
 _TIME = re.compile(r"\d{1,2}:\d\d")
 
 
@@ -112,21 +112,19 @@ def _compare(goal: Gold, found: str, question: str, deep: bool) -> tuple[bool, s
         return False, f"not comparable: {error}"[:80]
 
 
-_THOUSANDS = {"k": 1000, "K": 1000, "M": 10**6, "B": 10**9}
+_THOUSANDS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+_SHORT = re.compile(r"([-−]?\\?[$€£¥]?[-−]?)(\d[\d,]*(?:\.\d+)?)([kKMB])")
+_OPTION = re.compile(r"\(?[A-J](?:\)|[.:](?=\s))(?:\\[ ,;:]|[\s:~])*(?=\S)")
 
 
 def _tree_of_answer(found: str, goal: Gold) -> tuple | None:
-    """An answer's tree. Beside a gold without letters 3k is 3000."""
-    found = re.sub(r"^\(?[A-J]\)[\s:]+(?=\S)", "", COSTUME.sub(
-        lambda m: m[1] if re.fullmatch(r"\s*\([A-J]\)\s*", m[1]) else m[0], found))
+    """An answer's tree, without the letter of an option. For a gold without letters 3k is 3000."""
+    found = _OPTION.sub("", re.sub(r"\\[a-z]+\s*\{\s*(\([A-J]\))\s*\}", r"\1", found), count=1)
+    short = _SHORT.fullmatch(found.rstrip("."))
+    if short and not symbols(goal.tree):
+        found = short[1] + written(Fraction(short[2].replace(",", "")) * _THOUSANDS[short[3]])
     tree = tree_of(found.rstrip("."))
-    if tree is None:
-        tree = tree_of(whole_number(bare(found)) or "?")
-    if tree is None or tree[0] != "mul" or tree[1][0] != "num" or symbols(goal.tree):
-        return tree
-    if tree[2][0] == "sym" and tree[2][1] in _THOUSANDS:
-        return ("num", tree[1][1] * _THOUSANDS[tree[2][1]])
-    return tree
+    return tree or tree_of(whole_number(bare(found)) or "?")
 
 
 def _same_choice(goal: Gold, found: str, question: str, deep: bool) -> bool:
@@ -135,7 +133,7 @@ def _same_choice(goal: Gold, found: str, question: str, deep: bool) -> bool:
     With a value beside the gold's letter either will do, but what is said of both must be right.
     """
     said = bare(COSTUME.sub(r"\1", re.sub(r"\\[ ,;:]|\\q?quad|~", " ", found)))
-    match = _CHOSEN.match(said) or not _DENIAL.search(said) and _CHOSEN_LAST.search(said)
+    match = _CHOSEN.match(said) or not DENIAL.search(said) and _CHOSEN_LAST.search(said)
     if goal.value is None:
         rest = said[match.end() :] if match else ""
         more = re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
