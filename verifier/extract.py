@@ -18,12 +18,13 @@ import re
 
 from verifier.parse import parse
 from verifier.text import UNITS, NotMath, TooBig
-from verifier.words import in_digits, number_in_words, whole_number
+from verifier.words import in_digits, is_operand, number_in_words, whole_number
 
 MAX_ANSWER = 20_000  # characters of a completion that are looked at: its end
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)(?![A-Za-z])\s*(?=[^\s{}$.,;:)])")
 _BARE_BOX = re.compile(                                 # \\boxed 12, \\boxed\\frac12
     r"(?:[-+]?\d[\d,]*(?:\.\d+)?(?![\w^])|[A-Za-z](?![\w^])|[-+\\(\[\d][^\s$]*)")
+_BOX_GOES_ON = re.compile(r"\s*(?:[-+*/^]|\\cdot|\\times)[^$\n]{1,100}(?=\$)")  # $\\boxed 5 + 1$
 _JOINT = re.compile(r"""
     [\s$]* (?: (?:,|;|&|\band\b|\bor\b|和|或|\\text\s*\{\s*(?:,|and|or)?\s*\}
                  |\\q?quad|\\[,; ]) [\s$]* ){1,6}
@@ -157,7 +158,9 @@ def _last_boxes(text: str) -> tuple[str | None, int]:
                     boxes.pop()                         # a box in a box: the inner one counts
                 boxes.append((match.start(), end + 1, text[match.end() + 1 : end]))
         elif bare := _BARE_BOX.match(text, match.end()):
-            boxes.append((match.start(), bare.end(), bare[0].rstrip(".,;:!?)")))
+            more = _BOX_GOES_ON.match(text, bare.end())
+            content = bare[0].rstrip(".,;:!?)") + (more[0] if more else "")
+            boxes.append((match.start(), bare.end(), content))
     if not boxes:
         return None, -1
     items, (start, _, content) = [], boxes[-1]
@@ -257,12 +260,14 @@ def last_expression(text: str) -> tuple[str, str]:
             return "", "no answer"
         return text.strip(), "whole text"
     last = numbers[-1]
+    if is_operand(text, *last.span()):
+        return "", "sum in words"
     for formula in formulas:
         if formula.start() < last.start() and last.end() <= formula.end():
             return next(g for g in formula.groups() if g), "last formula"
     if len(numbers) > 1:
         before, joiner = text[: numbers[-2].start()][-20:], text[numbers[-2].end() : last.start()]
-        if re.fullmatch(r"\s*(?:,\s*)?or\s+", joiner) or re.search(r"\bbetween \W?$", before):
+        if re.fullmatch(r"\s*(?:,\s*)?or\s+|~", joiner) or re.search(r"\bbetween \W?$", before):
             return text[numbers[-2].start() : last.end()], "last number"
     return _around(text, last), "last number"
 

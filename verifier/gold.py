@@ -142,7 +142,7 @@ def circled(text: str) -> list[str]:
 # Texts
 
 DENIAL = re.compile(
-    r"\b(?:or|not?|nor|neither|either|never|if|whether|may|might|doubt|but)\b|n't", re.I)
+    r"\b(?:or|not?|nor|neither|either|never|if|whether|may|might|doubt|but|false|wrong|unlikely)\b|n't|cannot", re.I)
 _SQUEEZED = [(re.compile(pattern), symbol) for pattern, symbol in [
     (r"\\operatorname\s*\{([^{}]*)\}", r"\1"), (r"≡", r"\\equiv "),
     (r"\\(?:mathbb|mathbf|mathcal)\s*\{?\s*([A-Za-z])\s*\}?", r"\\mathbb{\1}"),

@@ -184,6 +184,8 @@ class _Parser(Tokens):
             if self.peek() in (r"\choose", r"\over"):
                 op = ("fn", "binom") if self.value() == r"\choose" else ("div",)
                 node = (*op, node, self.relation())
+            if self.accept(","):                        # {1, 2} without backslashes
+                node = ("set", node, *self.items("}"))
             self.expect("}")
             return node
         if self.peek() == "<num>":

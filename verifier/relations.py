@@ -28,6 +28,8 @@ def is_name(node) -> bool:
     """May this be the left side of `name = value`: x, AB, |AB|, f(x), V_1:V_2, \\text{Area}?"""
     if node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "num":
         return node[1][1] in "fghFGHPpT"  # f(2)
+    if node[:2] == ("mul", ("sym", "P")):
+        return True  # P(X = 2)
     if node[:2] == ("fn", "abs"):
         return node[2][0] == "mul" and is_name(node[2])  # |AB| is a length; |x| = 1 is no value
     if node[0] in ("mul", "div", "pow", "tuple", "ratio"):

@@ -30,7 +30,7 @@ _UNICODE = {
     "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}",
     "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "θ": r"\theta ",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "∶": ":", "∣": "|", "￥": "¥",
+    "∨": r"\lor ", "∧": r"\land ", "⟨": r"\langle ", "⟩": r"\rangle ", "∶": ":", "∣": "|", "￥": "¥",
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2060": "", "\u2062": "",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
 }
@@ -53,6 +53,9 @@ _LAYOUT = [(re.compile(a), b) for a, b in [
     (r"\\(?:lbrace)(?![a-z])", r"\\{"), (r"\\(?:rbrace)(?![a-z])", r"\\}"),
     (r"\\(?:lvert|rvert|vert|mid)(?![a-z])", "|"), (r"\\(?:tbinom|dbinom)", r"\\binom"),
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\degree(?![a-z])", r"\\deg "),
+    (r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1"),  # the segment AB
+    (r"\\(overline|bar|vec|hat)\s*\{\s*([A-Za-z])\s*\}", r"\2_{\1}"),
+    (r"(\d\.\d*)\\dot\s*(?:\{(\d)\}|(\d))", r"\1\\overline{\2\3}"),
     (r"\\%", "%"), (r"\\colon(?![a-z])", ":"),
     (r"\\(?:dots|ldots|cdots)(?![a-z])", "..."), (r"\\mathbb\s*\{?R\}?|\\Reals?(?![a-z])", r"\\R "),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"(?<=\d)\s+to\s+(?=\d)", ":"),
@@ -61,6 +64,8 @@ _LAYOUT = [(re.compile(a), b) for a, b in [
     (r"\\\{\s*[a-z]\s*(?:\\in\s*\\R\s*)?[:|](.*)\\\}$", r"\1"),
     (r"\\(?:varnothing)(?![a-z])", r"\\emptyset "), (r"\\(?:backslash)(?![a-z])", r"\\setminus "),
 ]]
+_CASES = re.compile(                                    # a system of equations, as a list
+    r"\\begin\{cases\}((?:[^&=\\]|\\(?!end|cr)[a-z]+)*=[^&]*?)(?:\\cr\s*)?\\end\{cases\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
                         r"|(?<![\d.,] )(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,])(?! \d)")
 
@@ -80,6 +85,7 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)
     for pattern, replacement in _LAYOUT:
         text = pattern.sub(replacement, text)
+    text = _CASES.sub(lambda m: m[1].replace(r"\cr", ","), text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # pairs delimit mathematics, one is money
         text = re.sub(r"(?<!\\)\$", "", text)
     return _join_thousands(text).strip()

@@ -16,7 +16,8 @@ _WORDS = {"pi": r"\pi", "infinity": r"\infty", "infty": r"\infty", "inf": r"\inf
           "degrees": r"\deg", "degree": r"\deg", "deg": r"\deg", "percent": "%",
           "theta": r"\theta"}
 _OPERATORS = {"**": "^", r"\cdot": "*", r"\times": "*", r"\div": "/", "<=": r"\le", ">=": r"\ge",
-              "!=": r"\ne", r"\$": "$", r"\lt": "<", r"\gt": ">", ";": ","}
+              "!=": r"\ne", r"\$": "$", r"\lt": "<", r"\gt": ">", ";": ",",
+              r"\lor": ",", r"\land": ",", r"\vee": ",", r"\wedge": ","}
 _TOKEN = re.compile(r"(?P<space>\s+)|(?P<num>(?:\d+\.(?=\\(?:overline|bar))|\d+(?:\.\d+)?|\.\d+)"
                     r"(?:[eE][+-]?\d{1,4}(?![\w.]))?)|(?P<cmd>\\[A-Za-z]+|\\.)"
                     r"|(?P<word>[A-Za-z]+)|(?P<text>[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]+)"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from verifier.copied import is_copied, left_to_do, without_question
 from verifier.equal import same
-from verifier.extract import MAX_ANSWER, extract
+from verifier.extract import MAX_ANSWER, extract, stated
 from verifier.gold import (
     CLOCK,
     COSTUME,
@@ -79,6 +79,19 @@ def judged(gold: str, answer: str, question: str, deep: bool) -> Verdict:
     return Verdict("correct" if right else "wrong", f"{rule}: {how}", found)
 
 
+def gold_kind(gold: str) -> tuple[str, str]:
+    """(number, expression, text or unreadable; why it is unreadable, or "") of a gold answer.
+
+    A gold that is no number must be right against itself in a box. Else no answer could be.
+    """
+    goal = read_gold(gold)
+    if goal.kind in ("expression", "text"):
+        itself = verify(gold, rf"\boxed{{{goal.text}}}", deep=True)
+        if itself.verdict != "correct":
+            return "unreadable", "it does not match itself in a box"
+    return goal.kind, goal.problem
+
+
 def _compare(goal: Gold, found: str, question: str, deep: bool) -> tuple[bool, str]:
     """(equal?, by what): as text, as a choice, as words, else as trees."""
     if goal.text == found:
@@ -123,8 +136,12 @@ def _tree_of_answer(found: str, goal: Gold) -> tuple | None:
     short = _SHORT.fullmatch(found.rstrip("."))
     if short and not symbols(goal.tree):
         found = short[1] + written(Fraction(short[2].replace(",", "")) * _THOUSANDS[short[3]])
-    tree = tree_of(found.rstrip("."))
-    return tree or tree_of(whole_number(bare(found)) or "?")
+    plain = bare(found)
+    for text in (found.rstrip("."), whole_number(plain), stated(plain)):
+        tree = tree_of(text) if text else None
+        if tree:
+            return tree
+    return None
 
 
 def _same_choice(goal: Gold, found: str, question: str, deep: bool) -> bool:

@@ -56,6 +56,7 @@ _SYMBOLS = [(re.compile(pattern, re.I), symbol) for pattern, symbol in [
     (r"\b(?:the )?square root of (?=\d)", r"\\sqrt "),
     (r"\b(?:the )?cube root of (?=\d)", r"\\sqrt[3] "),
     (r"\b(?:twice|double) (?=\d)", r"2 \\times "), (r"\bhalf of (?=\d)", r"0.5 \\times "),
+    (r"(?<=\d)\s?\\?% of (?=\$?\d)", r"% \\times "),
     (r"(?<=/[3-9])(?:rd|th)s?\b", ""),                  # 2/3rds
     (r"(\bratio\b[^.\n]{0,60}?\b\d+) to (?=\d)", r"\1:"),
     (r"(?<![\w.-])(\d+(?:\.\d+)?)((?:\s*°\s?[CF]?| degrees?(?: [CF]\w*)?)?)"
@@ -66,7 +67,7 @@ _SYMBOLS = [(re.compile(pattern, re.I), symbol) for pattern, symbol in [
 ]]
 _ARITHMETIC = re.compile(
     r"plus|minus|negative|times|multiplied|divided|\bover\b|out of|\b1 in |per\s?cent|squared|cubed"
-    r"|factorial|to the power|root of|twice|double|half of|/\d(?:rd|th)|(?:below|under) zero|\bratio\b", re.I)
+    r"|factorial|to the power|% of|root of|twice|double|half of|/\d(?:rd|th)|(?:below|under) zero|\bratio\b", re.I)
 
 
 def in_digits(text: str) -> str:
@@ -76,10 +77,12 @@ def in_digits(text: str) -> str:
             text = pattern.sub(symbol, text)
     if not _BESIDE_DIGITS.search(text):
         return text
-    out, place = [], 0
+    out, place, before = [], 0, 0
     for value, start, end, words in _phrases(text):
         digits = any(isinstance(word, Fraction) for word in words)
-        if digits and len(words) > 1:
+        binary = words[0] in _SIGNS and text[before:start].isspace()   # ten minus 5
+        before = end
+        if digits and len(words) > 1 and not binary:
             money = re.search("[$€£¥]", text[start:end])
             out += [text[place:start], "-" * (value < 0), money[0] if money else "",
                     written(abs(value))]
@@ -118,6 +121,22 @@ def number_in_words(text: str) -> str:
     if summed or _AFTER.match(text, end) or _BEFORE.search(text[max(0, start - 30) : start]):
         return ""
     return "-" * (value < 0) + written(abs(value))
+
+
+_OPERATOR_BEFORE = re.compile(
+    rf"\b(?:(?:squares?|cubes?|roots?|negative|minus|opposite|inverse|reciprocal|percent|double"
+    rf"|{'|'.join([*_PARTS, *_PLURAL_PARTS])}) of(?: the)?|(?:{'|'.join(_ONES)}) (?:times|plus|minus"
+    r"|over|divided by|multiplied by))\s+\W{0,2}$", re.I)
+_OPERATOR_BEHIND = re.compile(r" (?:more|less|fewer) than [a-z]\b")
+
+
+def is_operand(text: str, start: int, end: int) -> bool:
+    """Is the number at text[start:end] part of a sum that is left in words? Not so for "minus 5".
+
+    "the square of 5", "ten minus 5", "a third of 5", "5 more than x" do not say 5.
+    """
+    before = _OPERATOR_BEFORE.search(text[max(0, start - 40) : start])
+    return bool(before or _OPERATOR_BEHIND.match(text, end))
 
 
 def whole_number(text: str) -> str:
