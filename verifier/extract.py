@@ -24,7 +24,8 @@ MAX_ANSWER = 20_000  # characters of a completion that are looked at: its end
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)(?![A-Za-z])\s*(?=[^\s{}$.,;:)])")
 _BARE_BOX = re.compile(                                 # \\boxed 12, \\boxed\\frac12
     r"(?:[-+]?\d[\d,]*(?:\.\d+)?(?![\w^])|[A-Za-z](?![\w^])|[-+\\(\[\d][^\s$]*)")
-_BOX_GOES_ON = re.compile(r"\s*(?:[-+*/^]|\\cdot|\\times)[^$\n]{1,100}(?=\$)")  # $\\boxed 5 + 1$
+_BOX_GOES_ON = re.compile(                              # $\\boxed 5 + 1$
+    r"\s*(?:[-+*/^]|\\cdot|\\times)[^$\n]{1,100}(?=\$)")
 _JOINT = re.compile(r"""
     [\s$]* (?: (?:,|;|&|\band\b|\bor\b|和|或|\\text\s*\{\s*(?:,|and|or)?\s*\}
                  |\\q?quad|\\[,; ]) [\s$]* ){1,6}
@@ -62,7 +63,7 @@ _FORMULA = re.compile(r"""
     """, re.S | re.X)
 _REASON = re.compile(r",? (?:because|since|as|which|so|when|where|for|if|after|from|by)\b|\s\(")
 _ASIDE = re.compile(r"\s\((?=[^()]*[A-Za-z]{3})[^()]*\)")  # 42 (forty-two)
-_REMARK = re.compile(r",\s+(?!and\b|or\b)(?=[A-Za-z]{2,})")  # 42, matey
+_REMARK = re.compile(r",\s+(?!and\b|or\b|\w+\s*=)(?=[A-Za-z]{2,})")  # 42, matey
 _TWO_WORDS = re.compile("[A-Za-z]{2,}[!,.]? [A-Za-z]{2,}")
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$|\*)|(?<=\S)[!?]")
 _MATH_CHARACTERS = (r"(?:[\d.+\-−–*/^()\[\]{}=×÷·√π%$€£¥°±<>≤≥∞∪²³!|,]|\\[a-zA-Z]+"
@@ -112,8 +113,13 @@ def _extract(text: str, in_words: bool) -> tuple[str, str]:
         return answer, "statement"
     if len(text) <= 200 and re.match(r"\s*\(?[A-J][).:]\)?\s+\S[^\n]*$", text):
         return text.strip(), "option"
-    if len(text) <= 200 and not _TWO_WORDS.search(text) and is_math(text):
-        return text, "whole"
+    if len(text) <= 200:
+        number = whole_number(text.strip())
+        if number and is_math(number):
+            return number, "number in words"
+        named = "=" in text and re.sub(r" (?:and|or) ", ", ", text)     # AB = 4 and CD = 5
+        if not _TWO_WORDS.search(named or text) and is_math(text):
+            return text, "whole"
     return last_expression(tail)
 
 
@@ -186,6 +192,8 @@ def closing_brace(text: str, start: int) -> int:
 
 
 def is_math(text: str) -> bool:
+    if _EAST_ASIAN.match(text.strip()):
+        return False
     try:
         return parse(text.strip().rstrip(".")) is not None
     except (NotMath, TooBig, RecursionError):
@@ -203,8 +211,6 @@ def _last_hash_line(text: str) -> str:
 
 def _value_of_line(line: str) -> str:
     """The value on a `####` line: it may stand in a statement, or have a remark behind it."""
-    if is_math(line):
-        return line
     return _concluding_statement(line) or _stated_value(line)
 
 

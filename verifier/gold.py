@@ -22,7 +22,11 @@ COSTUME = re.compile(
 CHOICE = re.compile(r"\(?([A-J])\)?|\(([a-j])\)")
 CLOCK = re.compile(r"\d{1,2}(?::\d\d)? ?(?:[ap]\.? ?m\b\.?)|\d{1,2}:\d\d:\d\d", re.I)
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:](?=\s))[\s~.:]*(?=\S)(.+)", re.S)
-_VERB = re.compile(r"\b(?:is|are|was|has|have|had|equals?|costs?|makes?|gets?|needs?|there)\b", re.I)
+_VERB = re.compile(
+    r"\b(?:is|are|was|has|have|had|equals?|costs?|makes?|gets?|needs?|there)\b", re.I)
+_LABEL = re.compile(
+    r"\W{0,3}(?:(?:final |my )?(?:ans|results?|solutions?|value|total)\b\s*[:=]\W{0,3}"
+    r"|(?:so|hence|thus|therefore|then)\b,? )", re.I)
 # Words are no products: yes is not y*e*s. What is made of usual variables stays one: xy, abc.
 _LETTERS = re.compile(r"[A-Za-z]{2,}")
 _VARIABLES = ("abcd", "xyzwt", "mnkpq", "pqrst", "uvw", "rh", "ABCDEF", "PQRST", "XYZ")
@@ -88,6 +92,9 @@ def _sentence_value(text: str) -> str:
     """What a gold sentence states: "The answer is 5.", "Answer: 5", "He has 5 apples left."."""
     if value := stated(text):
         return value
+    label = _LABEL.match(text)
+    if label:
+        return text[label.end() :].strip("* ")
     digits = in_digits(text)
     numbers = re.findall(r"\d[\d,./:]*", digits)
     if len(numbers) == 1 and len(text.split()) >= 4 and _VERB.search(text) and "\\" not in text:
@@ -130,7 +137,7 @@ def bare(text: str) -> str:
 
 def words(text: str) -> str:
     """A text answer in the form in which texts are compared."""
-    return plain_text(re.sub(r"\\[,;:! ]|[$~]", " ", COSTUME.sub(r" \1 ", text)))
+    return plain_text(re.sub(r"\\[,;:! ]|[$~]|\*\*|__|`", " ", COSTUME.sub(r" \1 ", text)))
 
 
 def circled(text: str) -> list[str]:
@@ -142,13 +149,14 @@ def circled(text: str) -> list[str]:
 # Texts
 
 DENIAL = re.compile(
-    r"\b(?:or|not?|nor|neither|either|never|if|whether|may|might|doubt|but|false|wrong|unlikely)\b|n't|cannot", re.I)
+    r"\b(?:or|not?|nor|neither|either|never|if|whether|may|might|doubt|but|false|wrong"
+    r"|unlikely)\b|n't|cannot", re.I)
 _SQUEEZED = [(re.compile(pattern), symbol) for pattern, symbol in [
     (r"\\operatorname\s*\{([^{}]*)\}", r"\1"), (r"≡", r"\\equiv "),
     (r"\\(?:mathbb|mathbf|mathcal)\s*\{?\s*([A-Za-z])\s*\}?", r"\\mathbb{\1}"),
     (r"\\pmod\s*(?:\{([^{}]*)\}|(\w))", r"mod\1\2"), (r"\\[bp]?mod(?![a-z])", "mod"),
     (r"\(\s*mod\s*([^()]*)\)", r"mod\1"), (r"\\(max|min|gcd|lcm|deg)(?![a-z])", r"\1"),
-    (r"\{\s*(\w)\s*\}", r"\1"), (r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1~"), (r"\s+", ""),
+    (r"\{\s*([\w+*-])\s*\}", r"\1"), (r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1~"), (r"\s+", ""),
 ]]
 
 

@@ -29,7 +29,7 @@ _UNICODE = {
     "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}",
-    "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "θ": r"\theta ",
+    "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "θ": r"\theta ",
     "∨": r"\lor ", "∧": r"\land ", "⟨": r"\langle ", "⟩": r"\rangle ", "∶": ":", "∣": "|", "￥": "¥",
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2060": "", "\u2062": "",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
@@ -123,7 +123,7 @@ UNITS.update({w + "s": u for w, u in UNITS.items() if len(w) > 1})
 MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
                "trillion": 10**12, "dozen": 12}
 NO_FACTORS = set("""the and for not but are was has its yes can all so no of to in it if he she we
-is do go us on or up one two six ten""".split())  # short words that are no product of letters
+is do go us on or up one two six ten ans""".split())  # short words that are no product of letters
 _FILLER = {"of", "the", "a", "total", "more", "left", "each", "exactly", "about", "is"}
 
 
@@ -158,3 +158,10 @@ def multiplies(word: str, gap: bool) -> bool:
     if word.lower() in MULTIPLIERS:
         return True
     return len(word) <= 3 and word not in UNITS and not (gap and len(word) == 3)
+
+
+def letters_of(word: str) -> str:
+    """The letters of a short word that is a product, as abc. Raises NotMath for units and words."""
+    if len(word) > 3 or word.lower() in NO_FACTORS or word.lower() in UNITS and len(word) > 1:
+        raise NotMath(word)
+    return word

@@ -18,6 +18,11 @@ _WORDS = {"pi": r"\pi", "infinity": r"\infty", "infty": r"\infty", "inf": r"\inf
 _OPERATORS = {"**": "^", r"\cdot": "*", r"\times": "*", r"\div": "/", "<=": r"\le", ">=": r"\ge",
               "!=": r"\ne", r"\$": "$", r"\lt": "<", r"\gt": ">", ";": ",",
               r"\lor": ",", r"\land": ",", r"\vee": ",", r"\wedge": ","}
+GREEK = set("""alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau zeta
+eta kappa xi psi chi nu ell Delta Omega Phi Gamma""".split())
+BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+               "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
+               "sixteen": "16"}
 _TOKEN = re.compile(r"(?P<space>\s+)|(?P<num>(?:\d+\.(?=\\(?:overline|bar))|\d+(?:\.\d+)?|\.\d+)"
                     r"(?:[eE][+-]?\d{1,4}(?![\w.]))?)|(?P<cmd>\\[A-Za-z]+|\\.)"
                     r"|(?P<word>[A-Za-z]+)|(?P<text>[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]+)"

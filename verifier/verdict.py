@@ -96,7 +96,7 @@ def _compare(goal: Gold, found: str, question: str, deep: bool) -> tuple[bool, s
     """(equal?, by what): as text, as a choice, as words, else as trees."""
     if goal.text == found:
         return True, "same text"
-    found = found.strip("*_` \n")
+    found = re.sub(r"^[*_`\s]{1,5}|[*_`\s]{1,5}$", "", found)
     found = re.sub(r"^[A-Za-z][A-Za-z' ]{3,40}=(?!=)", "", found).strip()  # Total cost = 5
     if goal.letter:
         return _same_choice(goal, found, question, deep), "choice"
@@ -127,6 +127,7 @@ def _compare(goal: Gold, found: str, question: str, deep: bool) -> tuple[bool, s
 
 _THOUSANDS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _SHORT = re.compile(r"([-−]?\\?[$€£¥]?[-−]?)(\d[\d,]*(?:\.\d+)?)([kKMB])")
+_SQUARE_METRES = re.compile(r"(?<=\d)m(?=(?:[²³]|\^\{?[23]\}?)\.?$)")  # 12m² beside a number
 _OPTION = re.compile(r"\(?[A-J](?:\)|[.:](?=\s))(?:\\[ ,;:]|[\s:~])*(?=\S)")
 
 
@@ -136,8 +137,11 @@ def _tree_of_answer(found: str, goal: Gold) -> tuple | None:
     short = _SHORT.fullmatch(found.rstrip("."))
     if short and not symbols(goal.tree):
         found = short[1] + written(Fraction(short[2].replace(",", "")) * _THOUSANDS[short[3]])
+    if not symbols(goal.tree):
+        found = _SQUARE_METRES.sub(" m", found)
     plain = bare(found)
-    for text in (found.rstrip("."), whole_number(plain), stated(plain)):
+    in_words = "" if "\\" in found else whole_number(plain)  # \\text{zero} stays a text
+    for text in (in_words, found.rstrip("."), stated(plain)):
         tree = tree_of(text) if text else None
         if tree:
             return tree
@@ -170,6 +174,7 @@ def _same_circled(gold: str, found: str) -> bool:
     if not runs or re.search(r"[^\s,;、，$\\]", CIRCLED.sub("", re.sub("and|和", "", gold))):
         return words(gold) == words(found)
     before, after = found[: runs[-1].start()][-60:], found[runs[-1].end() :][:60]
+    before = re.split("[.;。\n]", before)[-1]
     denied = re.search(r"\b(?:not|except|wrong|false|incorrect|or)\b|n't|错|不|或", before + after)
     return not denied and circled(runs[-1][0]) == circled(gold)
 

@@ -67,7 +67,8 @@ _SYMBOLS = [(re.compile(pattern, re.I), symbol) for pattern, symbol in [
 ]]
 _ARITHMETIC = re.compile(
     r"plus|minus|negative|times|multiplied|divided|\bover\b|out of|\b1 in |per\s?cent|squared|cubed"
-    r"|factorial|to the power|% of|root of|twice|double|half of|/\d(?:rd|th)|(?:below|under) zero|\bratio\b", re.I)
+    r"|factorial|to the power|% of|root of|twice|double|half of|/\d(?:rd|th)"
+    r"|(?:below|under) zero|\bratio\b", re.I)
 
 
 def in_digits(text: str) -> str:
@@ -125,15 +126,15 @@ def number_in_words(text: str) -> str:
 
 _OPERATOR_BEFORE = re.compile(
     rf"\b(?:(?:squares?|cubes?|roots?|negative|minus|opposite|inverse|reciprocal|percent|double"
-    rf"|{'|'.join([*_PARTS, *_PLURAL_PARTS])}) of(?: the)?|(?:{'|'.join(_ONES)}) (?:times|plus|minus"
-    r"|over|divided by|multiplied by))\s+\W{0,2}$", re.I)
+    rf"|{'|'.join([*_PARTS, *_PLURAL_PARTS])}) of(?: the)?|(?:{'|'.join(_ONES)}) (?:times|plus"
+    r"|minus|over|divided by|multiplied by)|(?:less|more|fewer|greater) than)\s+\W{0,2}$", re.I)
 _OPERATOR_BEHIND = re.compile(r" (?:more|less|fewer) than [a-z]\b")
 
 
 def is_operand(text: str, start: int, end: int) -> bool:
-    """Is the number at text[start:end] part of a sum that is left in words? Not so for "minus 5".
+    """Is the number at text[start:end] part of a sum or bound in words? Then it is no answer.
 
-    "the square of 5", "ten minus 5", "a third of 5", "5 more than x" do not say 5.
+    "the square of 5", "ten minus 5", "a third of 5", "less than 5", "5 more than x" don't say 5.
     """
     before = _OPERATOR_BEFORE.search(text[max(0, start - 40) : start])
     return bool(before or _OPERATOR_BEHIND.match(text, end))
