@@ -32,7 +32,7 @@ _JOINT = re.compile(r"""
     (?P<label>(?:[A-Za-z]\w?|\\[a-z]+)(?:_\w)?\s*=)? [\s$]*""", re.X)
 _JOINS = re.compile(r"[,;&和或]|\band\b|\bor\b")
 _LABEL = re.compile(r"((?:\b[A-Za-z]\w?|\\[a-z]+)(?:_\w)?\s*=)[\s$]*$")
-_TAG = re.compile(r"<((?:final[_ ])?answer)>(.*?)</\1>", re.I | re.S)
+_TAG = re.compile(r"<(/?)(?:final[_ ])?answer>", re.I)
 _STATEMENT = re.compile(r"""
     (?:\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b|答案|答え|답|Ответ)
     (?:\s+(?:to|for)\b[^.\n]{0,80}?)?
@@ -54,7 +54,7 @@ _NUMBER = re.compile(r"""
     (?<![\w.^])
     (?:(?<![\w)\]]\ )[-−]\ ?)? [$€£¥]? (?:(?<![\w)\]\d])[-−])?  # sign, currency; in 10-7 no sign
     (?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?!\w))?|\.\d+)
-    (?:\s\d+\s?/\s?\d+(?![\d/]) | \s?/\s?\d+(?:\.\d+)? | (?::|\s:\s)\d+ | [¼-¾⅐-⅞])?  # mixed, fraction
+    (?:\s\d+\s?/\s?\d+(?![\d/]) | \s?/\s?\d+(?:\.\d+)? | (?::|\s:\s)\d+ | [¼-¾⅐-⅞])?  # 1 1/2
     (?:\s?\\?% | \s?° | \s(?:percent|degrees))? (?!\d)
     | [-−]?[¼-¾⅐-⅞]""", re.X)
 _FORMULA = re.compile(r"""
@@ -90,14 +90,14 @@ def stated(text: str) -> str:
 def _extract(text: str, in_words: bool) -> tuple[str, str]:
     text = _after_thinking(text)
     box, place = _last_boxes(text)
-    tags = list(_TAG.finditer(text))
-    if tags and tags[-1].end() > place:
-        return _extract(tags[-1][2], in_words)[0], "answer tag"
+    tagged, end = _last_tag(text)
+    if end > place:
+        return _extract(tagged, in_words)[0], "answer tag"
     if box is not None:
         return box, "box"
     if BOX.search(text):
         return "", "unclosed box"
-    if re.search("<answer>", text, re.I):
+    if _TAG.search(text):
         return "", "unclosed tag"
     line = _last_hash_line(text)
     if line:
@@ -137,6 +137,17 @@ def _spaced(text: str) -> str:
     if not _EAST_ASIAN.search(text):
         return text
     return _EDGE.sub(" ", _EITHER.sub(" or ", text.translate(_PUNCTUATION)))
+
+
+def _last_tag(text: str) -> tuple[str, int]:
+    """(content, end) of the last complete <answer> tag; ("", -1) where there is none."""
+    begun, found = None, ("", -1)
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            begun = tag.end()
+        elif begun is not None:
+            found, begun = (text[begun : tag.start()], tag.end()), None
+    return found
 
 
 def _after_thinking(text: str) -> str:

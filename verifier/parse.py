@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from verifier.text import MULTIPLIERS, NotMath, TooBig, letters_of, multiplies, normalise, plain_text
+from verifier.text import MULTIPLIERS, NotMath, TooBig, letters_of, multiplies, normalise
+from verifier.text import plain_text as plain
 from verifier.tokens import BASE_NAMES, GREEK, Tokens
 
 MAX_DEPTH = 40  # of brackets, signs and exponents; past it an expression is TooBig
@@ -200,7 +201,7 @@ class _Parser(Tokens):
         if nxt == "<fn>":
             return self.function()
         if nxt == "<text>":
-            return ("text", plain_text(self.value()))
+            return ("text", plain(self.value()))
         if nxt == "{":
             return self.group()
         if nxt in _CLOSERS:

@@ -64,8 +64,7 @@ _LAYOUT = [(re.compile(a), b) for a, b in [
     (r"\\\{\s*[a-z]\s*(?:\\in\s*\\R\s*)?[:|](.*)\\\}$", r"\1"),
     (r"\\(?:varnothing)(?![a-z])", r"\\emptyset "), (r"\\(?:backslash)(?![a-z])", r"\\setminus "),
 ]]
-_CASES = re.compile(                                    # a system of equations, as a list
-    r"\\begin\{cases\}((?:[^&=\\]|\\(?!end|cr)[a-z]+)*=[^&]*?)(?:\\cr\s*)?\\end\{cases\}")
+_CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
                         r"|(?<![\d.,] )(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,])(?! \d)")
 
@@ -85,10 +84,16 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)
     for pattern, replacement in _LAYOUT:
         text = pattern.sub(replacement, text)
-    text = _CASES.sub(lambda m: m[1].replace(r"\cr", ","), text)
+    text = _CASES.sub(_system, text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # pairs delimit mathematics, one is money
         text = re.sub(r"(?<!\\)\$", "", text)
     return _join_thousands(text).strip()
+
+
+def _system(match: re.Match) -> str:
+    """A system of equations as a list; a function by cases is left alone."""
+    lines = match[1].removesuffix(r"\cr ").split(r"\cr")
+    return ",".join(lines) if all("=" in line for line in lines) else match[0]
 
 
 def _vulgar_fraction(match: re.Match) -> str:
