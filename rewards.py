@@ -5,12 +5,16 @@ It sees what a reader of the transcript sees: the problem, the text of the compl
 persona that spoke (None where nobody did). So "right and in character" is one function;
 docs/modify.md has such a one. `Rewarder` runs it with a time limit while the sampler decodes.
 
-The default, `rewards:correctness`, is the verifier: gold, answer -> correct, wrong or unverifiable.
+The default, `rewards:correctness`, is the verifier: gold, answer, question -> correct, wrong or
+unverifiable.
 Training exploits every mistake of a verifier. So it has to be right, fast and safe:
   verifier/extract.py  finds the answer in a completion: a box, `####`, "the answer is", a number
+  verifier/words.py    reads the words beside a number: minus 5, 2 million, 2 and a half
   verifier/parse.py    reads the answer into a tree, with text.py; what a model wrote is never run
-  verifier/equal.py    compares two trees, with exact.py and value.py; each step is bounded
-  verifier/verdict.py  takes these steps for one pair
+  verifier/gold.py     tells what a gold is: a number, an expression, a text, or unreadable
+  verifier/copied.py   tells an answer that is only the exercise itself, so what is left undone
+  verifier/equal.py    compares two trees, with relations.py, exact.py and value.py
+  verifier/verdict.py  takes these steps for one pair; each is bounded
   verifier/workers.py  decides easy pairs at once, and hard ones in processes that can be killed
 
 Left out: rewards of whole batches at a time, and rewards that call other machines many at a time.
@@ -210,7 +214,7 @@ TOUR = [
 
 
 def read_pairs(path: str) -> Iterator[dict]:
-    """Lines {"gold", "answer"}. Raises ValueError naming the line that is not one."""
+    """Lines {"gold", "answer"}, perhaps with a "question". Raises ValueError naming the line that is not one."""
     with sys.stdin if path == "-" else open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -230,7 +234,7 @@ def judged_rows(path: str, verifier: Verifier) -> Iterator[dict]:
     """The lines of a file with their verdict, its rule, and milliseconds."""
     for row in read_pairs(path):
         start = time.perf_counter()
-        verdict = verifier.verify(row["gold"], row["answer"])
+        verdict = verifier.verify(row["gold"], row["answer"], str(row.get("question") or ""))
         ms = round(1000 * (time.perf_counter() - start), 3)
         yield {**row, "verdict": verdict.verdict, "rule": verdict.rule, "ms": ms}
 
@@ -240,6 +244,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     add = parser.add_argument
     add("--gold", help="the right answer: LaTeX or plain text")
     add("--answer", help="a completion or a bare answer")
+    add("--question", default="", help="an answer that only copies it is wrong")
     add("--jsonl", metavar="FILE", help='lines {"gold","answer"} in, also "verdict","ms" out')
     add("--worker", type=int, metavar="MB", help=argparse.SUPPRESS)     # see verifier/workers.py
     args = parser.parse_args(argv)
@@ -250,7 +255,7 @@ def main(argv: Iterable[str] | None = None) -> int:
         parser.error("give --gold and --answer together, or --jsonl alone, or nothing")
     with Verifier() as verifier:
         if args.gold is not None:
-            print(verifier.verify(args.gold, args.answer).verdict)
+            print(verifier.verify(args.gold, args.answer, args.question).verdict)
         elif args.jsonl:
             try:
                 for row in judged_rows(args.jsonl, verifier):

@@ -25,6 +25,7 @@ _RUN = re.compile(r"(?:[\d.+\-−–*/^()\[\]{}×÷·√π%!|=²³⁴⁵⁶⁷�
 _CONVERTS = re.compile(r"\b(?:decimal|percent|fraction|convert|express|write|simplif|reduce|lowest"
                        r"|round|rewrite)", re.I)
 _SENTENCE = re.compile(r"[^.?!\n]*(?:\.(?=\d)[^.?!\n]*)*[.?!\n]?")
+_ONE = ("num", 1)
 MAX_QUESTION = 4000  # characters of a question that are looked at: its end
 
 
@@ -49,13 +50,15 @@ def _sentences(question: str) -> tuple[str, ...]:
 def is_copied(goal: tuple, tree: tuple, question: str) -> bool:
     """Whether an answer equal to `goal` leaves to be done what the question asks."""
     goal, tree = plain_tree(goal), plain_tree(tree)
-    if tree[0] == "rel" and len(tree) > 3 and "=" in tree[1] and is_rational(plain_tree(tree[-1])):
+    if tree[0] == "rel" and "=" in tree[1] and any(is_rational(side) for side in tree[2:]):
         return False                                    # 5! = 120
-    if not question or _key(tree) == _key(goal):
+    value = plain_tree(tree[-1]) if tree[0] == "rel" and tree[1][-1] == "=" else tree
+    if not question or _key(goal) in (_key(tree), _key(value)):
         return False
     asked, kinds = _asked(question[-MAX_QUESTION:])
-    if _key(tree) in asked and (not _is_final(tree) or _CONVERTS.search(question)):
-        return True
+    for part in (tree, value):
+        if _key(part) in asked and (not _is_final(part) or _CONVERTS.search(question)):
+            return True
     return is_rational(goal) and bool(_kinds(tree) & kinds)
 
 
@@ -96,10 +99,14 @@ def _collect(tree, keys: set) -> None:
 def _key(tree) -> str:
     """A tree as a text that is the same for a + b and b + a, a * b and b * a."""
     op, *args = tree
+    if op in ("div", "pow") and args[1] == _ONE:        # + 0 and times 1 change nothing
+        return _key(args[0])
     if op == "rel" and tree[1] == ("=",):
         return f"=({','.join(sorted(map(_key, args[1:])))})"
     if op in ("add", "sub", "mul"):
-        return f"{op[0].replace('s', 'a')}({','.join(sorted(_terms(tree)))})"
+        neutral = "num(1)" if op == "mul" else "num(0)"
+        terms = sorted(t for t in _terms(tree) if t.lstrip("-") != neutral)
+        return terms[0] if len(terms) == 1 else f"{op[0].replace('s', 'a')}({','.join(terms)})"
     return f"{op}({','.join(_key(a) if _is_tree(a) else str(a) for a in args)})"
 
 

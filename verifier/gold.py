@@ -74,9 +74,10 @@ def _read(text: str) -> Gold:
         value = _read(both[3].strip().strip("$").strip())
         if value.tree is not None or re.match(r"[A-Za-z\\]", value.text):
             return Gold(text, letter=both[1] or both[2], value=value)
-    if is_word(plain) or CLOCK.fullmatch(words(text)) or re.fullmatch("[A-Z]{2,}", text):
+    in_words = "" if "\\" in text else whole_number(text)   # \\text{two} stays a text
+    if is_word(plain) and not in_words or CLOCK.fullmatch(words(text)) or re.fullmatch("[A-Z]{2,}", text):
         return Gold(text)
-    for digits in (in_digits(text), whole_number(plain)):
+    for digits in (in_digits(text), in_words):
         tree = tree_of(digits) if digits else None
         if tree is not None and tree[0] != "text":
             return Gold(digits, tree)

@@ -45,8 +45,9 @@ _BESIDE_DIGITS = re.compile(                            # worth a look at all?
 # is then left to do: "10 minus 5" is no way to say 5.
 _LEFT = r"(?:(?<=[\d)\]}%])|(?<=\b[b-hj-zB-HJ-Z]))\s+"  # behind an operand
 _RIGHT = r"\s+(?=[\d$(√π]|\\[a-z(]|[a-z]\b)"
+_IN_TEXT = rf"(?<=\d)[\s~\\,;!]*\\(?:text|mathrm|mbox)\s*\{{\s*({'|'.join(_SCALES)})\b"
 _SYMBOLS = [(re.compile(pattern, re.I), symbol) for pattern, symbol in [
-    (_LEFT + "plus" + _RIGHT, " + "), (_LEFT + "minus" + _RIGHT, " - "),
+    (_IN_TEXT, r" \1 \\text{"), (_LEFT + "plus" + _RIGHT, " + "), (_LEFT + "minus" + _RIGHT, " - "),
     (_LEFT + "(?:times|multiplied by)" + _RIGHT, r" \\times "),
     (_LEFT + "(?:divided by|over|out of)" + _RIGHT, " / "),
     (r"(?<![\w.])1 in (?=\d+\b)", "1/"),
@@ -66,8 +67,8 @@ _SYMBOLS = [(re.compile(pattern, re.I), symbol) for pattern, symbol in [
      r"|\b(?:minus|negative)\s+(?=[(√π]|\\[a-z])", "-"),
 ]]
 _ARITHMETIC = re.compile(
-    r"plus|minus|negative|times|multiplied|divided|\bover\b|out of|\b1 in |per\s?cent|squared|cubed"
-    r"|factorial|to the power|% of|root of|twice|double|half of|/\d(?:rd|th)"
+    r"\\(?:text|mathrm|mbox)\s*\{\s*[a-z]|plus|minus|negative|times|multiplied|divided|\bover\b"
+    r"|out of|\b1 in |per\s?cent|squared|cubed|factorial|to the power|% of|root of|twice|double|half of|/\d(?:rd|th)"
     r"|(?:below|under) zero|\bratio\b", re.I)
 
 
@@ -145,6 +146,8 @@ def whole_number(text: str) -> str:
 
     "" for any other text, so for "two men and a boy".
     """
+    if text.strip(" .").lower() == "one":
+        return "1"
     phrases = [p for p in _phrases(text[:200]) if not any(isinstance(w, Fraction) for w in p[3])]
     if len(phrases) != 1 or phrases[0][1] > 0 or _says_no_number(phrases[0][3]):
         return ""
