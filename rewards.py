@@ -214,7 +214,7 @@ TOUR = [
 
 
 def read_pairs(path: str) -> Iterator[dict]:
-    """Lines {"gold", "answer"}, perhaps with a "question". Raises ValueError naming the line that is not one."""
+    """Lines {"gold", "answer"}, perhaps "question". Raises ValueError naming a bad line."""
     with sys.stdin if path == "-" else open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

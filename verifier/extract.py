@@ -267,7 +267,12 @@ def _stated_value(rest: str) -> str:
 def last_expression(text: str) -> tuple[str, str]:
     """The last number, with the formula or the `a or b` that it ends; the text if it has none."""
     formulas = list(_FORMULA.finditer(text))
-    numbers = [match for match in _NUMBER.finditer(text) if not _is_denied(text, match)]
+    numbers: list[re.Match] = []                        # the last two
+    for match in reversed(list(_NUMBER.finditer(text))):
+        if not _is_denied(text, match):
+            numbers.insert(0, match)
+        if len(numbers) == 2:
+            break
     if not numbers:
         if in_words := number_in_words(text):
             return in_words, "number in words"

@@ -75,7 +75,9 @@ def _read(text: str) -> Gold:
         if value.tree is not None or re.match(r"[A-Za-z\\]", value.text):
             return Gold(text, letter=both[1] or both[2], value=value)
     in_words = "" if "\\" in text else whole_number(text)   # \\text{two} stays a text
-    if is_word(plain) and not in_words or CLOCK.fullmatch(words(text)) or re.fullmatch("[A-Z]{2,}", text):
+    if is_word(plain) and not in_words or CLOCK.fullmatch(words(text)):
+        return Gold(text)
+    if re.fullmatch("[A-Z]{2,}", text):                 # the segment AB
         return Gold(text)
     for digits in (in_digits(text), in_words):
         tree = tree_of(digits) if digits else None
@@ -189,6 +191,8 @@ def same_text(gold: str, found: str) -> bool:
         return answer == goals or bool(named) and value == answer
     sentence = re.split(r"[.!?]\s+|\n", said)[-1].strip()
     ending = rf"\b(?:is|are|was|be|on|it's) (?:the |an? )?{re.escape(goal)}"
+    if sentence == goal:                                # Is 17 prime? Yes.
+        return True
     end = re.search(ending + "$", sentence)
     if end and not DENIAL.search(sentence[: end.start()]):
         return True

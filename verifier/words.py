@@ -38,7 +38,8 @@ _WORD = re.compile(
     rf"|(?<![A-Za-z\\])(?:{_ENGLISH})(?![A-Za-z])|{_OTHER}", re.I)
 _GAP = re.compile(r"[ \t]*(?:\n[ \t]*)?-?[ \t]*[$€£¥]?")
 _BESIDE_DIGITS = re.compile(                            # worth a look at all?
-    rf"\d[\s-]*(?:{'|'.join([*_SCALES, *_PARTS, *_PLURAL_PARTS])}|and)(?![a-z])"
+    rf"\d[\s-]*(?:{'|'.join([*_SCALES, *_PARTS, *_PLURAL_PARTS])}"
+    r"|and[\s-]+(?:an?|half|one|two|three|\d+/\d+))(?![a-z])"
     rf"|(?:{'|'.join(_SIGNS)})[\s-]*[$€£¥]?[\d.]|(?:point)\s+\d", re.I)
 
 # Words that are a sign of arithmetic between two operands, or before or behind one. What they say
@@ -68,7 +69,8 @@ _SYMBOLS = [(re.compile(pattern, re.I), symbol) for pattern, symbol in [
 ]]
 _ARITHMETIC = re.compile(
     r"\\(?:text|mathrm|mbox)\s*\{\s*[a-z]|plus|minus|negative|times|multiplied|divided|\bover\b"
-    r"|out of|\b1 in |per\s?cent|squared|cubed|factorial|to the power|% of|root of|twice|double|half of|/\d(?:rd|th)"
+    r"|out of|\b1 in |per\s?cent|squared|cubed|factorial|to the power|% of|root of|twice|double"
+    r"|half of|/\d(?:rd|th)"
     r"|(?:below|under) zero|\bratio\b", re.I)
 
 
@@ -211,6 +213,8 @@ def _phrase(words: list, i: int) -> tuple[Fraction | None, int]:
             value, i = value + part * scale, end
     elif i < len(words) and value.denominator == 1:     # two thirds, 3 quarters
         share = (_PARTS if value == 1 else _PLURAL_PARTS).get(words[i], 0)
+        if words[i] == "quarters" and value > 3:        # these are coins
+            share = 0
         value, i = (value / share, i + 1) if share else (value, i)
     if value is None:
         return None, start
