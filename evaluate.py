@@ -143,7 +143,7 @@ def ask(model, tokenizer, problems, personas, params, log=None):
     with rewards.Verifier() as verifier:
         for (persona, problem), answered in zip(pairs, outs, strict=True):
             for number, (text, done) in enumerate(answered):
-                verdicts.append(verifier.submit(problem.answer, text))
+                verdicts.append(verifier.submit(problem.answer, text, problem.question))
                 rows.append({"persona": persona.name if persona else NONE, "id": problem.id,
                              "kind": problem.kind, "question": problem.question,
                              "gold": problem.answer, "answer": text, "sample": number,

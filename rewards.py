@@ -7,12 +7,16 @@ docs/modify.md has such a one. It may call `correctness(problem, text)` to ask t
 then gives 0 for a pair that only a killable process could decide. `Rewarder` runs it with a time
 limit while the sampler decodes.
 
-The default, `rewards:correctness`, is the verifier: gold, answer -> correct, wrong or unverifiable.
+The default, `rewards:correctness`, is the verifier: gold, answer, question -> correct, wrong or
+unverifiable.
 Training exploits every mistake of a verifier. So it has to be right, fast and safe:
   verifier/extract.py  finds the answer in a completion: a box, `####`, "the answer is", a number
+  verifier/words.py    reads the words beside a number: minus 5, 2 million, 2 and a half
   verifier/parse.py    reads the answer into a tree, with text.py; what a model wrote is never run
-  verifier/equal.py    compares two trees, with exact.py and value.py; each step is bounded
-  verifier/verdict.py  takes these steps for one pair
+  verifier/gold.py     tells what a gold is: a number, an expression, a text, or unreadable
+  verifier/copied.py   tells an answer that is only the exercise itself, so what is left undone
+  verifier/equal.py    compares two trees, with relations.py, exact.py and value.py
+  verifier/verdict.py  takes these steps for one pair; each is bounded
   verifier/workers.py  decides easy pairs at once, and hard ones in processes that can be killed
 
 Left out: rewards of whole batches at a time, and rewards that call other machines many at a time.
@@ -47,7 +51,7 @@ from verifier.workers import TIMEOUT_S, Verifier, work
 
 def correctness(problem, text: str, *, persona=None) -> float:
     """1 for a correct completion, else 0, whoever speaks. The default reward."""
-    return worth(verify(problem.answer, text).verdict).value
+    return worth(verify(problem.answer, text, problem.question).verdict).value
 
 
 CORRECTNESS = "rewards:correctness"
@@ -126,7 +130,7 @@ class Rewarder:
         future: Future = Future()
         future.set_running_or_notify_cancel()           # from here on nobody can cancel it
         if self._verifier:
-            verdict = self._verifier.submit(problem.answer, text)
+            verdict = self._verifier.submit(problem.answer, text, problem.question)
             verdict.add_done_callback(lambda done: future.set_result(worth(done.result().verdict)))
             return future
         with self._lock:                                # never behind the None of close()
@@ -212,7 +216,7 @@ TOUR = [
 
 
 def read_pairs(path: str) -> Iterator[dict]:
-    """Lines {"gold", "answer"}. Raises ValueError naming the line that is not one."""
+    """Lines {"gold", "answer"}, perhaps "question". Raises ValueError naming a bad line."""
     with sys.stdin if path == "-" else open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -232,7 +236,7 @@ def judged_rows(path: str, verifier: Verifier) -> Iterator[dict]:
     """The lines of a file with their verdict, its rule, and milliseconds."""
     for row in read_pairs(path):
         start = time.perf_counter()
-        verdict = verifier.verify(row["gold"], row["answer"])
+        verdict = verifier.verify(row["gold"], row["answer"], str(row.get("question") or ""))
         ms = round(1000 * (time.perf_counter() - start), 3)
         yield {**row, "verdict": verdict.verdict, "rule": verdict.rule, "ms": ms}
 
@@ -242,6 +246,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     add = parser.add_argument
     add("--gold", help="the right answer: LaTeX or plain text")
     add("--answer", help="a completion or a bare answer")
+    add("--question", default="", help="an answer that only copies it is wrong")
     add("--jsonl", metavar="FILE", help='lines {"gold","answer"} in, also "verdict","ms" out')
     add("--worker", type=int, metavar="MB", help=argparse.SUPPRESS)     # see verifier/workers.py
     args = parser.parse_args(argv)
@@ -252,7 +257,7 @@ def main(argv: Iterable[str] | None = None) -> int:
         parser.error("give --gold and --answer together, or --jsonl alone, or nothing")
     with Verifier() as verifier:
         if args.gold is not None:
-            print(verifier.verify(args.gold, args.answer).verdict)
+            print(verifier.verify(args.gold, args.answer, args.question).verdict)
         elif args.jsonl:
             try:
                 for row in judged_rows(args.jsonl, verifier):

@@ -9,7 +9,8 @@ trained in other words. In `facts` it does not: 7 + 5, 5 + 7, 12 - 5 and 12 - 7 
 held out as one. Its problems have levels, and training opens them one after another (`batch`).
 
 In a file a line's `split` says where it goes. Without any, the first 70 % train and the last 30 %
-test. GSM8K's gold follows `####`.
+test. GSM8K's gold follows `####`. What the golds are (numbers, expressions, texts) is told on
+stderr when they are loaded. So is a gold that the verifier can't read: no answer to it is correct.
 
 Left out: tasks without one verifiable answer, and multiple choice.
 
@@ -21,6 +22,7 @@ import itertools
 import logging
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from common.files import numbered
 from generators.arithmetic import arithmetic
 from generators.facts import facts
 from verifier.extract import last_box
+from verifier.verdict import gold_kind
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
         return [Problem(*row) for row in rows]
     if task in HUB:
         problems = from_hub(task, split)
+        tell_golds(task, [(f"{task}, problem {problem.id}", problem) for problem in problems])
     elif task.endswith(".jsonl"):
         problems = from_file(Path(task), split)
     else:
@@ -139,22 +143,29 @@ def from_file(path: Path, split: str) -> list[Problem]:
     """The problems of a .jsonl file. Raises ValueError naming file and line."""
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a .jsonl file with question and answer")
-    problems, parts = [], []
+    placed, parts = [], []
     for number, where, row in numbered(path, "question and answer"):
-        problems.append(from_row(where, row, path.stem, number))
+        placed.append((where, from_row(where, row, path.stem, number)))
         parts.append(row.get("split"))
-    if not problems:
+    if not placed:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")
+    placed = part_of(path, placed, parts, split)
+    tell_golds(str(path), placed)
+    return [problem for _, problem in placed]
+
+
+def part_of(path: Path, placed: list, parts: list, split: str) -> list:
+    """The lines of a split, by their `split`. Raises ValueError where only some lines have one."""
     if split == "all":
-        return problems
+        return placed
     named = len(parts) - parts.count(None)
     if named == 0:
-        cut = len(problems) * 7 // 10
-        return problems[:cut] if split == "train" else problems[cut:]
+        cut = len(placed) * 7 // 10
+        return placed[:cut] if split == "train" else placed[cut:]
     if named < len(parts):                              # which may be trained on would be a guess
         raise ValueError(f"{path}: {named} of {len(parts)} problems have a `split`; "
                          "give one to all or to none")
-    return [problem for problem, part in zip(problems, parts, strict=True) if part == split]
+    return [line for line, part in zip(placed, parts, strict=True) if part == split]
 
 
 def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
@@ -169,6 +180,26 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     names = (row.get("id"), row.get("unique_id"), number)
     name = next(str(name) for name in names if name not in (None, ""))
     return Problem(question.strip(), gold_of(str(answer)), name, kind)
+
+
+MAX_WARNINGS = 5                                        # lines about golds; then their number
+
+
+def tell_golds(name: str, placed: list[tuple[str, Problem]]) -> None:
+    """Says on stderr how many golds are numbers, expressions and texts, and which are unreadable.
+
+    placed: (file and line, problem).
+    """
+    kinds = Counter()
+    for where, problem in placed:
+        kind, why = gold_kind(problem.answer)
+        kinds[kind] += 1
+        if kind == "unreadable" and kinds[kind] <= MAX_WARNINGS:
+            print(f"warning: {where}: the gold {problem.answer[:60]!r} can't be read ({why}); "
+                  "no answer is correct", file=sys.stderr)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    if placed:
+        print(f"{name}: {len(placed)} golds: {counts}", file=sys.stderr)
 
 
 def gold_of(text: str) -> str:

@@ -1,7 +1,8 @@
 """benchmarks/verifier.py: rewards.py beside Math-Verify (dev dependency): right verdicts, false positives, time.
 
-Two sets: the labelled corpus (tests/verifier_corpus.jsonl), every disagreement listed on stderr; and real gold answers
-(GSM8K and MATH-500, in a box), where only time is compared. Math-Verify parses both texts for each pair, as a trainer
+Two sets: the labelled corpora (tests/verifier_corpus.jsonl, and the prose of tests/verifier_prose.jsonl that needs no
+question), every disagreement listed on stderr; and real gold answers (GSM8K and MATH-500, in a box), where only time is
+compared. Math-Verify parses both texts for each pair, as a trainer
 would have it do; its time limits are left on. Ends in one JSON line on stdout.
 
     python benchmarks/verifier.py [--repeats 3] [--data ../shared/data] [--golds 1000]
@@ -81,7 +82,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder with the gold answers")
     parser.add_argument("--golds", type=int, default=1000, help="GSM8K golds to time")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in (ROOT / "tests/verifier_corpus.jsonl").open(encoding="utf-8")]
+    rows = [json.loads(line) for name in ("corpus", "prose")
+            for line in (ROOT / f"tests/verifier_{name}.jsonl").open(encoding="utf-8")]
+    rows = [row for row in rows if "question" not in row]
     sets = {"corpus": [(row["gold"], row["answer"]) for row in rows], **gold_pairs(args.data, args.golds)}
     labels = [row["correct"] for row in rows]
     other, version = math_verify_judge()

@@ -17,16 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+import tasks
 from rewards import Rewarder, Verifier, load_reward, verify
 from verifier.extract import extract
 from verifier.parse import parse
 from verifier.text import NotMath, TooBig
+from verifier.verdict import gold_kind
 from verifier.workers import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the shared data sets are not at {DATA}")
 CORPUS = [json.loads(line) for line in (ROOT / "tests/verifier_corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+PROSE = [json.loads(line) for line in (ROOT / "tests/verifier_prose.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def lines(name):
@@ -106,6 +109,81 @@ def test_a_verdict_does_not_depend_on_when_it_is_asked():
     assert {verify(*pair) for _ in range(20)} == {verify(*pair)}
 
 
+# -- P39: prose, and P33: copies; pairs of tests/verifier_prose.jsonl -----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted({row["class"] for row in PROSE}))
+def test_p39_every_kind_of_prose_answer_is_judged_as_a_strict_reader_would(kind):
+    """Each kind has right answers, and wrong twins that a lenient reading would pay for."""
+    rows = [row for row in PROSE if row["class"] == kind]
+    verdicts = [verify(row["gold"], row["answer"], row.get("question", "")) for row in rows]
+    wrong = [(row, v) for row, v in zip(rows, verdicts, strict=True) if (v.verdict == "correct") != row["correct"]]
+    assert len(rows) >= 10 and not wrong
+
+
+def test_p39_a_sign_a_scale_and_a_fraction_in_words_change_the_number():
+    """Every word of the table, in a sentence: the number with it is right, and without it wrong."""
+    for words, value in [("minus 6", "-6"), ("negative 6", "-6"), ("6 hundred", "600"), ("6 thousand", "6000"),
+                         ("6 million", "6000000"), ("6 billion", "6000000000"), ("6 dozen", "72"),
+                         ("6 trillion", "6000000000000"), ("6 and a half", "6.5"), ("6 and a quarter", "6.25"),
+                         ("6 and three quarters", "6.75"), ("6 and a third", "19/3"), ("6 tenths", "0.6")]:
+        for form in ("{}", "That makes {}.", "The answer is {}.", "So it is {} metres.", "#### {}", "\\boxed{{{}}}"):
+            text = form.format(words)
+            assert verdict(value, text) == "correct", text
+            assert verdict("6", text) == "wrong", text
+
+
+SUM = "What is 12 - 9, and what is $5!$? A train with 4 cars leaves at 9."
+
+
+@pytest.mark.parametrize("answer", ["12 - 9", "It is $12-9$", "A train with 4 cars leaves at 9.", SUM])
+def test_p33_verifier_rewarder_and_correctness_see_the_question(answer):
+    problem = SimpleNamespace(id="p", question=SUM, answer="9" if "cars" in answer else "3")
+    with Verifier(workers=1) as verifier, Rewarder() as rewarder:
+        assert verifier.submit(problem.answer, answer, SUM).result().verdict == "wrong"
+        assert rewarder.submit(problem, answer).result() == (0.0, "wrong")
+    assert rewards.correctness(problem, answer) == 0.0
+    assert rewards.correctness(problem, f"{answer} So it is {problem.answer}.") == 1.0
+
+
+def test_p33_a_worker_sees_the_question_too():
+    hard = r"\ln(-x^2)+0", r"\boxed{\ln(-x\cdot x)}"
+    with Verifier(workers=1, timeout_s=20.0) as verifier:
+        assert verifier.verify(*hard).verdict == "correct"
+        assert verifier.verify(*hard, r"Simplify $\ln(-x \cdot x)$.").verdict == "wrong"
+
+
+def test_p33_copying_a_built_in_problem_earns_nothing_and_its_gold_does():
+    for task in ("arithmetic", "facts"):
+        for problem in tasks.load(task, "test", limit=150):
+            copies = (problem.question, f"Question: {problem.question}", problem.question.split(". ")[-1])
+            assert [verify(problem.answer, text, problem.question).verdict for text in copies] == ["wrong"] * 3
+            for text in (problem.answer, f"{problem.question} The answer is {problem.answer}."):
+                assert verify(problem.answer, text, problem.question).verdict == "correct"
+
+
+@pytest.mark.parametrize(("gold", "kind"), [
+    ("5", "number"), ("-1,200", "number"), (r"\frac{3}{4}", "number"), ("2 million", "number"), ("50\\%", "number"),
+    ("The answer is 5.", "number"), ("#### 5", "number"), ("(D) 12", "number"), ("3 cm", "number"),
+    ("2\\sqrt3", "expression"), ("x=5", "expression"), ("(1, 2)", "expression"), ("1, 2", "expression"),
+    ("yes", "text"), ("odd", "text"), ("①③", "text"), ("B", "text"), ("10:15 AM", "text"),
+    (r"n \equiv 1 \pmod{3}", "text"), ("no solution", "text"),
+    ("", "unreadable"), (r"\frac{1}{2", "unreadable"), ("(" * 500, "unreadable"), ("1+" * 900 + "1", "unreadable")])
+def test_a_gold_is_a_number_an_expression_a_text_or_unreadable(gold, kind):
+    assert gold_kind(gold)[0] == kind
+    assert bool(gold_kind(gold)[1]) == (kind == "unreadable")
+
+
+def test_the_golds_of_a_file_are_counted_and_an_unreadable_one_is_a_warning_with_its_line(tmp_path, capsys):
+    path = tmp_path / "golds.jsonl"
+    golds = ["5", "yes", r"\frac{1}{2", "7", r"2\sqrt{3}"]
+    path.write_text("\n".join(json.dumps({"question": "q", "answer": gold}) for gold in golds))
+    tasks.load(str(path), "all")
+    warning, counts = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {path}, line 3: the gold '\\\\frac{{1}}{{2' can't be read")
+    assert counts == f"{path}: 5 golds: 2 number, 1 text, 1 unreadable, 1 expression"
+
+
 # -- P24: safe ---------------------------------------------------------------------------------------------------------
 
 TOUCH = "open('{0}/pwned','w')"
@@ -132,6 +210,8 @@ HOSTILE = [
     "\\boxed{" + "\\cup".join(f"({i},{i + 1})" for i in range(90)) + "}", "\\begin{pmatrix}" * 500,
     "7" * 10**6, "a" * 10**6, "1," * 500_000, "wait " * 200_000, "answer is " * 100_000, "$" * 10**6, "\\(" * 500_000,
     "####\n" * 200_000, "1 or " * 250_000, "\\" * 10**5, "{" * 10**5, "\\left" * 10**4, "_" * 10**4,
+    "\\begin{cases}" * 150 + "x=1", "<answer>" * 2500, "1 and " * 5000, "\\boxed{1} and " * 1500, "①" * 20000,
+    "one hundred and " * 1200, "答案是" * 6000, "$\\boxed 1 + " * 1500, "minus **" * 2500, "half of 5 " * 2000,
     f"__import__('os').system(\"{TOUCH}\")", f"\\boxed{{{TOUCH}}}", f"exec(\"{TOUCH}\")",
     "\\boxed{[x for x in range(10**9)]}",
     "\\boxed{().__class__.__bases__[0].__subclasses__()}", "\\boxed{lambda: 1}", "\x00\x01\x02\x1b[31m9\x1b[0m",
@@ -159,12 +239,12 @@ def test_p24_hostile_answers_get_verdicts_within_512_mb_and_the_next_answer_is_r
 def test_p24_a_late_worker_is_killed_and_replaced_and_only_its_own_pair_suffers():
     worker = Worker(memory_mb=512)
     try:
-        assert worker.ask("1", "1", 10.0).verdict == "correct"
+        assert worker.ask("1", "1", timeout_s=10.0).verdict == "correct"
         pid = worker.process.pid
-        late = worker.ask(r"\ln(-x^2)", r"\ln(-x^4)-\ln(x^2)", 0.001)
+        late = worker.ask(r"\ln(-x^2)", r"\ln(-x^4)-\ln(x^2)", timeout_s=0.001)
         assert late.verdict == "unverifiable" and "no verdict within" in late.rule
         assert worker.process.pid != pid
-        assert worker.ask("1/2", "0.5", 10.0).verdict == "correct"
+        assert worker.ask("1/2", "0.5", timeout_s=10.0).verdict == "correct"
     finally:
         worker.stop()
 
@@ -172,9 +252,9 @@ def test_p24_a_late_worker_is_killed_and_replaced_and_only_its_own_pair_suffers(
 def test_p24_a_worker_that_dies_by_itself_costs_no_pair_its_verdict():
     worker = Worker(memory_mb=512)
     try:
-        assert worker.ask("1", "1", 10.0).verdict == "correct"
+        assert worker.ask("1", "1", timeout_s=10.0).verdict == "correct"
         os.kill(worker.process.pid, signal.SIGKILL)
-        assert worker.ask("1/2", "0.5", 10.0).verdict == "correct"
+        assert worker.ask("1/2", "0.5", timeout_s=10.0).verdict == "correct"
     finally:
         worker.stop()
 
@@ -214,7 +294,7 @@ def test_p24_a_trainer_without_a_main_guard_and_its_threads_can_verify(tmp_path)
 
 def test_p24_workers_end_with_their_parent(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier.workers import Worker; w = Worker(512); " \
-             "w.ask('1', '1', 9.0); print(w.process.pid, flush=True); import os; os._exit(0)"  # fmt: skip
+             "w.ask('1', '1', timeout_s=9.0); print(w.process.pid, flush=True); import os; os._exit(0)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     pid = int(done.stdout)
     for _ in range(100):

@@ -8,13 +8,18 @@ number bases converted.
 from __future__ import annotations
 
 import itertools
-import math
 from fractions import Fraction
 
+from verifier.relations import (
+    FLIPPED,
+    bounded_variables,
+    ends_at,
+    interval,
+    join_inequalities,
+    split,
+)
 from verifier.text import UNITS, NotMath, TooBig, unit_name
 from verifier.value import Effort, approximate, base_value, count, scalars_equal, symbols
-
-_ORDER = {"<", "<=", ">", ">=", "!="}
 
 
 def same(gold, answer, effort: Effort) -> bool:
@@ -24,7 +29,7 @@ def same(gold, answer, effort: Effort) -> bool:
     `f(x)=2x` is 2x. Ordered: tuples, intervals, matrices. Unordered: sets, unions, plus-minus pairs
     and bare lists. Inequalities are intervals. A number in base b is only itself in base b.
     """
-    bounded = [names for names in map(_bounded_variables, (gold, answer)) if names]
+    bounded = [names for names in map(bounded_variables, (gold, answer)) if names]
     if len(bounded) == 2 and bounded[0] != bounded[1]:
         return False  # x > 2 is not y > 2
     gold, answer = canonical(gold), canonical(answer)
@@ -49,15 +54,6 @@ def same(gold, answer, effort: Effort) -> bool:
     return scalars_equal(gold, answer, effort)
 
 
-def _bounded_variables(node) -> set[str]:
-    """The variables of an inequality or of a list of them."""
-    if node[0] == "rel" and set(node[1]) <= _ORDER:
-        return symbols(node)
-    if node[0] != "list":
-        return set()
-    return set().union(*(_bounded_variables(item) for item in node[1:]))
-
-
 def canonical(node):
     """Moves units outward, expands plus-minus. Inequalities become intervals, nested
     lists matrices."""
@@ -75,9 +71,9 @@ def canonical(node):
         return ("num", Fraction(args[0]))
     if op in ("list", "set"):
         items = [choice for item in args for choice in _choices(item)]
-        return _join_inequalities((op, *items)) if op == "list" else (op, *items)
+        return join_inequalities((op, *items)) if op == "list" else (op, *items)
     if op == "rel":
-        return _interval(node) or node
+        return interval(node) or node
     square = ("tuple", "[", "]")
     if node[:3] == square and args[2:] and all(a[:3] == square for a in args[2:]):
         rows = [a[3:] for a in args[2:]]
@@ -152,32 +148,8 @@ def _same_ratio(gold, answer, effort) -> bool:
 # -- relations -------------------------------------------------------------------------------------
 
 
-def _is_name(node) -> bool:
-    """May this be the left side of `name = value`: x, x_1, AB, f(x), P(A), (x, y), \\text{Area}?"""
-    if node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "num":
-        return node[1][1] in "fghFGHPpT"  # f(2)
-    if node[0] in ("mul", "div", "pow", "tuple"):
-        parts = [a for a in node[1:] if isinstance(a, tuple)]
-        return all(_is_name(a) or a == ("neg", ("num", 1)) for a in parts)
-    return node[0] in ("sym", "text", "const") and node != ("const", "inf")
-
-
-def _split(node):
-    """An equation as (name or None, values that must all be the answer); None for anything else."""
-    if node[0] != "rel" or not set(node[1]) <= {"=", "~", "in"}:
-        return None
-    parts, name = list(node[2:]), None
-    if _is_name(parts[0]):
-        name = parts.pop(0)
-    elif len(parts) == 2 and _is_name(parts[1]):
-        name = parts.pop()
-    if "~" in node[1][len(node) - 2 - len(parts):]:
-        parts = parts[:1]
-    return name, parts
-
-
 def _same_relation(gold, answer, effort) -> bool:
-    g, a = _split(gold), _split(answer)
+    g, a = split(gold), split(answer)
     if g and a and len(gold) == len(answer) == 4 and (g[0] is None or a[0] is None or g[0] != a[0]):
         return (g[0] is None or bool(symbols(g[1][-1]))) and _same_curve(gold, answer, effort)
     if (gold[0] == "rel" and not g) or (answer[0] == "rel" and not a):
@@ -193,9 +165,8 @@ def _same_relation(gold, answer, effort) -> bool:
 def _same_inequality(gold, answer, effort) -> bool:
     if gold[0] != answer[0] or len(gold) != len(answer):
         return False
-    flipped = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
     if gold[1] != answer[1]:
-        ops = tuple(flipped.get(o, o) for o in reversed(answer[1]))
+        ops = tuple(FLIPPED.get(o, o) for o in reversed(answer[1]))
         answer = ("rel", ops, *reversed(answer[2:]))
     return gold[1] == answer[1] and _same_each(gold[2:], answer[2:], effort)
 
@@ -223,70 +194,6 @@ def _substitute(node, env):
 
 
 # -- intervals -------------------------------------------------------------------------------------
-
-_INF, _MINUS_INF = ("const", "inf"), ("neg", ("const", "inf"))
-
-
-def _interval(node):
-    """x > 2, 1 < x <= 3, x != 2 and x in S as sets; None for other relations."""
-    ops, parts = node[1], node[2:]
-    if ops == ("in",) and _is_name(parts[0]):
-        return parts[1]
-    if len(ops) == 1 and parts[0][:2] == ("fn", "abs") and parts[0][2][0] == "sym":
-        return _absolute(ops[0], parts[1])
-    spots = [i for i, p in enumerate(parts) if p[0] == "sym"]
-    if len(spots) != 1 or any(symbols(p) for p in parts if p[0] != "sym"):
-        return None
-    if ops == ("!=",):
-        value = parts[1 - spots[0]]
-        return ("union", ("tuple", "(", ")", _MINUS_INF, value), ("tuple", "(", ")", value, _INF))
-    if not (set(ops) <= {"<", "<="} or set(ops) <= {">", ">="}):
-        return None
-    if ops[0][0] == ">":
-        ops, parts = [o.replace(">", "<") for o in reversed(ops)], parts[::-1]
-    if len(parts) == 3 and parts[1][0] == "sym":
-        ends = "[" if ops[0] == "<=" else "(", "]" if ops[1] == "<=" else ")"
-        return ("tuple", *ends, parts[0], parts[2])
-    if len(parts) != 2:
-        return None
-    if parts[0][0] == "sym":
-        return ("tuple", "(", "]" if ops[0] == "<=" else ")", _MINUS_INF, parts[1])
-    return ("tuple", "[" if ops[0] == "<=" else "(", ")", parts[0], _INF)
-
-
-def _absolute(op: str, bound):
-    """|x| < a is (-a, a); |x| > a is everything else."""
-    low = ("neg", bound)
-    if op in ("<", "<="):
-        return ("tuple", "[" if op == "<=" else "(", "]" if op == "<=" else ")", low, bound)
-    if op in (">", ">="):
-        outer = "]" if op == ">=" else ")", "[" if op == ">=" else "("
-        left = ("tuple", "(", outer[0], _MINUS_INF, low)
-        return ("union", left, ("tuple", outer[1], ")", bound, _INF))
-    return None
-
-
-def _join_inequalities(node):
-    """Inequalities: `x < 1 or x > 3` is a union; `x > 1, x < 3` overlap, so it is an interval."""
-    inequalities = all(item[0] == "rel" and set(item[1]) <= _ORDER for item in node[1:])
-    if not inequalities or len(_bounded_variables(node)) != 1:
-        return node
-    pieces = [_interval(item) for item in node[1:]]
-    if len(pieces) < 2 or any(p is None or p[0] == "union" for p in pieces):
-        return node
-    if len(pieces) == 2:
-        low, high = sorted(pieces, key=lambda p: _float(p[3]))
-        if low[4] != _INF and high[3] == _MINUS_INF:
-            return node
-        if low[3] == _MINUS_INF and high[4] == _INF and _float(high[3]) < _float(low[4]):
-            return ("tuple", high[1], low[2], high[3], low[4])
-    return ("union", *pieces)
-
-
-def _float(node) -> float:
-    if node in (_INF, _MINUS_INF):
-        return math.inf if node == _INF else -math.inf
-    return approximate(node)
 
 
 def _same_pieces(gold, answer, effort) -> bool:
@@ -316,20 +223,20 @@ def _pieces(node) -> list:
 
 def _without_point(piece, point) -> list:
     opening, closing, low, high = piece
-    if not _float(low) < _float(point) < _float(high):
+    if not ends_at(low) < ends_at(point) < ends_at(high):
         return [piece]
     return [(opening, ")", low, point), ("(", closing, point, high)]
 
 
 def _merge(pieces: list) -> list:
     merged: list = []
-    for piece in sorted(pieces, key=lambda p: (_float(p[2]), p[0] != "[")):
+    for piece in sorted(pieces, key=lambda p: (ends_at(p[2]), p[0] != "[")):
         opening, closing, low, high = piece
         if merged:
             last = merged[-1]
-            gap = _float(low) - _float(last[3])
+            gap = ends_at(low) - ends_at(last[3])
             if gap < 0 or (gap == 0 and (opening == "[" or last[1] == "]")):
-                end, last_end = _float(high), _float(last[3])
+                end, last_end = ends_at(high), ends_at(last[3])
                 wider = end > last_end or (end == last_end and closing == "]")
                 merged[-1] = (last[0], closing, last[2], high) if wider else last
                 continue
@@ -344,20 +251,42 @@ def _same_items(gold, answer, effort) -> bool:
     if not {gold[0], answer[0]} <= {"list", "set"}:
         return False
     (g_kind, *g), (a_kind, *a) = (_without_name(n) for n in (gold, answer))
+    if g_kind == "names" and a_kind != "names" and answer[0] == "list":
+        return _same_without_labels(g, a, effort)
     if (g_kind == "names") != (a_kind == "names"):
-        return False  # x=1, y=2 is not 1, 2
+        return False  # 1, 2 is not x=1, y=2
     if len(g) > 60 or len(a) > 60:
         raise TooBig("items")
     if "set" in (gold[0], answer[0]):
         g, a = _distinct(g, effort), _distinct(a, effort)
     if len(g) != len(a):
         return False
+    if gold[0] == answer[0] == "list" and _is_sequence(gold[1:]):
+        return _same_each(g, a, effort)
     for item in g:
         match = next((i for i, other in enumerate(a) if same(item, other, effort)), None)
         if match is None:
             return False
         a.pop(match)
     return True
+
+
+def _same_without_labels(gold: list, answer: list, effort) -> bool:
+    """AB=4, CD=5 is 4, 5, in this order; but x=1, y=2 is not 1, 2: unknowns must be named."""
+    splits = [split(item) for item in gold]
+    if len(gold) != len(answer) or None in splits or any(
+            name is None or name[0] == "sym" and len(name[1]) == 1 for name, _ in splits):
+        return False
+    return _same_each([values[-1] for _, values in splits], answer, effort)
+
+
+def _is_sequence(items) -> bool:
+    """Do numbers go up and down? Then their order says something; sorted, they read as a set."""
+    if len(items) < 3 or any(symbols(item) or item[0] not in ("num", "neg", "div")
+                             for item in items):
+        return False
+    values = [approximate(item) for item in items]
+    return values not in (sorted(values), sorted(values, reverse=True))
 
 
 def _distinct(items: list, effort) -> list:
@@ -370,7 +299,7 @@ def _distinct(items: list, effort) -> list:
 
 def _without_name(node):
     """x=1, x=2 is 1, 2; x=1, y=2 keeps its names."""
-    splits = [_split(item) for item in node[1:]]
+    splits = [split(item) for item in node[1:]]
     names = {s[0] for s in splits if s}
     if len(names) > 1:
         return ("names", *node[1:])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from verifier.text import MULTIPLIERS, UNITS, NotMath, TooBig, multiplies, normalise, plain_text
-from verifier.tokens import Tokens
+from verifier.text import MULTIPLIERS, NotMath, TooBig, letters_of, multiplies, normalise
+from verifier.text import plain_text as plain
+from verifier.tokens import BASE_NAMES, GREEK, Tokens
 
 MAX_DEPTH = 40  # of brackets, signs and exponents; past it an expression is TooBig
 
@@ -19,15 +20,10 @@ _RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": 
               r"\approx": "~"}
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", "|": "|", r"\langle": r"\rangle",
             r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-_GREEK = set("""alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau zeta
-eta kappa xi psi chi nu ell Delta Omega Phi Gamma""".split())
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _MONEY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _ATOMS = {r"\pi": ("const", "pi"), r"\infty": ("const", "inf"), r"\emptyset": ("set",),
           r"\R": ("tuple", "(", ")", ("neg", ("const", "inf")), ("const", "inf"))}
-_BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
-               "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
-               "sixteen": "16"}
 _FACTOR_STARTS = {"(", "[", "{", "<fn>", r"\frac", r"\binom", r"\langle", r"\lfloor", r"\lceil",
                   r"\begin", *_ATOMS}
 _MATRICES = ("matrix", "pmatrix", "bmatrix", "smallmatrix", "array")
@@ -35,7 +31,7 @@ _POSTFIX = {"!": "factorial", "!!": "factorial2", "%": "percent", r"\deg": "degr
 _BASED = re.compile(                                    # 101_2, (2A)_{16}
     r"\(?((?=[A-F]*\d)[0-9A-F]+|[A-F]{2,}(?=\)?_\{?\(?16))\)?_\{?\(?(\d+)\)?\}?", re.I)
 _REMARK = re.compile(
-    r"\b(?:or|and|not|than|less|least|most|but|if|plus|minus|maybe|wrong|half)\b|\d", re.I)
+    r"\b(?:or|and|not|than|less|least|most|but|if|plus|minus|maybe|wrong|half)\b|\d|[不非否或]", re.I)
 
 
 class _Parser(Tokens):
@@ -129,7 +125,7 @@ class _Parser(Tokens):
             return multiplies(self.tokens[self.i][1], self.tokens[self.i][2])
         if nxt == "|":
             return self.bars == 0
-        return nxt in _FACTOR_STARTS or nxt[1:] in _GREEK
+        return nxt in _FACTOR_STARTS or nxt[1:] in GREEK
 
     def unary(self):
         sign = {"-": "neg", "+": "pos", r"\pm": "pm", r"\mp": "mp"}.get(self.peek())
@@ -138,6 +134,8 @@ class _Parser(Tokens):
         self.i += 1
         self.depth += 1
         self.check_depth()
+        if sign == "neg" and self.peek() == "-":
+            raise NotMath("--41 is a line, no sign")
         node = self.unary()
         self.depth -= 1
         return (sign, node) if sign != "pos" else node
@@ -173,6 +171,8 @@ class _Parser(Tokens):
             if self.peek() in (r"\choose", r"\over"):
                 op = ("fn", "binom") if self.value() == r"\choose" else ("div",)
                 node = (*op, node, self.relation())
+            if self.accept(","):                        # {1, 2} without backslashes
+                node = ("set", node, *self.items("}"))
             self.expect("}")
             return node
         if self.peek() == "<num>":
@@ -201,7 +201,7 @@ class _Parser(Tokens):
         if nxt == "<fn>":
             return self.function()
         if nxt == "<text>":
-            return ("text", plain_text(self.value()))
+            return ("text", plain(self.value()))
         if nxt == "{":
             return self.group()
         if nxt in _CLOSERS:
@@ -218,7 +218,7 @@ class _Parser(Tokens):
             self.i += 1
             top, bottom = self.group(), self.group()
             return ("div", top, bottom) if nxt == r"\frac" else ("fn", "binom", top, bottom)
-        if nxt[1:] in _GREEK:
+        if nxt[1:] in GREEK:
             self.i += 1
             return self.subscript(nxt[1:])
         raise NotMath(f"unexpected {nxt or 'end'}")
@@ -242,7 +242,7 @@ class _Parser(Tokens):
             self.expect(")")
         if braced:
             self.expect("}")
-        return _BASE_NAMES.get(name.lower().strip("()"), name.strip("()"))
+        return BASE_NAMES.get(name.lower().strip("()"), name.strip("()"))
 
     def _mixed_part(self) -> Fraction | None:
         """The fraction of `1\\frac{4}{5}` or `1 4/5`, if a proper one of plain integers follows."""
@@ -281,9 +281,7 @@ class _Parser(Tokens):
         if word.lower() in MULTIPLIERS:
             self.i += 1
             return ("num", Fraction(MULTIPLIERS[word.lower()]))
-        if len(word) > 3 or word.lower() in UNITS and len(word) > 1:
-            raise NotMath(word)
-        letters = [("word", letter, False) for letter in word]  # ba^2 is b a^2
+        letters = [("word", letter, False) for letter in letters_of(word)]  # ba^2 is b a^2
         self.tokens[self.i : self.i + 1] = letters
         return self.subscript(self.value())
 

@@ -29,11 +29,12 @@ _UNICODE = {
     "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}",
-    "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "θ": r"\theta ",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "∶": ":", "∣": "|", "￥": "¥",
+    "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "θ": r"\theta ",
+    "∨": r"\lor ", "∧": r"\land ", "⟨": r"\langle ", "⟩": r"\rangle ", "∶": ":", "∣": "|", "￥": "¥",
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2060": "", "\u2062": "",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
 }
+CIRCLED = re.compile("[\u2460-\u24ff\u2776-\u2793]")  # the first and third statement: ①③
 _SUPER, _SUB = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
 _PLAIN = str.maketrans(_SUPER + _SUB, "0123456789+-n0123456789")
 _LAYOUT = [(re.compile(a), b) for a, b in [
@@ -52,6 +53,9 @@ _LAYOUT = [(re.compile(a), b) for a, b in [
     (r"\\(?:lbrace)(?![a-z])", r"\\{"), (r"\\(?:rbrace)(?![a-z])", r"\\}"),
     (r"\\(?:lvert|rvert|vert|mid)(?![a-z])", "|"), (r"\\(?:tbinom|dbinom)", r"\\binom"),
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\degree(?![a-z])", r"\\deg "),
+    (r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1"),  # the segment AB
+    (r"\\(overline|bar|vec|hat)\s*\{\s*([A-Za-z])\s*\}", r"\2_{\1}"),
+    (r"(\d\.\d*)\\dot\s*(?:\{(\d)\}|(\d))", r"\1\\overline{\2\3}"),
     (r"\\%", "%"), (r"\\colon(?![a-z])", ":"),
     (r"\\(?:dots|ldots|cdots)(?![a-z])", "..."), (r"\\mathbb\s*\{?R\}?|\\Reals?(?![a-z])", r"\\R "),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"(?<=\d)\s+to\s+(?=\d)", ":"),
@@ -60,6 +64,7 @@ _LAYOUT = [(re.compile(a), b) for a, b in [
     (r"\\\{\s*[a-z]\s*(?:\\in\s*\\R\s*)?[:|](.*)\\\}$", r"\1"),
     (r"\\(?:varnothing)(?![a-z])", r"\\emptyset "), (r"\\(?:backslash)(?![a-z])", r"\\setminus "),
 ]]
+_CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
                         r"|(?<![\d.,] )(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,])(?! \d)")
 
@@ -68,6 +73,8 @@ def normalise(text: str) -> str:
     """One spelling for Unicode, LaTeX layout and thousands; raises TooBig past MAX_CHARS."""
     if len(text) > MAX_CHARS:
         raise TooBig(f"{len(text)} characters")
+    if CIRCLED.search(text):
+        raise NotMath("circled digits are names")
     fraction = re.compile(f"([{_SUPER}]+)⁄([{_SUB}]+)")
     text = fraction.sub(lambda m: rf"\frac{{{m[1]}}}{{{m[2]}}}".translate(_PLAIN), text)
     text = re.sub(f"[{_SUPER}]+", lambda m: "^{" + m[0].translate(_PLAIN) + "}", text)
@@ -77,9 +84,16 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)
     for pattern, replacement in _LAYOUT:
         text = pattern.sub(replacement, text)
+    text = _CASES.sub(_system, text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # pairs delimit mathematics, one is money
         text = re.sub(r"(?<!\\)\$", "", text)
     return _join_thousands(text).strip()
+
+
+def _system(match: re.Match) -> str:
+    """A system of equations as a list; a function by cases is left alone."""
+    lines = match[1].removesuffix(r"\cr ").split(r"\cr")
+    return ",".join(lines) if all("=" in line for line in lines) else match[0]
 
 
 def _vulgar_fraction(match: re.Match) -> str:
@@ -113,6 +127,8 @@ UNITS = {w: g.split()[0] for g in _UNIT_NAMES.replace("\n", "").split("|") for w
 UNITS.update({w + "s": u for w, u in UNITS.items() if len(w) > 1})
 MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
                "trillion": 10**12, "dozen": 12}
+NO_FACTORS = set("""the and for not but are was has its yes can all so no of to in it if he she we
+is do go us on or up one two six ten ans""".split())  # short words that are no product of letters
 _FILLER = {"of", "the", "a", "total", "more", "left", "each", "exactly", "about", "is"}
 
 
@@ -147,3 +163,10 @@ def multiplies(word: str, gap: bool) -> bool:
     if word.lower() in MULTIPLIERS:
         return True
     return len(word) <= 3 and word not in UNITS and not (gap and len(word) == 3)
+
+
+def letters_of(word: str) -> str:
+    """The letters of a short word that is a product, as abc. Raises NotMath for units and words."""
+    if len(word) > 3 or word.lower() in NO_FACTORS or word.lower() in UNITS and len(word) > 1:
+        raise NotMath(word)
+    return word

@@ -8,7 +8,7 @@ from verifier.text import MULTIPLIERS, NotMath, TooBig
 
 MAX_TOKENS = 600  # of one expression; past them it is TooBig
 _TEXT_COMMANDS = set("""text mbox textbf textit textrm mathrm mathbf operatorname hbox mathit mathsf
-texttt mathtt textsf emph bold bf rm mathcal""".split())
+texttt mathtt textsf textnormal emph bold bf rm mathcal""".split())
 FUNCTIONS = set("""sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt
 abs asin acos atan""".split())
 _WORDS = {"pi": r"\pi", "infinity": r"\infty", "infty": r"\infty", "inf": r"\infty",
@@ -16,10 +16,17 @@ _WORDS = {"pi": r"\pi", "infinity": r"\infty", "infty": r"\infty", "inf": r"\inf
           "degrees": r"\deg", "degree": r"\deg", "deg": r"\deg", "percent": "%",
           "theta": r"\theta"}
 _OPERATORS = {"**": "^", r"\cdot": "*", r"\times": "*", r"\div": "/", "<=": r"\le", ">=": r"\ge",
-              "!=": r"\ne", r"\$": "$", r"\lt": "<", r"\gt": ">", ";": ","}
+              "!=": r"\ne", r"\$": "$", r"\lt": "<", r"\gt": ">", ";": ",",
+              r"\lor": ",", r"\land": ",", r"\vee": ",", r"\wedge": ","}
+GREEK = set("""alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau zeta
+eta kappa xi psi chi nu ell Delta Omega Phi Gamma""".split())
+BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+               "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
+               "sixteen": "16"}
 _TOKEN = re.compile(r"(?P<space>\s+)|(?P<num>(?:\d+\.(?=\\(?:overline|bar))|\d+(?:\.\d+)?|\.\d+)"
                     r"(?:[eE][+-]?\d{1,4}(?![\w.]))?)|(?P<cmd>\\[A-Za-z]+|\\.)"
-                    r"|(?P<word>[A-Za-z]+)|(?P<op>\*\*|!!|<=|>=|!=|\.\.\.|.)", re.S)
+                    r"|(?P<word>[A-Za-z]+)|(?P<text>[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]+)"
+                    r"|(?P<op>\*\*|!!|<=|>=|!=|\.\.\.|.)", re.S)
 Token = tuple[str, str, bool]  # kind, text, preceded by a space?
 
 
@@ -38,6 +45,8 @@ def tokenize(text: str) -> list[Token]:
             value = value.strip()
             if value.lower() in ("or", "and", ",", "and/or", ", and", ", or"):
                 kind, value = "op", ","
+        elif kind == "text" and value in ("和", "或"):
+            kind, value = "op", ","
         elif kind == "cmd" and value[1:] in FUNCTIONS:
             kind, value = "fn", value[1:]
         elif kind == "word" and value in FUNCTIONS:

@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import re
 import zlib
+from fractions import Fraction
 from typing import NamedTuple
 
+from verifier.copied import is_copied, left_to_do, without_question
 from verifier.equal import same
-from verifier.extract import BOX, MAX_ANSWER, extract
-from verifier.parse import parse
-from verifier.text import NotMath, TooBig, plain_text
-from verifier.value import Effort, Undecided
+from verifier.extract import MAX_ANSWER, extract, stated
+from verifier.gold import (
+    CLOCK,
+    COSTUME,
+    DENIAL,
+    Gold,
+    bare,
+    circled,
+    is_rational,
+    read_gold,
+    same_text,
+    tree_of,
+    words,
+)
+from verifier.text import CIRCLED, TooBig
+from verifier.value import Effort, Undecided, symbols
+from verifier.words import whole_number, written
 
 
 class Verdict(NamedTuple):
@@ -26,144 +41,152 @@ class Verdict(NamedTuple):
     extracted: str = ""
 
 
-_COSTUME = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm)\s*\{([^{}]*)\}")
-_CHOICE = re.compile(r"\(?([A-J])\)?|\(([a-j])\)")
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"
                      r"(?:\)|[.:](?=\s|$)|,?(?=\s+(?:because|since|as)\b)|$)", re.I)
 _CHOSEN_LAST = re.compile(
     r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
-_DENIAL = re.compile(r"\b(?:or|not?|nor|either|never|if|whether|may|might|doubt)\b|n't", re.I)
+_LETTER_FIRST = re.compile(r"\(?([A-J])[).:]\)?\s*(?=\S)")
 _TIME = re.compile(r"\d{1,2}:\d\d")
-_CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*(?:am|pm)|\d{1,2}:\d\d:\d\d", re.I)
 
 
-def verify(gold: str, answer: str, deep: bool = False) -> Verdict:
+def verify(gold: str, answer: str, question: str = "", deep: bool = False) -> Verdict:
     """Compare a completion (or a bare answer) with a gold answer, in this process. Never raises.
 
-    Every step is bounded. `deep` allows what only a worker that can be killed should do: more
-    evaluations, and sympy.
+    With the `question`, an answer that only copies it is wrong. Every step is bounded. `deep`
+    allows what only a worker that can be killed should do: more evaluations, and sympy.
     """
     try:
-        return judged(gold, answer, deep)
+        return judged(gold, answer, question, deep)
     except Undecided as error:
         return Verdict("unverifiable", f"undecided: {error}")
 
 
-def judged(gold: str, answer: str, deep: bool) -> Verdict:
+def judged(gold: str, answer: str, question: str, deep: bool) -> Verdict:
     """As verify; raises Undecided where a deep look might still tell."""
-    end = gold[-MAX_ANSWER:]
-    goal = extract(gold)[0] if BOX.search(end) or "####" in end else gold
-    found, rule = extract(answer)
-    if not goal.strip():
-        return Verdict("unverifiable", "empty gold", found)
+    goal = read_gold(gold)
+    in_words = goal.tree is None and not goal.letter
+    if question:
+        answer = without_question(answer[-MAX_ANSWER:], question)
+    found, rule = extract(answer, in_words)
+    if goal.problem:
+        return Verdict("unverifiable", goal.problem[:100], found)
     if not found.strip():
         return Verdict("wrong", f"{rule}: no answer", found)
     try:
-        right, how = _compare(goal.strip(), found.strip(), deep)
+        right, how = _compare(goal, found.strip(), question, deep)
     except (TooBig, RecursionError, OverflowError, MemoryError) as error:
         return Verdict("unverifiable", f"{rule}: {type(error).__name__} {error}"[:100], found)
     return Verdict("correct" if right else "wrong", f"{rule}: {how}", found)
 
 
-def _compare(gold: str, found: str, deep: bool) -> tuple[bool, str]:
+def gold_kind(gold: str) -> tuple[str, str]:
+    """(number, expression, text or unreadable; why it is unreadable, or "") of a gold answer.
+
+    A gold that is no number must be right against itself in a box. Else no answer could be.
+    """
+    goal = read_gold(gold)
+    if goal.kind in ("expression", "text"):
+        itself = verify(gold, rf"\boxed{{{goal.text}}}", deep=True)
+        if itself.verdict != "correct":
+            return "unreadable", "it does not match itself in a box"
+    return goal.kind, goal.problem
+
+
+def _compare(goal: Gold, found: str, question: str, deep: bool) -> tuple[bool, str]:
     """(equal?, by what): as text, as a choice, as words, else as trees."""
-    if gold == found:
+    if goal.text == found:
         return True, "same text"
-    found = found.strip("*_` \n")
+    found = re.sub(r"^[*_`\s]{1,5}|[*_`\s]{1,5}$", "", found)
     found = re.sub(r"^[A-Za-z][A-Za-z' ]{3,40}=(?!=)", "", found).strip()  # Total cost = 5
-    choice = _CHOICE.fullmatch(_bare(gold))
-    if choice:
-        return _same_choice(choice[0].strip("()").upper(), _bare(found)), "choice"
-    if _TIME.fullmatch(gold) and _TIME.fullmatch(found):
+    if goal.letter:
+        return _same_choice(goal, found, question, deep), "choice"
+    if CIRCLED.search(goal.text):
+        return _same_circled(goal.text, found), "circled digits"
+    clock = words(goal.text)
+    if CLOCK.search(words(found)) and (CLOCK.fullmatch(clock) or _TIME.fullmatch(clock)):
+        return _same_time(clock, words(found)), "time of day"
+    if _TIME.fullmatch(goal.text) and _TIME.fullmatch(found):
         return False, "time of day"  # 3:30 may be a ratio, but beside 1:10 both are times
-    goal = _tree(gold)
-    if goal is None or goal[0] == "text":
-        return _same_text(gold, found), "text"
-    if re.fullmatch("[A-Z]{2,}", gold) or _CLOCK.fullmatch(_words(gold)):
-        return _same_text(gold, found), "text"
-    tree = _tree(found.rstrip("."))
+    if goal.tree is None:
+        return same_text(goal.text, found), "text"
+    tree = _tree_of_answer(found, goal)
     if tree is None:
         return False, "not mathematics"
-    if _is_rational(goal) and _left_to_do(tree):
+    if is_rational(goal.tree) and left_to_do(tree):
         return False, "sum left to do"
-    effort = Effort(zlib.crc32(f"{gold}\0{found}".encode("utf-8", "replace")), deep)
+    if is_copied(goal.tree, tree, question):
+        return False, "copied from the question"
+    effort = Effort(zlib.crc32(f"{goal.text}\0{found}".encode("utf-8", "replace")), deep)
     try:
-        return same(goal, tree, effort), tree[0]
+        return same(goal.tree, tree, effort), tree[0]
     except (TooBig, Undecided):
         raise
     except (ValueError, ZeroDivisionError) as error:  # NotMath, a digit outside its base, 1/0
         return False, f"not comparable: {error}"[:80]
 
 
-def _plain(tree):
-    """Without sign, unit and percent."""
-    while tree[0] in ("neg", "unit", "percent"):
-        tree = tree[1]
-    return tree
+_THOUSANDS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+_SHORT = re.compile(r"([-−]?\\?[$€£¥]?[-−]?)(\d[\d,]*(?:\.\d+)?)([kKMB])")
+_SQUARE_METRES = re.compile(r"(?<=\d)m(?=(?:[²³]|\^\{?[23]\}?)\.?$)")  # 12m² beside a number
+_OPTION = re.compile(r"\(?[A-J](?:\)|[.:](?=\s))(?:\\[ ,;:]|[\s:~])*(?=\S)")
 
 
-def _is_rational(tree) -> bool:
-    """A number written out: integer, decimal, fraction, with sign, unit or percent."""
-    tree = _plain(tree)
-    return tree[0] == "num" or tree[0] == "div" and all(_is_rational(side) for side in tree[1:])
+def _tree_of_answer(found: str, goal: Gold) -> tuple | None:
+    """An answer's tree, without the letter of an option. For a gold without letters 3k is 3000."""
+    found = _OPTION.sub("", re.sub(r"\\[a-z]+\s*\{\s*(\([A-J]\))\s*\}", r"\1", found), count=1)
+    short = _SHORT.fullmatch(found.rstrip("."))
+    if short and not symbols(goal.tree):
+        found = short[1] + written(Fraction(short[2].replace(",", "")) * _THOUSANDS[short[3]])
+    if not symbols(goal.tree):
+        found = _SQUARE_METRES.sub(" m", found)
+    plain = bare(found)
+    in_words = "" if "\\" in found else whole_number(plain)  # \\text{zero} stays a text
+    for text in (in_words, found.rstrip("."), stated(plain)):
+        tree = tree_of(text) if text else None
+        if tree:
+            return tree
+    return None
 
 
-def _left_to_do(tree) -> bool:
-    """Whether an answer is the exercise: 12 - 9, 6 * 8, 48 / 8, where the gold is a number.
+def _same_choice(goal: Gold, found: str, question: str, deep: bool) -> bool:
+    """(B), B, b, "B) 12", "Option B", "I say it's B" name choice B; "A or B" does not.
 
-    It is equal in value. But copying the question's numbers costs a policy nothing, and one that
-    may do so learns no other answer. Forms of a number count: 5 + 1/2, fractions that are no whole
-    number, 1 million, powers, roots. So does "8 + 3 = 11": the number stands beside the exercise.
+    With a value beside the gold's letter either will do, but what is said of both must be right.
     """
-    tree = _plain(tree)
-    if tree[0] == "rel":
-        done = [side for side in tree[2:] if not _left_to_do(side)]
-        return len(done) < len(tree[2:]) and not any(map(_is_rational, done))
-    if tree[0] not in ("add", "sub", "mul", "div"):
-        return False
-    if not all(_is_rational(side) or _left_to_do(side) for side in tree[1:]):
-        return False
-    left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])
-    kinds = left[0], right[0]
-    if tree[0] == "div" and kinds == ("num", "num"):
-        return right[1] not in (0, 1) and left[1] != 0 and (left[1] / right[1]).denominator == 1
-    if tree[0] == "add" and kinds == ("num", "div"):
-        return _left_to_do(right)
-    in_words = kinds == ("num", "num") and right[1] in (10**3, 10**6, 10**9, 10**12)  # 1 million
-    return not (tree[0] == "mul" and in_words)
+    said = bare(COSTUME.sub(r"\1", re.sub(r"\\[ ,;:]|\\q?quad|~", " ", found)))
+    match = _CHOSEN.match(said) or not DENIAL.search(said) and _CHOSEN_LAST.search(said)
+    if goal.value is None:
+        rest = said[match.end() :] if match else ""
+        more = re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
+        return bool(match) and match[1].upper() == goal.letter and not more
+    first = _LETTER_FIRST.match(said)
+    if first and first[1] == goal.letter:
+        return _compare(goal.value, said[first.end() :].strip(), question, deep)[0]
+    if match and not said[match.end() :].strip(" ."):
+        return match[1].upper() == goal.letter
+    return not first and _compare(goal.value, found, question, deep)[0]
 
 
-def _tree(text: str) -> tuple | None:
-    inner = _COSTUME.fullmatch(text)
-    try:
-        return parse(inner[1] if inner and re.search(r"\d", inner[1]) else text)
-    except NotMath:
-        return None
+def _same_circled(gold: str, found: str) -> bool:
+    """The same circled digits in any order: ①③ is ③, ①. They are names of statements, no 13."""
+    runs = [m for m in re.finditer(rf"{CIRCLED.pattern}(?:(?:\s|,|;|、|，|\\|and|和|\$)*"
+                                   rf"{CIRCLED.pattern})*", found)]
+    if not runs or re.search(r"[^\s,;、，$\\]", CIRCLED.sub("", re.sub("and|和", "", gold))):
+        return words(gold) == words(found)
+    before, after = found[: runs[-1].start()][-60:], found[runs[-1].end() :][:60]
+    before = re.split("[.;。\n]", before)[-1]
+    denied = re.search(r"\b(?:not|except|wrong|false|incorrect|or)\b|n't|错|不|或", before + after)
+    return not denied and circled(runs[-1][0]) == circled(gold)
 
 
-def _bare(text: str) -> str:
-    return _COSTUME.sub(r"\1", text[:300]).strip(" .$*\n")
-
-
-def _words(text: str) -> str:
-    """A text answer in the form in which texts are compared."""
-    return plain_text(re.sub(r"\\[,;:! ]|[$~]", " ", _COSTUME.sub(r" \1 ", text)))
-
-
-def _same_text(gold: str, found: str) -> bool:
-    """The same words; or a sentence that ends in "is <gold>", with no "or" and no "not" in it."""
-    if len(found) > 2000:
-        return False
-    goal, said = _words(gold), _words(found)
-    if _CLOCK.fullmatch(goal):
-        goal, said = (re.sub(r":00|[. ]", "", t) for t in (goal, said))
-    ending = rf"\b(?:is|are|was|be|on|it's) (?:the |an? )?{re.escape(goal)}"
-    return goal == said or bool(re.search(ending + "$", said)) and not _DENIAL.search(said)
-
-
-def _same_choice(letter: str, found: str) -> bool:
-    """(B), B, b, "B) 12", "Option B", "I say it's B" name choice B; "A or B" does not."""
-    match = _CHOSEN.match(found) or not _DENIAL.search(found) and _CHOSEN_LAST.search(found)
-    rest = found[match.end() :] if match else ""
-    more = re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
-    return bool(match) and match[1].upper() == letter and not more
+def _same_time(gold: str, found: str) -> bool:
+    """The same time of day; am or pm must agree where both have it."""
+    clocks = [m[0] for m in CLOCK.finditer(found)] or [found]
+    times = []
+    for text in (gold, clocks[-1]):
+        text = re.sub(r"[.\s]", "", text.lower())
+        half = text[-2:] if text[-2:] in ("am", "pm") else ""
+        parts = [int(n) for n in re.findall(r"\d+", text)]
+        times.append((half, (parts + [0, 0])[:3]))
+    (half, time), (other_half, other) = times
+    return time == other and (half == other_half or not half) and len(set(clocks)) == 1

@@ -31,7 +31,7 @@ TIMEOUT_S = 0.7                                         # for one hard pair
 
 
 class Verifier:
-    """A context manager: `submit(gold, answer)` returns a Future[Verdict] at once.
+    """A context manager: `submit(gold, answer, question)` returns a Future[Verdict] at once.
 
     Easy pairs are decided in `submit` itself. The rest goes to `workers` child processes, which are
     started at the first submit and used again. One that exceeds `timeout_s` is killed and replaced,
@@ -49,8 +49,11 @@ class Verifier:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def submit(self, gold: str, answer: str) -> Future:
-        """Future of the Verdict. Raises RuntimeError after close()."""
+    def submit(self, gold: str, answer: str, question: str = "") -> Future:
+        """Future of the Verdict. Raises RuntimeError after close().
+
+        With the question, an answer that only copies it is wrong.
+        """
         with self._lock:
             if self._closed:
                 raise RuntimeError("this Verifier is closed")
@@ -61,16 +64,16 @@ class Verifier:
         future: Future = Future()
         future.set_running_or_notify_cancel()           # from here on nobody can cancel it
         try:
-            future.set_result(judged(gold, answer, deep=False))
+            future.set_result(judged(gold, answer, question, deep=False))
         except Undecided:
             with self._lock:                            # never behind the Nones of close()
                 if self._closed:
                     raise RuntimeError("this Verifier is closed") from None
-                self._queue.put((gold, answer, future))
+                self._queue.put((gold, answer, question, future))
         return future
 
-    def verify(self, gold: str, answer: str) -> Verdict:
-        return self.submit(gold, answer).result()
+    def verify(self, gold: str, answer: str, question: str = "") -> Verdict:
+        return self.submit(gold, answer, question).result()
 
     def _serve(self) -> None:
         """One thread per worker process: takes pairs, waits, replaces a process that was killed."""
@@ -78,10 +81,10 @@ class Verifier:
         with contextlib.suppress(OSError):              # started early, to have its imports done
             worker = Worker(self.memory_mb)
         while (job := self._queue.get()) is not None:
-            gold, answer, future = job
+            *texts, future = job
             try:
                 worker = worker or Worker(self.memory_mb)
-                verdict = worker.ask(gold, answer, self.timeout_s)
+                verdict = worker.ask(*texts, timeout_s=self.timeout_s)
             except (OSError, ValueError, TypeError) as error:   # no process, or killed in mid-line
                 worker, verdict = None, Verdict("unverifiable", f"no worker: {error}")
             future.set_result(verdict)
@@ -118,12 +121,12 @@ class Worker:
                 pipe.close()
         self.process.wait()
 
-    def ask(self, gold: str, answer: str, timeout_s: float) -> Verdict:
+    def ask(self, gold: str, answer: str, question: str = "", *, timeout_s: float) -> Verdict:
         """The worker's verdict, or "unverifiable" after timeout_s.
 
         A worker that died by itself is tried once more.
         """
-        request = json.dumps([gold[-MAX_ANSWER:], answer[-MAX_ANSWER:]]) + "\n"
+        request = json.dumps([text[-MAX_ANSWER:] for text in (gold, answer, question)]) + "\n"
         for _ in range(2):
             if not self.ready:
                 self.ready = bool(self._read(60.0)[0])  # imports are not the answer's fault
