@@ -61,6 +61,7 @@ class EvalParams:
     fidelity: Fidelity | None = None
     personagym: judge.PersonaGym | None = None
     reward: str | None = None                           # a user's module:function, see rewards.py
+    reward_seconds: float = 30.0                        # time limit of one call of it
     stop: tuple[str, ...] = ()                          # strings that end an answer
 
     def __post_init__(self):
@@ -94,7 +95,7 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
     for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
         row |= more
     if params.reward:
-        results |= rewarded(rows, results["personas"], problems, everyone, params.reward)
+        results |= rewarded(rows, results["personas"], problems, everyone, params)
 
     sampled, reruns, drawn, spoken = replace(greedy, temperature=params.temperature), [], [], []
     if params.noise_floor:
@@ -156,14 +157,14 @@ def ask(model, tokenizer, problems, personas, params, log=None):
     return rows
 
 
-def rewarded(rows, by_persona, problems, personas, spec):
+def rewarded(rows, by_persona, problems, personas, params):
     """Scores greedy transcripts with a user's reward too -> {"reward", "mean_reward"}.
 
-    spec: module:function, see rewards.py. Each transcript and each row of `by_persona` gets its
+    params: an EvalParams. Each transcript and each row of `by_persona` gets its
     `reward`; the mean is over the personas, without `none`.
     """
     asked = [(persona, problem) for persona in personas for problem in problems]
-    with rewards.Rewarder(spec) as rewarder:
+    with rewards.Rewarder(params.reward, params.reward_seconds) as rewarder:
         futures = [rewarder.submit(problem, row["answer"], persona)
                    for row, (persona, problem) in zip(rows, asked, strict=True)]
         for row, future in zip(rows, futures, strict=True):
@@ -171,7 +172,7 @@ def rewarded(rows, by_persona, problems, personas, spec):
     values = np.array([row["reward"] for row in rows]).reshape(len(personas), -1).mean(axis=1)
     for row, value in zip(by_persona, values, strict=True):
         row["reward"] = float(value)
-    return {"reward": spec, "mean_reward": float(values[1:].mean())}
+    return {"reward": params.reward, "mean_reward": float(values[1:].mean())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,6 +283,7 @@ def parse(argv):
         help="the arm's role, for --compare (default: of the model's run, else start)")
     add("--reward", metavar="MODULE:FUNCTION",
         help="also score the answers with a reward of yours, as train.py --reward would")
+    add("--reward-seconds", type=float, default=30.0, help="time limit of one call of --reward")
     add("--samples", type=int, default=0, help="answers per prompt, for pass@k")
     add("--noise-floor", action="store_true",
         help="rerun the prompt without persona, sampled, once per persona")
@@ -312,7 +314,8 @@ def one_arm(args):
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
     limit = trained.get("max_new_tokens", 32) if limit is None else limit
     params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature,
-                        reward=args.reward, stop=tuple(trained.get("stop", ())))
+                        reward=args.reward, reward_seconds=args.reward_seconds,
+                        stop=tuple(trained.get("stop", ())))
     if args.reward:
         rewards.load_reward(args.reward)    # refused before anything is spent
     problems = tasks.put(tasks.load(args.task, "test", args.seed, args.limit), prompt)

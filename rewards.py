@@ -101,11 +101,11 @@ class Rewarder:
     stopped, so it is left behind, and a new thread takes the calls that wait.
     """
 
-    def __init__(self, spec: str = CORRECTNESS, time_limit_s: float = 10.0):
+    def __init__(self, spec: str = CORRECTNESS, time_limit_s: float = 30.0):
         """Raises ValueError, in one line, if `spec` names no reward or the limit is no time."""
         if not time_limit_s > 0:
             raise ValueError(f"a reward's time limit must be above 0 seconds, not {time_limit_s}")
-        self.spec, self.time_limit_s = spec, time_limit_s
+        self.spec, self.time_limit_s = spec, min(time_limit_s, threading.TIMEOUT_MAX)
         self._function = load_reward(spec)
         self._lock, self._queue = threading.Lock(), queue.SimpleQueue()
         self._closed = self._dropped = False

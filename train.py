@@ -20,6 +20,7 @@ Behind this file, in training/: settings, masters and ranks (policy.py), checkpo
 a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more than a step.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -106,7 +107,8 @@ def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
     values, verdicts = zip(*(future.result() for future in futures), strict=True)
 
     truncated = torch.tensor([c.truncated for c in completions]).view(-1, G)
-    rewards = torch.tensor(values).view(-1, G)
+    given_up = torch.tensor([c.error is not None for c in completions]).view(-1, G)
+    rewards = torch.tensor(values).view(-1, G).masked_fill(given_up, 0)
     rewards, kept = grpo.truncation(rewards, truncated, args.truncated)
     groups = [(prompt, [c.tokens for c in completions[i * n:(i + 1) * n]])
               for i, prompt in enumerate(prompts)]
@@ -169,7 +171,7 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
             micro.old = frozen_logprobs(policy.model, micro.groups, args.temperature)
         if job.reference:
             micro.reference = frozen_logprobs(job.reference, micro.groups, args.temperature)
-    sums, anchor_kl = dict.fromkeys(SUMS, 0.0), 0.0
+    sums, anchor_kl, norms = dict.fromkeys(SUMS, 0.0), 0.0, []
     for i in range(steps):
         for micro in parts[i % len(parts)]:
             loss, more = micro_loss(policy.model, micro, job.loss, args.temperature)
@@ -179,8 +181,9 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
             divergence = job.anchor.kl(policy.model, step * steps + i)
             policy.backward(args.anchor_coef * divergence / ranks()[1])     # the same on all ranks
             anchor_kl += divergence.item()
-        norm = policy.step(args.max_grad_norm)
-    return {**batch_metrics(batch, sums, job.imitates), "grad_norm": norm,
+        norms.append(policy.step(args.max_grad_norm))
+    worst = max(norms, key=lambda norm: norm if math.isfinite(norm) else math.inf)
+    return {**batch_metrics(batch, sums, job.imitates), "grad_norm": worst,
             "anchor_kl": anchor_kl / steps, "loss_scale": policy.loss_scale,
             "skipped_steps": policy.skipped - skipped}
 

@@ -277,6 +277,12 @@ def test_p24_no_future_is_left_waiting_where_no_worker_can_be_started(monkeypatc
         assert easy.result(30).verdict == "correct"
 
 
+@pytest.mark.parametrize("limit", [float("inf"), 1e12])
+def test_a_reward_without_a_time_limit_is_waited_for(limit):
+    with Rewarder("tests.test_train:flat_reward", limit) as rewarder:
+        assert rewarder.submit(None, "text").result(timeout=20).value == 1.0
+
+
 def test_p24_a_trainer_without_a_main_guard_and_its_threads_can_verify(tmp_path):
     """Workers must not import the trainer again (spawn would), nor need its main thread (an alarm would)."""
     script = tmp_path / "trainer.py"

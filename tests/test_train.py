@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,90 @@ def test_a_minibatch_has_the_gradient_of_a_batch_of_its_groups(tiny_folder):
     assert len(several) == 4
     for gradient, half in zip(several, halves * 2, strict=True):
         assert (gradient - half).norm() <= 1e-6 * half.norm() > 0
+
+
+class FakeAnchor:
+    def __init__(self):
+        self.steps = []
+
+    def kl(self, model, step):
+        self.steps.append(step)
+        return 0 * model.norm.weight.sum() + 1.0
+
+
+def test_every_optimizer_step_has_anchor_answers_of_its_own_and_their_mean_is_logged(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--minibatches", "2", "--anchor-coef", "0.1", "--anchor-answers", "2",
+                           "--anchor-tokens", "2")
+    job = dataclasses.replace(job, anchor=FakeAnchor())
+    policy = Policy(job.model, 1e-3, 0)
+    logged = [train.learn(policy, batch, job, step)["anchor_kl"] for step in (0, 1)]
+    assert job.anchor.steps == [0, 1, 2, 3] and logged == [1.0, 1.0]
+
+
+SPEAKERS = []
+
+
+def listening_reward(problem, text: str, *, persona=None) -> float:
+    SPEAKERS.append(persona)
+    return word_reward(problem, text)
+
+
+def test_the_reward_is_told_who_speaks_in_each_completion(tiny_folder):
+    SPEAKERS.clear()
+    job, batch = one_batch(tiny_folder, "--mix", "rollout", "--persona-prob", "0.6", "--slots", "1",
+                         "--reward", "tests.test_train:listening_reward")
+    spoken = [persona for row in batch.personas for persona in row]
+    assert Counter(SPEAKERS) == Counter(spoken) and len(set(spoken)) > 4
+    for persona, (prompt, _), problem in zip(spoken, batch.groups, [p for p in batch.problems for _ in range(4)],
+                                             strict=True):
+        assert prompt == train.personas.prompt_ids(job.tokenizer, problem.question, persona)
+
+
+def test_another_turn_samples_anew_from_the_same_prompt(tiny_folder):
+    job = train.read(arguments(tiny_folder, "--method", "rlvr", "--prompts", "1"))
+    job = dataclasses.replace(job, problems=job.problems[:1])
+    with job.rewarder:
+        first, second = (train.roll_out(job.model, job, turn) for turn in (0, 1))
+    assert first.groups[0][0] == second.groups[0][0] and first.texts != second.texts
+
+
+def test_a_flat_group_is_trained_on_where_there_is_a_kl(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--kl-coef", "0.5")
+    batch.rewards[:] = 1.0
+    with torch.no_grad():
+        job.reference.norm.weight.mul_(0.5)
+    assert step_on(job, batch)["grad_norm"] > 0
+
+
+def test_the_largest_gradient_norm_of_a_batch_is_logged_and_one_that_is_not_finite_is_never_hidden(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--minibatches", "2")
+    batch.rewards[2:] = 1.0                             # nothing to learn in the second part
+    assert step_on(job, batch)["grad_norm"] > 0
+    policy, norms = Policy(job.model, 1e-3, 0), iter([float("nan"), 0.5])
+    policy.step = lambda max_norm: next(norms)
+    assert math.isnan(train.learn(policy, batch, job, 0)["grad_norm"])
+
+
+def test_a_stop_string_ends_completions_in_training_and_in_evaluation(tiny_folder, tmp_path):
+    """Every word ends a completion: one token each, and none is cut off."""
+    out, stops = tmp_path / "run", [flag for i in range(3, 99) for flag in ("--stop", f"w{i}")]
+    assert run(tiny_folder, out, "--steps", "1", "--eval-problems", "2", "--eval-personas", "1", *stops) == 0
+    assert metrics(out)[0]["completion_length"] <= 2 and metrics(out)[0]["truncated_fraction"] == 0
+    after = json.loads((out / "evaluation" / "after" / "results.json").read_text())
+    assert len(after["stop"]) == 96 and after["truncated_fraction"] == 0 and after["tokens_per_answer"] <= 2
+
+
+def test_an_old_runs_name_of_the_advantage_is_understood(tiny_folder, tmp_path):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1", "--loss", "grpo") == 0
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"advantage": "std"', '"advantage": "std_sample"'))
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 0
+
+
+def test_the_runs_own_model_is_no_start_model(tiny_folder, tmp_path, capsys):
+    own = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
+    assert run(own, tmp_path / "run") == 2
+    assert "choose another --out" in capsys.readouterr().err
 
 
 def test_p13_the_reference_sees_the_same_persona(tiny_folder):
@@ -561,10 +647,11 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
     (["--persona-prob", "1.5"], "between 0 and 1"), (["--group-size", "1"], "siblings"),
     (["--steps", "0"], "at least 1"), (["--resume", "/nowhere/run"], "not a run folder"),
     (["--reward", "nothing"], "module:function"), (["--reward", "tests.test_train:nan_reward"], "finite"),
-    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "above 0"),
+    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "finite"),
     (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"),
     (["--dual-clip", "1", "--minibatches", "2"], "above 1 + clip_high"),
+    (["--memory", "inf"], "finite"), (["--learning-rate", "inf"], "finite"),
     (["--clip-high", "0.28"], "the ratio is 1"), (["--dual-clip", "3"], "--minibatches 2"),
     (["--loss", "reinforce", "--minibatches", "2"], "no ratio"), (["--minibatches", "3"], "2 groups"),
     (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--profile"], "choose one"),

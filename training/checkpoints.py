@@ -34,7 +34,7 @@ class Checkpoints:
         """Restores the newest whole checkpoint and returns its step, 0 if there is none.
 
         Another number of ranks may have written it. The run then goes on equal up to the order of
-        summation.
+        summation (with `--minibatches`: with other parts).
         """
         for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
             step = finished(checkpoint)

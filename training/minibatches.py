@@ -28,7 +28,8 @@ def minibatches(batch, advantages: Tensor, kept: Tensor, job) -> list[list[Micro
 
     batch: a train.Rollout. advantages, kept [B, G]. job: a training.run.Job.
     A part's token weights count its groups on all ranks, and of these what is `kept`. Groups
-    without a gradient are in no micro-batch.
+    without a gradient are in no micro-batch. Each rank cuts its own groups, so the parts are others
+    on another number of ranks.
     """
     args, device, n = job.args, job.model.device, len(batch.completions) // len(batch.groups)
     lengths, advantages, kept = (x.view(-1, n) for x in (batch.lengths, advantages, kept))

@@ -71,7 +71,9 @@ class Monitor:
                    "tokens_per_second": metrics["sampled_tokens"] / busy,
                    "seconds": self.seconds}
         self.seconds = {}
+        all_given_up = metrics["errors"] == len(batch.completions) * ranks()[1]
         finite = math.isfinite(metrics["grad_norm"]) and not metrics["skipped_steps"]
+        finite = finite and not all_given_up            # their logits were not finite
         overflow = self.policy.loss_scale > 1           # of fp16: nothing is broken
         self.broken = 0 if finite or overflow else self.broken + 1
         if self.speaks:
@@ -91,7 +93,7 @@ class Monitor:
     def warn(self, step: int, finite: bool) -> None:
         """Says each symptom once a run, on stderr."""
         if not finite:
-            print(f"step {step}: the gradient is not finite; the step was skipped",
+            print(f"step {step}: the gradient or all logits are not finite; the step was skipped",
                   file=sys.stderr)
         for name, words in symptoms(self.history).items():
             if name not in self.said:

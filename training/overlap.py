@@ -18,7 +18,7 @@ def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
     args, author = job.args, job.author
     earlier, ahead = copy.deepcopy(author), None
     on_gpu = (torch.cuda.set_device, (author.device,)) if author.device.type == "cuda" else ()
-    thread = ThreadPoolExecutor(1, "", *on_gpu)         # not `with`: Ctrl-C must not wait for it
+    thread = ThreadPoolExecutor(1, "", *on_gpu)         # not `with`: the rewarder closes first
     for step in range(first, args.steps):
         batch, lag = (ahead.result(), 1) if ahead else (roll_out(author, job, step), 0)
         ahead = None

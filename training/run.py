@@ -106,6 +106,9 @@ def run_folder(args) -> Path:
         while not (args.resume or args.out) and (out / "config.json").exists():
             number += 1
             out = out.with_name(f"{name}-{number}")
+        if Path(args.model).is_dir() and Path(args.model).resolve() == (out / "model").resolve():
+            raise ValueError(f"--model {args.model} is where the run writes its own model: choose "
+                             "another --out")
         goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if (out / "config.json").exists() and not goes_on:
             raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or "
@@ -150,7 +153,7 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
     mine = None if args.reward == CORRECTNESS else args.reward
     params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
-                                 stop=job.sampling.stop)
+                                 reward_seconds=args.reward_seconds, stop=job.sampling.stop)
     return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params, folder, info)
 
 

@@ -7,6 +7,7 @@ out: configuration files, since a run's config.json is one.
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import fields
@@ -173,6 +174,8 @@ def settings_before(first: argparse.Namespace) -> dict:
     before = json.loads(path.read_text()).get("settings")
     if not before:
         raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
+    if before.get("advantage") == "std_sample":         # its name until November 2026
+        before["advantage"] = "std"
     if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
         raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
     return before
@@ -203,6 +206,10 @@ def check(args: argparse.Namespace) -> None:
             if not getattr(args, name) >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, "
                                  f"not {getattr(args, name)}")
+    for name, value in vars(args).items():
+        may_be_infinite = name in ("max_grad_norm", "reward_seconds", "clip_low", "clip_high")
+        if isinstance(value, float) and not (math.isfinite(value) or may_be_infinite):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
     for refused, reason in refusals(args):
         if refused:
             raise ValueError(reason)
@@ -250,7 +257,7 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
          f"--minibatches {args.minibatches} is more than the {groups} groups that a process has"),
         (args.loss == "reinforce" and steps > 1,
          "reinforce has no ratio, so a batch's second optimizer step is wrong: use grpo"),
-        (steps == 1 and (args.dual_clip is not None or clips not in usual),
+        (steps == 1 and not args.resume and (args.dual_clip is not None or clips not in usual),
          "with one optimizer step a batch the ratio is 1, and --clip-low, --clip-high and "
          "--dual-clip do nothing: give --minibatches 2 or --inner-epochs 2 too"),
         (args.cuda_graphs and not graphs, "--cuda-graphs needs a GPU, flash-attn, and bfloat16"),
