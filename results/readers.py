@@ -46,7 +46,7 @@ import personas  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
 from common.command import Parser  # noqa: E402
-from evaluation import compare, measures  # noqa: E402
+from evaluation import compare, measures, report  # noqa: E402
 from evaluation.fidelity import blocks, total_logprobs  # noqa: E402
 from results import transcripts  # noqa: E402
 
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for label, runs in found.items():
         chance = next(iter(runs.values()))["chance"]
-        print(f"{label} (chance {chance:.3f})\n{compare.aligned(lines(arms(runs)))}\n")
+        print(f"{label} (chance {chance:.3f})\n{report.aligned(lines(arms(runs)))}\n")
     return 0
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import personas  # noqa: E402
 from common.command import Parser, one_line  # noqa: E402
-from evaluation import compare, lottery  # noqa: E402
+from evaluation import compare, lottery, report  # noqa: E402
 
 LEAST_SD, PILOT_SD = 0.08, 0.04  # persona_sd, as accuracies
 CARRIERS, SHARE = 5, 0.4  # personas that carry it; what must stay without all but one of them
@@ -89,7 +89,7 @@ def text(results: dict, found: list[tuple[bool, str]]) -> str:
               f"{row['tokens']:.1f}", f"{row['truncated']:.2f}"] for row in rows]
     rules = [f"{'holds' if holds else 'FAILS'}  {words}" for holds, words in found]
     verdict = "go" if all(holds for holds, _ in found) else "no-go"
-    return "\n".join([compare.aligned([head, *table]), "", *rules, verdict])
+    return "\n".join([report.aligned([head, *table]), "", *rules, verdict])
 
 
 def shown(share: float | None) -> str:

@@ -325,7 +325,7 @@ def test_rows_that_keep_no_candidates_get_those_of_the_evaluation(tiny, tmp_path
     """With the evaluation's seed, and also where the last block borrows."""
     done = SimpleNamespace(tokens=[7, 8], truncated=False, error=None)
     said = [("w7 w8", done)]
-    monkeypatch.setattr(answers, "sample", lambda m, t, prompts, **_: [said for _ in prompts])
+    monkeypatch.setattr(answers, "sample", lambda m, t, prompts, *_: [said for _ in prompts])
     people = list(PEOPLE.values())[:5]
     params = fidelity.Fidelity(["w40", "w41"], tiny[0], candidates=4)
     _, rows = fidelity.fidelity(*tiny, people, params, seed=3)
