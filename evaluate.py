@@ -311,6 +311,8 @@ def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
     if args.fidelity < 0:
         raise ValueError(f"--fidelity must be at least 0, not {args.fidelity}")
+    if args.judge_tokens < 1:
+        raise ValueError(f"--judge-tokens must be at least 1, not {args.judge_tokens}")
     run = compare.run_of(args.model)[0]
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
@@ -340,8 +342,6 @@ def one_arm(args):
 
 def personagym_of(args):
     """PersonaGym's questions and the judge that the flags name."""
-    if args.judge_tokens < 1:
-        raise ValueError(f"--judge-tokens must be at least 1, not {args.judge_tokens}")
     questions = judge.questions(args.personagym)
     if args.judge:
         ask_judge = judge.endpoint(args.judge, args.judge_model, args.judge_concurrency,

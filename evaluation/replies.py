@@ -40,8 +40,7 @@ HEDGED = re.compile(r"[\s(,]*(?:(?:or|to|and|maybe|perhaps|possibly|if not|but|-
 GOES_ON = re.compile(  # what may follow a grade; "3 facts" and "5 means" are no grades
     r"(?!\w|/)(?:\s*(?:stars?|points?)\b)?"
     r"(?:\W*$|\s*[.,;:!?)|\]]|\s*-(?!\w)|\s*\n|\s+[A-Z(]|\s+(?:because|since|as|for|and|but|so|"
-    r"given|due|"
-    r"with|here|overall|on|in|this|that|it|the|from|while|though)\b)")
+    r"given|due|with|here|overall|on|in|this|that|it|the|from|while|though)\b)")
 DENIED = re.compile(r"\b(?:not|never|cannot|no|neither|nor|without)\b|n't\b", re.I)
 VAGUE = re.compile(r"\b(?:between|than|above|below|least|most|almost|nearly|around|about|roughly|"
                    r"approximately|up to|could|might|may|maybe|perhaps|possibly|either)\b|~|"

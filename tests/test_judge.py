@@ -572,6 +572,14 @@ def test_a_judge_that_thinks_gets_more_room_and_its_score_is_read(field, tmp_pat
     assert [request["max_tokens"] for request in server.seen] == [16] + CALLS * [judge.ROOM]
 
 
+def test_a_judge_without_room_for_a_token_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    import evaluate
+
+    flags = ["--model", "absent", "--task", "absent", "--out", str(tmp_path), "--judge-tokens", "0"]
+    assert evaluate.main(flags) == 2
+    assert capsys.readouterr().err == "evaluate.py: --judge-tokens must be at least 1, not 0\n"
+
+
 def test_a_judge_that_only_thinks_is_counted_as_unreadable_and_a_later_command_asks_again(tmp_path):
     with Server(lambda text, request: {"content": None, "reasoning": "Hm"}, whole=True) as server:
         got = judge.grade([dict(row) for row in ROWS], judge.endpoint(server.url, "m", concurrency=1), "m", tmp_path)
@@ -647,7 +655,8 @@ def test_ctrl_c_half_way_is_one_line_and_the_same_command_goes_on_through_faults
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to every process of the command
         server.release.set()
         _, err = child.communicate(timeout=60)
-        assert child.returncode == 130 and err.strip().count("\n") == 0 and "evaluate.py: stopped" in err
+        said = [line for line in err.splitlines() if line and " golds: " not in line]  # not the count of golds
+        assert child.returncode == 130 and len(said) == 1 and "evaluate.py: stopped" in said[0]
         assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["answers.jsonl.part", "judge.jsonl"]
         server.hold_after, server.faults = None, "429 500 drop malformed slow fields 503".split()
         monkeypatch.setattr("rollout.Generation.run", no_sampling)
