@@ -12,7 +12,8 @@ Left out: grades in other languages than English, and letters. They are asked fo
 import re
 import unicodedata
 
-DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
+ONE = r"(?<=[:=])\s*one\b|^\W*one\b(?=\W*$)|\bone(?= out of 5\b)"  # and not "a good one"
+DIGITS = {"zero": "0", "two": "2", "three": "3", "four": "4", "five": "5"}
 THOUGHT = r"<(think|thinking|thought|reasoning|reflection)>.*?(?:</\1>|\Z)"
 SCALE = (  # the form and not the grade, in this order
     r"\b1\s*([,/|]|or|\s)\s*2\W+3\W+4\W+(?:or\s+|and\s+)?5\b",          # 1, 2, 3, 4 or 5
@@ -34,7 +35,7 @@ STATED = re.compile(
     rf"{LABEL}(?:[\s:=\-|>]*|[^\d.;!?\n]{{0,40}}?)(?P<labelled>{NUMBER})"
     rf"|(?P<scaled>{NUMBER}(?=\s*(?:stars?|points?)\b)|(?<![\w.,/])\d[\d.]*\s*(?:/|out of)\s*\d+)"
     r"|(?P<between>\bbetween \d and \d\b)"
-    rf"|^[^\w\n-]*(?:- )?[^\w\n-]*(?P<alone>{NUMBER})[^\w\n%+-]*$", re.I | re.M)
+    rf"|^(?:[^\w\n-]|- )*(?P<alone>{NUMBER})[^\w\n%+-]*$", re.I | re.M)
 HEDGED = re.compile(r"[\s(,]*(?:(?:or|to|and|maybe|perhaps|possibly|if not|but|->|[-~/,&]|\.\.+)\s*"
                     r"(?:a |an |even |maybe |perhaps |possibly )*\d|and a half|[+%?])", re.I)
 GOES_ON = re.compile(  # what may follow a grade; "3 facts" and "5 means" are no grades
@@ -85,6 +86,7 @@ def plain(reply):
     text = re.sub(r"out of (?:an? |the )?(?:possible |maximum |max )?(?:of )?5\b", "out of 5", text)
     text = re.sub(rf"\b({'|'.join(DIGITS)})\b", lambda word: DIGITS[word[0].lower()], text,
                   flags=re.I)
+    text = re.sub(ONE, " 1", text, flags=re.I | re.M)
     for form in SCALE:
         text = re.sub(form, " ", text, flags=re.I)
     return text
@@ -95,7 +97,8 @@ def stated(text, found):
     if found["between"]:
         return 0
     number = found["labelled"] or found["scaled"] or found["alone"]
-    sentence = re.split(r"[.;!?\n]", text[:found.end() - len(number)])[-1]
+    start = found.end() - len(number)
+    sentence = re.split(r"[.;!?\n]", text[max(start - 300, 0):start])[-1]
     clause = sentence.split(",")[-1]
     if DENIED.search(clause) or re.search(r"\bif\b", sentence, re.I):
         return None

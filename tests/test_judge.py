@@ -262,6 +262,12 @@ READ = {  # kind: (reply, score) with None where it must be asked for again
         ("No.", None),
         ("The answer gives 3 reasons.", None),
         ("One could say more.", None),
+        ("I give it a good one, because the voice fits.", None),
+        ("I rate this one of the best.", None),
+        ("Score: one", 1),
+        ("One.", 1),
+        ("Score: 3\nA good one.", 3),
+        ("One out of five", 1),
         ("I like 4 of them", None),
         ("I cannot give a score of 5.", None),
         ("Good", None),
@@ -501,6 +507,13 @@ READ = {  # kind: (reply, score) with None where it must be asked for again
     pytest.param(reply, score, id=f"{kind}: {reply!r}") for kind, cases in READ.items() for reply, score in cases])
 def test_a_score_is_read_or_not_from_a_reply(reply, score):
     assert replies.score(reply) == score
+
+
+@pytest.mark.parametrize("part", ["* ", "- ", "score ", "1 ", "(1 x", "\n", "</think>", "Score: 4 or "])
+def test_a_long_reply_is_read_in_a_moment(part):
+    start = time.time()
+    replies.score(part * 5000)
+    assert time.time() - start < 2
 
 
 def test_every_kind_of_reply_has_some_that_must_stay_unreadable():
