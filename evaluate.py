@@ -14,7 +14,7 @@ Behind this door, in evaluation/:
     lottery.py    the scores in which the luck of a lottery cancels
     rivals.py     pass@k, the noise floor, and what inference can buy
     fidelity.py   does an answer still tell its persona? No judge is needed
-    judge.py      PersonaGym with a judge model
+    judge.py      PersonaGym with a judge model; replies.py reads its grades
     compare.py    arms side by side, and the hypotheses
     report.py     the HTML page; plots.py draws its plots
 
@@ -297,6 +297,8 @@ def parse(argv):
         help="OpenAI-compatible endpoint, key in JUDGE_API_KEY (default: in this process)")
     add("--judge-model", default="smollm2-135m", help="name at --judge, or a model as for --model")
     add("--judge-concurrency", type=int, default=4, help="questions asked of --judge at a time")
+    add("--judge-tokens", type=int, default=16,
+        help="room of a judge's reply; one cut off before its score is repeated with more")
     add("--judge-price", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"),
         help="per million tokens")
     add("--compare", nargs="+", metavar="DIR",
@@ -309,6 +311,8 @@ def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
     if args.fidelity < 0:
         raise ValueError(f"--fidelity must be at least 0, not {args.fidelity}")
+    if args.judge_tokens < 1:
+        raise ValueError(f"--judge-tokens must be at least 1, not {args.judge_tokens}")
     run = compare.run_of(args.model)[0]
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
@@ -340,9 +344,11 @@ def personagym_of(args):
     """PersonaGym's questions and the judge that the flags name."""
     questions = judge.questions(args.personagym)
     if args.judge:
-        ask_judge = judge.endpoint(args.judge, args.judge_model, args.judge_concurrency)
+        ask_judge = judge.endpoint(args.judge, args.judge_model, args.judge_concurrency,
+                                   args.judge_tokens)
     else:
-        ask_judge = judge.local(*weights.load(args.judge_model, args.dtype, args.device))
+        ask_judge = judge.local(*weights.load(args.judge_model, args.dtype, args.device),
+                                args.judge_tokens)
     return judge.PersonaGym(questions, ask_judge, args.judge_model, Path(args.out),
                             args.judge_price)
 

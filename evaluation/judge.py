@@ -32,7 +32,7 @@ from huggingface_hub.errors import HfHubHTTPError
 import personas
 import rollout
 from common import files
-from evaluation import answers, measures
+from evaluation import answers, measures, replies
 
 TASKS = {  # task: what is asked for, what earns a 1, what earns a 5
     "Expected Action": ("What the character does in the situation is what this character would do.",
@@ -54,6 +54,9 @@ TASKS = {  # task: what is asked for, what earns a 1, what earns a 5
 PLANTABLE = [task for task in TASKS if task != "Toxicity Control"]  # harm is harm in any persona
 RETRIED = (429, 500, 502, 503, 504)  # HTTP statuses that may pass; others are the user's mistake
 TRANSPORT = HfHubHTTPError.__bases__[0]  # HTTPError of the HTTP library under huggingface_hub
+ADVICE = {400: "check --judge-model", 401: "check JUDGE_API_KEY", 403: "check JUDGE_API_KEY",
+          404: "check --judge and --judge-model", 422: "check --judge-model"}
+ROOM = 2048  # tokens for a reply that was cut off before its score: enough to think
 MALFORMED = (ValueError, AttributeError, TypeError, LookupError)  # no JSON, or fields are missing
 
 
@@ -127,37 +130,73 @@ def prompt(persona, task, question, answer):
             "Reply with one line: Score: N, where N is 1, 2, 3, 4 or 5.")
 
 
-def parse(reply):
-    """The score 1..5 in a judge's reply: the last "score: N", or a bare digit; else None."""
-    found = re.findall(r"score\W{0,5}(?:is\W{0,3})?([1-5])(?![\d]|[.,]\d)", reply, re.I)
-    bare = re.fullmatch(r"\W*([1-5])(?:\s*/\s*5)?\W*", reply)
-    return int(found[-1]) if found else int(bare[1]) if bare else None
+def options(refused, max_tokens):
+    """The settings of a request, without those that the endpoint has refused."""
+    settings = {} if "temperature" in refused else {"temperature": 0.0}
+    if "max_tokens" not in refused:
+        settings["max_tokens"] = max_tokens
+    elif "max_completion_tokens" not in refused:
+        settings["extra_body"] = {"max_completion_tokens": max_tokens}
+    return settings
 
 
-def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
+def refusals(error, settings):
+    """The names of the settings sent that a refusal (status 400 or 422) speaks of."""
+    response = getattr(error, "response", None)
+    if getattr(response, "status_code", None) not in (400, 422):
+        return set()
+    sent = settings.keys() | settings.get("extra_body", {}).keys()
+    return {name for name in sent if re.search(rf"\b{name}\b", response.text)}
+
+
+def failure(url, tries, error):
+    """The error of an endpoint that gave no reply, with what to do about it."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    todo = ADVICE.get(status, "the same command goes on from here, without paying twice")
+    times = "" if tries == 1 else f" {tries} times in a row"
+    return OSError(f"the judge at {url} failed{times}: {error}; {todo}")
+
+
+def endpoint(url, model, concurrency=4, max_tokens=16, retries=6, backoff=1.0, timeout=120.0):
     """A judge behind an OpenAI-compatible URL -> ask(prompts), which yields (index, text, tokens
-    in, tokens out).
+    in, tokens out). The tokens are None where the endpoint does not count them.
 
     The key is JUDGE_API_KEY of the environment. Statuses that may pass, dropped connections,
-    timeouts and malformed replies are retried with doubling waits. OSError where all retries fail.
+    timeouts and malformed replies are retried with doubling waits. A setting that is refused by
+    name is left out from then on. A reply cut off before its score is asked for again with `ROOM`.
+    OSError where all retries fail.
     """
-    stopped = threading.Event()
+    stopped, refused, room = threading.Event(), set(), [max_tokens]
     key = os.environ.get("JUDGE_API_KEY", "none")
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
 
-    def call(index, message):
-        for attempt in range(retries + 1):
+    def reply(message, max_tokens):
+        attempt = 0
+        while True:
+            settings = options(refused, max_tokens)
             try:
                 got = client.chat_completion([{"role": "user", "content": message}], model=model,
-                                             temperature=0.0, max_tokens=16)
-                text, used = got.choices[0].message.content or "", got.usage
-                return index, text, used.prompt_tokens, used.completion_tokens
+                                             **settings)
+                return got.choices[0].message.content or "", cut_off(got), spent(got)
             except (TRANSPORT, *MALFORMED) as error:
+                if names := refusals(error, settings):
+                    refused.update(names)
+                    continue
                 status = getattr(getattr(error, "response", None), "status_code", RETRIED[0])
                 if status not in RETRIED or attempt == retries or stopped.is_set():
-                    raise OSError(f"the judge at {url} failed {attempt + 1} times in a row: "
-                                  f"{error}") from error
+                    raise failure(url, attempt + 1, error) from error
             stopped.wait(backoff * 2**attempt)
+            attempt += 1
+
+    def call(index, message):
+        given = room[0]
+        text, cut, tokens = reply(message, given)
+        if cut and replies.score(text) is None and given < ROOM:
+            room[0] = ROOM                              # the next prompts need it too
+            text, _, more = reply(message, ROOM)
+            tokens = [None if None in pair else sum(pair)
+                      for pair in zip(tokens, more, strict=True)]
+        return index, text, *tokens
 
     def ask(prompts):
         stopped.clear()
@@ -173,9 +212,23 @@ def endpoint(url, model, concurrency=4, retries=6, backoff=1.0, timeout=60.0):
     return ask
 
 
-def local(model, tokenizer):
+def cut_off(got):
+    """Whether a reply ended for lack of room: cut, or all of it spent on thinking."""
+    choice = got.choices[0]
+    thought = any(getattr(choice.message, name, None)
+                  for name in ("reasoning", "reasoning_content"))
+    return choice.finish_reason == "length" or (thought and not choice.message.content)
+
+
+def spent(got):
+    """(tokens in, tokens out) of a reply, None where the endpoint does not say."""
+    used = getattr(got, "usage", None)
+    return getattr(used, "prompt_tokens", None), getattr(used, "completion_tokens", None)
+
+
+def local(model, tokenizer, max_tokens=16):
     """A judge in this process, through our own sampler; as `endpoint`."""
-    greedy = rollout.SamplingParams(max_tokens=16, temperature=0.0)
+    greedy = rollout.SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
     def ask(prompts):
         ids = [personas.prompt_ids(tokenizer, text, None) for text in prompts]
@@ -188,17 +241,17 @@ def local(model, tokenizer):
 
 def remember(ask, name, path, prompts):
     """The replies to prompts: from the file at `path` where it has them, else from `ask`, which are
-    added to the file at once."""
-    replies = {row["key"]: row for row in files.rows(path)}
+    added to the file at once. An empty reply is no reply: a later command asks again."""
+    known = {row["key"]: row for row in files.rows(path) if row["text"].strip()}
     keys = [hashlib.sha256(f"{name}\n{text}".encode()).hexdigest() for text in prompts]
-    todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in replies}
+    todo = {key: text for key, text in zip(keys, prompts, strict=True) if key not in known}
     with path.open("a", encoding="utf-8") as file:
         for index, text, tokens_in, tokens_out in ask(list(todo.values())):
             row = {"key": list(todo)[index], "text": text, "tokens_in": tokens_in,
                    "tokens_out": tokens_out}
             files.append(file, row)
-            replies[row["key"]] = row
-    return [replies[key] for key in keys]
+            known[row["key"]] = row
+    return [known[key] for key in keys]
 
 
 def grade(rows, ask, name, folder, seed=0, price=(0.0, 0.0)):
@@ -213,21 +266,29 @@ def grade(rows, ask, name, folder, seed=0, price=(0.0, 0.0)):
                 for row in rows + planted]
     order = np.random.default_rng(seed).permutation(len(messages))
     path = Path(folder) / "judge.jsonl"
-    replies = remember(ask, name, path, [messages[i] for i in order])
-    unclear = [i for i, reply in zip(order, replies, strict=True) if parse(reply["text"]) is None]
+    first = remember(ask, name, path, [messages[i] for i in order])
+    text = dict(zip(order, (reply["text"] for reply in first), strict=True))
+    unclear = [i for i in order if replies.score(text[i]) is None]
     repeated = [messages[i] + "\nAnswer with the score alone." for i in unclear]
     again = remember(ask, name, path, repeated)
-    text = dict(zip(order, (reply["text"] for reply in replies), strict=True))
     text |= dict(zip(unclear, (reply["text"] for reply in again), strict=True))
-    scores = [parse(text[i]) for i in range(len(messages))]
+    scores = [replies.score(text[i]) for i in range(len(messages))]
     for row, score in zip(rows + planted, scores, strict=True):
         row["score"] = score or 1
-    tokens_in, tokens_out = (sum(reply[key] for reply in replies + again)
-                             for key in ("tokens_in", "tokens_out"))
     return person_scores(rows, seed) | control(rows, planted, seed) | {
-        "judge": name, "calls": len(replies) + len(again), "asked_twice": len(again),
-        "unparsed": scores.count(None), "tokens_in": tokens_in, "tokens_out": tokens_out,
-        "cost": (tokens_in * price[0] + tokens_out * price[1]) / 1e6}
+        "judge": name, "calls": len(first) + len(again), "asked_twice": len(again),
+        "unparsed": scores.count(None)} | bill(first + again, price)
+
+
+def bill(paid, price):
+    """Tokens and cost of the replies. Replies without a count of tokens leave the cost unknown."""
+    counted = [row for row in paid if None not in (row["tokens_in"], row["tokens_out"])]
+    tokens_in, tokens_out = (sum(row[key] for row in counted)
+                             for key in ("tokens_in", "tokens_out"))
+    cost = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
+    return {"tokens_in": tokens_in, "tokens_out": tokens_out,
+            "uncounted": len(paid) - len(counted),
+            "cost": cost if len(counted) == len(paid) else None}
 
 
 def plant(rows, seed):

@@ -143,9 +143,10 @@ def judge_cell(gym):
     if not gym:
         return "–"
     usable = "true answers score above planted ones" if gym["usable"] else "failed planted controls"
+    cost = "unknown" if gym["cost"] is None else f"{gym['cost']:.2f}"
     return (f"{gym['judge']}, {'usable' if gym['usable'] else 'NOT USABLE'}: {usable}; "
             f"{gym['calls']} calls, {gym['tokens_in']} tokens in, {gym['tokens_out']} out, "
-            f"cost {gym['cost']:.2f}; {gym['unparsed']} without a score")
+            f"cost {cost}; {gym['unparsed']} without a score")
 
 
 def finding(arms, comparison):
