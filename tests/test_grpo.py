@@ -504,7 +504,7 @@ def test_summaries_equal_their_formula():
     ({"name": "dapo", "normaliser": "sequence"}, "token level"),
     ({"name": "dr_grpo", "advantage": "std"}, "leaves out the std"),
     ({"name": "dr_grpo", "normaliser": "sequence"}, "division by length"),
-    ({"name": "gspo"}, "one ratio a completion"),
+    ({"name": "gspo"}, "one ratio per completion"),
     ({"name": "cispo", "dual_clip": 3.0}, "dual clip"),
     ({"dual_clip": 1.1}, "above 1"),
     ({"kl_coef": -1.0}, "kl_coef"),

@@ -104,11 +104,11 @@ def kept(tiny, tmp_path_factory):
     folder, target = (tmp_path_factory.mktemp(name) for name in ("evaluation", "kept"))
     draw = random.Random(0)
 
-    def answered(model, tokenizer, prompts, n=1, log=None, **sampling):
+    def answered(model, tokenizer, prompts, params, log=None):
         log.touch()
         return [[(draw.choice(["It is 6.", "So 8\u2028apples.", "six", "9, no, 6."]),
                   Completion(i, j, [draw.randint(3, 98) for _ in range(3)], [], draw.random() < 0.3))
-                 for j in range(n)] for i in range(len(prompts))]
+                 for j in range(params.n)] for i in range(len(prompts))]
 
     problems = [tasks.Problem(f"What is {i} + {g - i}?", str(g), f"{g}-{i}", "add") for g in (6, 8) for i in (1, 2, 3)]
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +132,7 @@ def test_the_kept_answers_give_the_verdicts_and_the_tables_of_the_results_again(
     greedy = [row for row in rows if row.get("temperature") == 0]
     table = {name: "" for name in results["correct"]}
     for row in greedy:
-        verdict = rewards.verify(row["gold"], row["answer"]).verdict
+        verdict = rewards.verify(row["gold"], row["answer"], row["question"]).verdict
         assert verdict == row["verdict"]
         table[row["persona"]] += "01"[verdict == "correct"]
     assert table == results["correct"] and "1" in str(table) and "0" in str(table)
