@@ -344,10 +344,15 @@ def chunks(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
         yield first, len(sizes)
 
 
+def completion_hidden(model: Transformer, packed: Packed) -> Tensor:
+    """[M, H]: the hidden state that predicts each completion token."""
+    return model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
+
+
 def completion_logprobs(
     model: Transformer, packed: Packed, temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token and entropy of its distribution, [M] fp32, at the
     sampler's temperature."""
-    hidden = model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
+    hidden = completion_hidden(model, packed)
     return linear_logprob(hidden, model.head_weight, packed.targets, temperature, model.c.softcap)

@@ -46,7 +46,16 @@ from training.minibatches import MicroBatch, minibatches, runs
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
-from training.run import Job, Terminated, before_after, evaluated, read, run_folder, terminated
+from training.run import (
+    Job,
+    Terminated,
+    anchored,
+    before_after,
+    evaluated,
+    read,
+    run_folder,
+    terminated,
+)
 from training.settings import settings
 
 # --------------------------------------------------------------------------------------------------
@@ -94,9 +103,8 @@ def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
     if author:
         params = replace(job.sampling, seed=args.seed + 1_000_003 * (turn + 1))  # one for each turn
         first = mine.start * G // n                     # keys are the same whichever rank samples
-        keys = list(range(first, first + len(prompts)))
-        done = generate(author, prompts, params, keys=keys, slots=args.slots,
-                        tokenizer=job.tokenizer, cuda_graphs=args.cuda_graphs)
+        done = generate(author, prompts, params, keys=range(first, first + len(prompts)),
+                        slots=args.slots, tokenizer=job.tokenizer, cuda_graphs=args.cuda_graphs)
     else:
         done = gold_completions(job.tokenizer, [p for p in problems for _ in range(G // n)], n)
     for completion in done:
@@ -288,7 +296,7 @@ def run(args) -> None:
         if evaluates:
             print(f"run folder {out}; evaluating before training", file=sys.stderr)
             before = evaluated(job, out / "evaluation" / "before", 0)
-        train(job, out)
+        train(anchored(job), out)
         if evaluates:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
             print(before_after(before, after))

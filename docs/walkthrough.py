@@ -210,7 +210,8 @@ def forward(s) -> list[str]:
         "## 8. Log-probs and entropy",
         r"$$\log \pi(y_t) = \frac{z_{y_t}}{T} - \log \sum_v e^{z_v / T}, "
         r"\qquad H_t = -\sum_v \pi_v \log \pi_v$$",
-        code(decoder.completion_logprobs, "hidden = model", "return linear"),
+        code(decoder.completion_hidden, "return model("),
+        code(decoder.completion_logprobs, "return linear"),
         code(row_statistics, "logsumexp = ", "out[0, rows] = ", "out[1, rows] = "),
         "Sampler and trainer run the same weights at the same temperature. So their log-probs "
         r"agree up to rounding. $\pi_{old}$ in the loss is not the sampler's number. It is the "

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
+from common.files import rows
 
 TRACE = Path(__file__).with_name("trace.json")
 ALL = ["--steps", "2", "--prompts", "3", "--group-size", "4", "--max-new-tokens", "24", "--eval-problems", "0",
@@ -34,14 +35,10 @@ SHORT = ("permix", "a persona a completion, KL and entropy in the loss", "two ep
 LEFT_OUT = ("seconds", "tokens_per_second")             # differ from run to run
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def trace(flags: list[str], out: Path) -> dict:
     assert train.main([*ALL, *flags, "--out", str(out)]) == 0
-    metrics = [{k: v for k, v in row.items() if k not in LEFT_OUT} for row in lines(out / "metrics.jsonl")]
-    return {"metrics": metrics, "samples": lines(out / "samples.jsonl")}
+    metrics = [{k: v for k, v in row.items() if k not in LEFT_OUT} for row in rows(out / "metrics.jsonl")]
+    return {"metrics": metrics, "samples": list(rows(out / "samples.jsonl"))}
 
 
 @pytest.mark.parametrize("name", RUNS)

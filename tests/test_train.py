@@ -351,7 +351,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_folder):
 
 
 def test_the_anchor_starts_at_zero_and_grows_as_the_policy_moves(tiny_folder):
-    job = train.read(arguments(tiny_folder, "--anchor-coef", "0.5", "--anchor-answers", "6", "--anchor-tokens", "5"))
+    job = train.anchored(train.read(arguments(tiny_folder, "--anchor-coef", "0.5", "--anchor-answers", "6",
+                                              "--anchor-tokens", "5")))
     policy = Policy(job.model, 1e-4, 0)
     assert job.anchor.kl(job.model, 0).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
@@ -368,8 +369,8 @@ def test_the_start_model_is_that_of_the_model_flag_whatever_a_checkpoint_holds(t
     """The KL's reference and the anchor's answers do not move with the policy, also after a resume."""
     flags = ["--kl-coef", "0.1", "--anchor-coef", "0.1", "--anchor-answers", "4", "--anchor-tokens", "4"]
     assert run(tiny_folder, tmp_path / "run", *flags) == 0
-    fresh = train.read(arguments(tiny_folder, *flags))
-    again = train.read(train.settings(["--resume", str(tmp_path / "run"), "--steps", "5"]))
+    fresh = train.anchored(train.read(arguments(tiny_folder, *flags)))
+    again = train.anchored(train.read(train.settings(["--resume", str(tmp_path / "run"), "--steps", "5"])))
     policy = Policy(again.model, 1e-3, 0)
     assert Checkpoints(tmp_path / "run" / "checkpoints", 1).load(policy) == 4
     assert again.anchor.groups == fresh.anchor.groups
@@ -746,6 +747,18 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, tmp_path, cap
     assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
     assert run(tiny_folder, tmp_path / "run") == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_the_anchor_is_prepared(tiny_folder, tmp_path, monkeypatch):
+    prepared = []
+    monkeypatch.setattr("training.run.Anchor", lambda *_: prepared.append(True))
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
+    assert run(tiny_folder, tmp_path / "run", "--anchor-coef", "0.1") == 2 and not prepared
+
+
+def test_a_distillation_with_a_kl_has_one_start_model(tiny_folder):
+    job = train.read(arguments(tiny_folder, "--method", "distill", "--kl-coef", "0.1"))
+    assert job.author is job.reference is not job.model and job.imitates
 
 
 def test_p29_an_unknown_flag_is_an_error():

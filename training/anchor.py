@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import personas
-from model import Transformer, pack
+from model import Transformer, completion_hidden, pack
 from rollout import SamplingParams, generate
 
 
@@ -36,18 +36,12 @@ class Anchor:
         self.groups = [(prompts[c.index], [c.tokens]) for c in answers]
         self.head = start.head_weight.detach().clone()
         with torch.no_grad():
-            self.hidden = [self.hidden_states(start, [group]) for group in self.groups]
-
-    @staticmethod
-    def hidden_states(model: Transformer, groups) -> Tensor:
-        """[tokens, H]: what predicts each token of the answers."""
-        packed = pack(groups, model)
-        return model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
+            self.hidden = [completion_hidden(start, pack([group], start)) for group in self.groups]
 
     def kl(self, model: Transformer, step: int) -> Tensor:
         """Mean KL per token, in nats, on an optimizer step's answers; with gradient."""
         chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
-        hidden = self.hidden_states(model, [self.groups[i] for i in chosen])
+        hidden = completion_hidden(model, pack([self.groups[i] for i in chosen], model))
         before = torch.cat([self.hidden[i] for i in chosen])
         start = model.logits(before, self.head).log_softmax(-1)
         now = model.logits(hidden).log_softmax(-1)

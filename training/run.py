@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,9 +40,13 @@ class Job:
     problems: list[tasks.Problem]       # with their question as it is asked
     pool: list[personas.Persona]
     rewarder: Rewarder
-    anchor: Anchor | None
     held_out: tuple[list, list] | None  # problems and personas of the evaluation
-    imitates: bool                      # sft and distill: what is correct is learned by heart
+    anchor: Anchor | None = None        # see `anchored`
+
+    @property
+    def imitates(self) -> bool:
+        """sft and distill: another wrote what is correct, and it is learned by heart."""
+        return self.author is not self.model
 
 
 def read(args) -> Job:
@@ -62,31 +66,41 @@ def read(args) -> Job:
                          "evaluation's personas: give train, conflict-train, paraphrases-train, "
                          "or a file without them")
     n = args.group_size if personas.shares_prompt(args.mix) else 1
-    sampling = SamplingParams(n, args.max_new_tokens, args.temperature, seed=args.seed,
-                              stop=tuple(args.stop))
+    sampling = SamplingParams(n, args.max_new_tokens, args.temperature, stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
     held_out = held_out_of(args) if args.eval_problems else None
     if args.tracker:
         monitor.tracker_package(args.tracker)
-
-    def beside(name: str) -> Transformer:
-        return weights.load_beside(name, tokenizer, args.dtype, args.device)
-
-    # The start model is read anew from --model, so that no checkpoint can have changed it.
-    start = beside(args.model) if args.kl_coef or args.anchor_coef else None
-    anchor = Anchor(start, tokenizer, pool, args) if args.anchor_coef else None
+    reference = start_model(args, tokenizer) if args.kl_coef else None
     match args.method:
         case "sft":
             author = None
+        case "distill" if args.teacher:
+            author = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device)
         case "distill":
-            author = beside(args.teacher or args.model)
+            author = reference or start_model(args, tokenizer)
         case _:
             author = model
     if not ranks()[0]:
         wait()
-    return Job(args, loss_of(args), sampling, model, author, start if args.kl_coef else None,
-               tokenizer, problems, pool, rewarder, anchor, held_out,
-               imitates=args.method in ("sft", "distill"))
+    return Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
+               rewarder, held_out)
+
+
+def start_model(args, tokenizer) -> Transformer:
+    """Read anew from --model, so that no checkpoint can have changed it."""
+    return weights.load_beside(args.model, tokenizer, args.dtype, args.device)
+
+
+def anchored(job: Job) -> Job:
+    """The job with the anchor's answers, where --anchor-coef wants them.
+
+    They are sampled now, which takes its time; `read` only looks. The start model is dropped after.
+    """
+    if not job.args.anchor_coef:
+        return job
+    start = job.reference or start_model(job.args, job.tokenizer)
+    return replace(job, anchor=Anchor(start, job.tokenizer, job.pool, job.args))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def _collect(tree, keys: set) -> None:
     if tree[0] not in ("sym", "const", "text", "matrix"):
         keys.add(_key(tree))
     for part in tree[1:]:
-        if isinstance(part, tuple) and part and isinstance(part[0], str):
+        if _is_tree(part):
             _collect(part, keys)
 
 
