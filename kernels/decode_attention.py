@@ -1,0 +1,51 @@
+"""The attention of a decode step: one new token in each of B rows.
+
+A row sees its prefix (stored once for all rows that share it), its own tokens, and the new one. The
+same mathematics stands here three times: in plain torch below, which defines it; in Triton for GPUs
+(triton_decode_attention.py); in C++ for CPUs (native.cpp).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KeyValues = tuple[Tensor, Tensor]                       # keys, values [entries, kv_heads, T, D]
+
+
+class Rows(NamedTuple):
+    """What each of B rows sees, in memory that a CUDA graph can read again: int32 [B] each."""
+    prefixes: Tensor                                    # which entry is the row's prefix
+    prefix_lengths: Tensor                              # how many of its tokens; 0: no prefix
+    lengths: Tensor                                     # the row's own tokens before the new one
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
+                     rows: Rows, scale: float, window: int = 0) -> Tensor:
+    """q [B, heads, D], k and v [B, kv_heads, D] of the new tokens -> [B, heads, D].
+
+    Row b writes k and v into entry b of row_kv, behind the row's tokens, and attends. scale: of the
+    scores. window: how many positions a token sees, itself included; 0: all.
+    """
+    return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
+
+
+def torch_decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
+                           rows: Rows, scale: float, window: int = 0) -> Tensor:
+    """The definition. It copies each row's prefix, and is slow."""
+    (B, K, D), P, T = k.shape, prefix_kv[0].shape[2], int(rows.lengths.max()) + 1
+    entries, at = rows.prefixes.long(), torch.arange(B, device=q.device)
+    for cache, new in zip(row_kv, (k, v), strict=True):
+        cache[at, :, rows.lengths.long()] = new
+    keys, values = (torch.cat([shared[entries], own[:B, :, :T]], 2)             # [B, K, P + T, D]
+                    for shared, own in zip(prefix_kv, row_kv, strict=True))
+    before, own = rows.prefix_lengths[:, None], rows.lengths[:, None]
+    key = torch.arange(P, device=q.device).expand(B, P)
+    new = before + torch.arange(T, device=q.device)
+    hidden = torch.cat([key >= before, new > before + own], 1)                  # [B, P + T]
+    if window:
+        hidden |= torch.cat([key, new], 1) <= before + own - window
+    scores = (q * scale).view(B, K, -1, D) @ keys.transpose(-1, -2)             # [B, K, g, P + T]
+    weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
+    values = values.masked_fill(hidden[:, None, :, None], 0)    # what nobody wrote may be NaN
+    return (weights @ values).reshape(q.shape)
