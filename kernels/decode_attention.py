@@ -32,12 +32,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_
 
 def torch_decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
                            rows: Rows, scale: float, window: int = 0) -> Tensor:
-    """The definition. It copies each row's prefix, and is slow."""
-    (B, K, D), P, T = k.shape, prefix_kv[0].shape[2], int(rows.lengths.max()) + 1
+    """The definition. It copies each row's prefix and reads whole entries: slow."""
+    (B, K, D), P, T = k.shape, prefix_kv[0].shape[2], row_kv[0].shape[2]
     entries, at = rows.prefixes.long(), torch.arange(B, device=q.device)
     for cache, new in zip(row_kv, (k, v), strict=True):
         cache[at, :, rows.lengths.long()] = new
-    keys, values = (torch.cat([shared[entries], own[:B, :, :T]], 2)             # [B, K, P + T, D]
+    keys, values = (torch.cat([shared[entries], own[:B]], 2)       # [B, K, P + T, D]
                     for shared, own in zip(prefix_kv, row_kv, strict=True))
     before, own = rows.prefix_lengths[:, None], rows.lengths[:, None]
     key = torch.arange(P, device=q.device).expand(B, P)
