@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
 from kernels.attention import PrefixAttention
+from kernels.elementwise import gated, rms_norm, rotate
 
 # -----------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -95,14 +96,6 @@ def inverse_frequencies(head_dim: int, rope: dict) -> Tensor:
     return base * (keep + (1 - keep) / rope["factor"])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, heads, D] turned by cos, sin [N, 1, D].
-
-    The first half of `sin` is negated: rotate_half without a copy.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
 # -----------------------------------------------------------------------------------------------
 # The decoder. Parameters carry Hugging Face's names (without the leading "model.").
 
@@ -114,10 +107,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.offset:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        weight = self.weight.float() + self.offset
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class Layer(nn.Module):
@@ -159,7 +149,7 @@ class Layer(nn.Module):
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y.split([m.out_features for m in modules], -1)
 
-    def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend) -> Tensor:
+    def attention(self, x: Tensor, table: Tensor | None, attend) -> Tensor:
         c, a = self.c, self.self_attn
         q, k, v = self.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
         if c.qk_norm == "all":
@@ -167,23 +157,21 @@ class Layer(nn.Module):
         q, k, v = (y.view(len(x), -1, c.head_dim) for y in (q, k, v))           # [N, heads, D]
         if c.qk_norm == "head":
             q, k = a["q_norm"](q), a["k_norm"](k)
-        if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
         out = attend(self.index, q, k, v)                                   # [N, num_heads, D]
         return self.linear(out.flatten(1), a["o_proj"])[0]
 
     def feed_forward(self, x: Tensor) -> Tensor:
         gate, up = self.linear(x, self.mlp["gate_proj"], self.mlp["up_proj"])
-        silu = self.c.activation == "silu"
-        gate = F.silu(gate) if silu else F.gelu(gate, approximate="tanh")
-        return self.linear(gate * up, self.mlp["down_proj"])[0]
+        return self.linear(gated(gate, up, self.c.activation), self.mlp["down_proj"])[0]
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor | None, attend) -> Tensor:
         if self.c.pre_norm and not self.c.post_norm:                        # Llama, Mistral, Qwen
-            x = x + self.attention(self.input_layernorm(x), cos, sin, attend)
+            x = x + self.attention(self.input_layernorm(x), table, attend)
             return x + self.feed_forward(self.post_attention_layernorm(x))
         pre_attn = self.input_layernorm(x) if self.c.pre_norm else x        # Gemma 3 | OLMo 2
-        x = x + self.post_attention_layernorm(self.attention(pre_attn, cos, sin, attend))
+        x = x + self.post_attention_layernorm(self.attention(pre_attn, table, attend))
         pre_mlp = self.pre_feedforward_layernorm(x) if self.c.pre_norm else x
         return x + self.post_feedforward_layernorm(self.feed_forward(pre_mlp))
 
@@ -219,35 +207,33 @@ class Transformer(nn.Module):
         x = self.embed_tokens(input_ids)
         if self.c.embed_scale != 1.0:                   # rounded to the dtype, as Gemma was trained
             x = x * torch.tensor(self.c.embed_scale, dtype=x.dtype)
-        tables = self.rotary_tables(position_ids, x.dtype)
-        for layer, (cos, sin) in zip(self.layers, tables, strict=True):
+        tables = self.rotary_tables(position_ids)
+        for layer, table in zip(self.layers, tables, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing is random, so the state of the random generators is not kept: on a GPU,
                 # reading it would mean to wait.
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False,
                                preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, table, attend)
         return self.norm(x)
 
-    def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> list[tuple]:
-        """Each layer's cos and (half negated) sin [N, 1, D], computed in fp32; (None, None) for
-        NoPE. Layers with the same rope parameters share them."""
+    def rotary_tables(self, position_ids: Tensor) -> list[Tensor | None]:
+        """Each layer's cosines and sines [N, 1, D] fp32, for `rotate`; None for NoPE. Layers with
+        the same rope parameters share them."""
         ropes = self.c.rope
         if not self.frequencies:            # kept: a CUDA graph can't take what comes from the host
             self.frequencies = [rope and inverse_frequencies(self.c.head_dim, rope).to(self.device)
                                 for rope in ropes]
-        tables = {id(None): (None, None)}
+        tables = {id(None): None}
         for rope, frequencies in zip(ropes, self.frequencies, strict=True):
             if id(rope) not in tables:
                 angles = position_ids[:, None, None].float() * frequencies
-                cos, sin = angles.cos(), angles.sin()
-                cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-                tables[id(rope)] = cos.to(dtype), sin.to(dtype)
+                tables[id(rope)] = torch.cat([angles.cos(), angles.sin()], -1)
         return [tables[id(rope)] for rope in ropes]
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
-        """[N, V] fp32, soft-capped where the family does that.
+        """[N, V] in the model's dtype; soft-capped where the family does that, then in fp32.
 
         For the few rows of the sampler and the anchor; the loss uses kernels.linear_logprob.
         head [V, H]: a weight to use in place of the model's own.
@@ -257,8 +243,8 @@ class Transformer(nn.Module):
                 hidden, self.reordered["head"], None, "none", [], "")
         else:
             logits = F.linear(hidden, self.head_weight if head is None else head)
-        logits, cap = logits.float(), self.c.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        cap = self.c.softcap
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
     @contextmanager
     def reordered_weights(self):

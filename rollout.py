@@ -35,8 +35,9 @@ import personas
 import weights
 from common.command import one_line
 from common.files import numbered
+from kernels.decode_attention import Rows
 from model import Transformer, chunks
-from sampling.cache import Cache, Place, Prefix, shared_openings
+from sampling.cache import Cache, KeyValues, Prefix, shared_openings
 from sampling.draw import sample
 from sampling.flags import parser
 from sampling.graphs import Graphs
@@ -98,50 +99,99 @@ class Row:
     prompt: Prompt
     completion: Completion
     uniforms: np.ndarray                                # [max_tokens] float64, one per token
+    entry: int                                          # in the cache
+    start: int                                          # prompt tokens in it, behind the prefix
+
+
+class Sampler:
+    """A model, with a cache and CUDA graphs that live as long as it does.
+
+    slots: rows decoded together, which bounds memory. cuda_graphs: see sampling/graphs.py; None:
+    where there is a GPU for them.
+    """
+
+    def __init__(self, model: Transformer, slots: int = 64, cuda_graphs: bool | None = None):
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, not {slots}")
+        self.model, self.slots, self.cache = model, slots, Cache(model)
+        graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self.graphs = Graphs(self.step, self.cache, bucket(slots)) if graphs else None
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams = SamplingParams(), *,
+                 keys: Sequence[int] | None = None, tokenizer=None, on_token=None,
+                 ) -> Iterator[Completion]:
+        """Yields the n completions of every prompt as they finish. One call at a time.
+
+        prompts: token ids. keys: one integer per prompt (default: its index); a sample is a
+        function of (seed, key, sample index). tokenizer: for stop strings. on_token: called with a
+        row's tokens after each new one. Raises ValueError, before anything runs, for what cannot
+        work.
+        """
+        room = self.model.c.max_positions - params.max_tokens
+        if params.stop and tokenizer is None:
+            raise ValueError("stop strings need the tokenizer")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty")
+            if len(prompt) > room:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens; with {params.max_tokens} new ones that "
+                    f"exceeds the model's {self.model.c.max_positions} positions")
+        keys = keys or range(len(prompts))
+        return Generation(self, prompts, params, keys, tokenizer).run(on_token)
+
+    def decode(self, inputs: Tensor) -> Tensor:
+        """The hidden states [B, H] of one new token in each row.
+
+        inputs [5, B] int32, on the host: the tokens, then what kernels.decode_attention.Rows names.
+        """
+        inputs = inputs.to(self.model.device)
+        return self.graphs(inputs) if self.graphs else self.step(inputs)
+
+    def step(self, inputs: Tensor) -> Tensor:
+        tokens, *rows = inputs
+        return self.model(tokens, *self.cache.decode_step(Rows(*rows)))
 
 
 def generate(model: Transformer, prompts: list[list[int]],
-             params: SamplingParams = SamplingParams(), *, keys: Sequence[int] | None = None,
-             slots: int = 64, tokenizer=None, on_token=None,
-             cuda_graphs: bool = False) -> Iterator[Completion]:
-    """Yields the n completions of every prompt as they finish.
+             params: SamplingParams = SamplingParams(), *, slots: int = 64, **more,
+             ) -> Iterator[Completion]:
+    """Sampler.generate with a cache for this call alone."""
+    return Sampler(model, slots).generate(prompts, params, **more)
 
-    prompts: token ids. keys: one integer per prompt (default: its index); a sample is a function of
-    (seed, key, sample index). slots: rows decoded together, which bounds memory. tokenizer: for
-    stop strings. on_token: called with a row's tokens after each new one. cuda_graphs: see
-    sampling/graphs.py. Raises ValueError, before anything runs, for what cannot work.
-    """
-    room = model.c.max_positions - params.max_tokens
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1, not {slots}")
-    if params.stop and tokenizer is None:
-        raise ValueError("stop strings need the tokenizer")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty")
-        if len(prompt) > room:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {params.max_tokens} new "
-                             f"ones that exceeds the model's {model.c.max_positions} positions")
-    keys = keys or range(len(prompts))
-    return Generation(model, prompts, params, keys, slots, tokenizer, cuda_graphs).run(on_token)
+
+def bucket(rows: int) -> int:
+    """The next of few batch sizes: a new one costs the CPU's matmul library a kernel, and a GPU a
+    graph."""
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
 
 
 class Generation:
-    """One call's state: waiting prompts, prefilled ones with samples to start, live rows, cache."""
+    """One call's state: waiting prompts, prefilled ones with samples to start, live rows."""
 
-    def __init__(self, model, prompts, params, keys, slots, tokenizer=None, cuda_graphs=False):
-        self.model, self.params, self.keys, self.slots = model, params, keys, slots
-        self.tokenizer, self.stop_ids = tokenizer, set(model.c.stop_ids)
+    def __init__(self, sampler: Sampler, prompts, params: SamplingParams, keys, tokenizer):
+        self.sampler, self.model, self.cache = sampler, sampler.model, sampler.cache
+        self.params, self.keys, self.slots = params, keys, sampler.slots
+        self.tokenizer, self.stop_ids = tokenizer, set(self.model.c.stop_ids)
         prefixes = shared_openings(prompts)
         order = sorted(range(len(prompts)), key=lambda i: prompts[i], reverse=True)
         self.waiting = [Prompt(i, prompts[i], prefixes[i]) for i in order]      # the last is next
         self.prefilled: list[Prompt] = []
-        self.rows: list[Row] = []                       # row i of the cache
-        self.cache = Cache(model, slots)
-        self.graphs = Graphs(model, self.cache) if cuda_graphs else None
+        self.rows: list[Row] = []
+
+    def reserve(self) -> None:
+        """Empties the cache, and makes room for the longest row and the longest prefix."""
+        own = [len(p.ids) - len(p.prefix.ids) for p in self.waiting if self.params.n == 1]
+        shared = [len(p.ids if self.params.n > 1 else p.prefix.ids) for p in self.waiting]
+        self.cache.row_kv.reserve(self.slots + 1, max(own, default=0) + self.params.max_tokens)
+        self.cache.prefix_kv.reserve(1, max(shared, default=0))
+        self.cache.clear()
+        self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
     def run(self, on_token=None) -> Iterator[Completion]:
         with self.model.reordered_weights():
+            self.reserve()
             while self.waiting or self.prefilled or self.rows:
                 decoding = len(self.rows)
                 # Several prompts are prefilled together: a forward for one would be wasted.
@@ -184,9 +234,7 @@ class Generation:
         openings = list(dict.fromkeys(
             prompt.prefix for prompt in new if prompt.prefix.ids and prompt.prefix.entry < 0))
         for first, last in chunks([len(opening.ids) for opening in openings], PREFILL_TOKENS):
-            part, nothing = openings[first:last], Prefix([], 0)
-            places = [self.cache.add_prefix(opening, nothing) for opening in part]
-            self.prefill([nothing] * len(part), [opening.ids for opening in part], places)
+            self.prefill_prefixes(openings[first:last])
         lengths = [len(prompt.ids) - len(prompt.prefix.ids) for prompt in new]
         for first, last in chunks(lengths, PREFILL_TOKENS):
             self.prefill_prompts(new[first:last])
@@ -195,56 +243,59 @@ class Generation:
                 self.start_row(prompt, 0)
         self.prefilled = [prompt for prompt in self.prefilled if prompt.samples < n]
 
+    def prefill_prefixes(self, prefixes: list[Prefix]) -> None:
+        nothing = Prefix([], 0)
+        for prefix in prefixes:
+            self.cache.add_prefix(prefix, nothing)
+        self.prefill([nothing] * len(prefixes), [prefix.ids for prefix in prefixes],
+                     self.cache.prefix_kv, [(prefix.entry, 0) for prefix in prefixes])
+
     def prefill_prompts(self, prompts: list[Prompt]) -> None:
         """Computes what the shared openings do not cover. With n = 1 it belongs to the row that
         starts; with n > 1 the whole prompt becomes the prefix of its rows."""
         openings = [prompt.prefix for prompt in prompts]
         rest = [prompt.ids[len(prompt.prefix.ids):] for prompt in prompts]
         if self.params.n == 1:
-            places = [self.start_row(prompt, len(ids))
-                      for prompt, ids in zip(prompts, rest, strict=True)]
+            kv, places = self.cache.row_kv, [(self.start_row(prompt, len(ids)).entry, 0)
+                                             for prompt, ids in zip(prompts, rest, strict=True)]
         else:
-            for prompt in prompts:
+            kv, places = self.cache.prefix_kv, []
+            for prompt, opening in zip(prompts, openings, strict=True):
                 prompt.prefix = Prefix(prompt.ids, self.params.n)
+                self.cache.add_prefix(prompt.prefix, opening)
+                places.append((prompt.prefix.entry, len(opening.ids)))
             self.prefilled += prompts
-            places = [self.cache.add_prefix(prompt.prefix, opening)
-                      for prompt, opening in zip(prompts, openings, strict=True)]
-        hidden = self.prefill(openings, rest, places)
+        hidden = self.prefill(openings, rest, kv, places)
         for prompt, end in zip(prompts, accumulate(map(len, rest)), strict=True):
             prompt.hidden = hidden[end - 1:end].clone()
         if self.params.n > 1:
             for opening in openings:
                 self.cache.release(opening)
 
-    def prefill(self, prefixes: list[Prefix], runs: list[list[int]], places: list[Place]) -> Tensor:
+    def prefill(self, prefixes: list[Prefix], runs: list[list[int]], kv: KeyValues,
+                places: list[tuple[int, int]]) -> Tensor:
         """One forward over runs of tokens, each behind its prefix: hidden states [N, H]."""
         ids = torch.tensor([token for run in runs for token in run], device=self.model.device)
-        position_ids, attend = self.cache.prefill_step(prefixes, [len(run) for run in runs], places)
-        return self.model(ids, position_ids, attend)
+        lengths = [len(run) for run in runs]
+        return self.model(ids, *self.cache.prefill_step(prefixes, lengths, kv, places))
 
-    def start_row(self, prompt: Prompt, num_tokens: int) -> Place:
-        """Starts the prompt's next sample in a new row.
-
-        Returns where its last `num_tokens` prompt tokens go in the cache; they follow the prefix.
-        """
-        place = self.cache.add_row(len(self.rows), prompt.prefix, num_tokens)
+    def start_row(self, prompt: Prompt, own_tokens: int) -> Row:
+        """Starts the prompt's next sample; own_tokens: how many of the prompt its entry holds."""
         counter = [0, 0, prompt.samples, self.keys[prompt.index] % 2**64]
         stream = np.random.Philox(key=self.params.seed % 2**64, counter=counter)
         uniforms = np.random.Generator(stream).random(self.params.max_tokens)
-        self.rows.append(Row(prompt, Completion(prompt.index, prompt.samples), uniforms))
+        self.rows.append(Row(prompt, Completion(prompt.index, prompt.samples), uniforms,
+                             self.cache.row_kv.take(), own_tokens))
         prompt.samples += 1
-        return place
+        return self.rows[-1]
 
-    @torch.inference_mode()
     def retire(self, i: int, reason: str) -> Completion:
         """Takes row i out; the last row moves into its place."""
         row, last = self.rows[i], self.rows.pop()
-        row.completion.truncated = reason != "stop"
         if last is not row:
             self.rows[i] = last
-            self.cache.move_row(len(self.rows), i)
-        elif reason == "error":
-            self.cache.row_kv.clear(i)
+        row.completion.truncated = reason != "stop"
+        self.cache.row_kv.free.append(row.entry)
         self.cache.release(row.prompt.prefix)
         return row.completion
 
@@ -274,18 +325,16 @@ class Generation:
     def decode(self, count: int) -> Tensor:
         """Feeds the last token of the first `count` rows; returns their hidden states [count, H].
 
-        The batch is rounded up to a multiple of 8, since a new shape may cost the matmul library a
-        new kernel. What the added rows write is overwritten before it is read.
+        The batch is filled up with rows that write into an entry of their own.
         """
-        B = min(self.slots, -(-count // 8) * 8)
-        completions = [row.completion.tokens for row in self.rows[:B]]
-        tokens = [completion[-1] if completion else 0 for completion in completions]
-        tokens = torch.tensor(tokens + [0] * (B - len(tokens)), device=self.model.device)
-        prefixes = [row.prompt.prefix for row in self.rows[:count]]
-        position_ids, attend = self.cache.decode_step(prefixes, B)
-        hidden = self.graphs(tokens) if self.graphs else self.model(tokens, position_ids, attend)
-        self.cache.row_lengths[:count] += 1
-        return hidden[:count]
+        inputs = []
+        for row in self.rows[:count]:
+            tokens, prefix = row.completion.tokens, row.prompt.prefix
+            inputs.append((tokens[-1], row.entry, row.start + len(tokens) - 1, max(prefix.entry, 0),
+                           len(prefix.ids)))
+        inputs += [(0, self.spare, 0, 0, 0)] * (bucket(count) - count)
+        inputs = torch.tensor(inputs, dtype=torch.int32).T.contiguous()
+        return self.sampler.decode(inputs)[:count]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,8 +361,8 @@ def read_prompts(path: str, tokenizer) -> list[list[int]]:
 
 def batch(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
     prompts = read_prompts(args.prompts, tokenizer)
-    done = generate(model, prompts, params, slots=args.slots, tokenizer=tokenizer,
-                    cuda_graphs=args.cuda_graphs)
+    done = Sampler(model, args.slots, args.cuda_graphs).generate(prompts, params,
+                                                                 tokenizer=tokenizer)
     silent = not (args.progress or sys.stderr.isatty())
     with open(args.out, "w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as file:
         for c in tqdm(done, total=len(prompts) * params.n, disable=silent):

@@ -13,6 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """PERMIX_CACHE, or a folder in the user's cache."""
+    return Path(os.environ.get("PERMIX_CACHE") or Path.home() / ".cache" / "permix-rlvr")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file beside its name, then renames it."""
     part = path.with_name(path.name + ".part")

@@ -10,34 +10,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import native
+
 KeyValues = tuple[Tensor, Tensor]                       # keys, values [entries, kv_heads, T, D]
 
 
 class Rows(NamedTuple):
     """What each of B rows sees, in memory that a CUDA graph can read again: int32 [B] each."""
-    prefixes: Tensor                                    # which entry is the row's prefix
+    entries: Tensor                                     # which entry holds the row's own tokens
+    lengths: Tensor                                     # how many, before the new one
+    prefixes: Tensor                                    # which entry holds the row's prefix
     prefix_lengths: Tensor                              # how many of its tokens; 0: no prefix
-    lengths: Tensor                                     # the row's own tokens before the new one
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
                      rows: Rows, scale: float, window: int = 0) -> Tensor:
     """q [B, heads, D], k and v [B, kv_heads, D] of the new tokens -> [B, heads, D].
 
-    Row b writes k and v into entry b of row_kv, behind the row's tokens, and attends. scale: of the
-    scores. window: how many positions a token sees, itself included; 0: all.
+    Each row writes its k and v into its entry of row_kv, behind its tokens, and attends. scale: of
+    the scores. window: how many positions a token sees, itself included; 0: all.
     """
-    return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
+    if q.shape[-1] not in (64, 128, 256) or not native.usable(q):
+        return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
+    (B, K, D), out = k.shape, torch.empty(q.shape, dtype=q.dtype)
+    strides = [*row_kv[0].stride()[:2], *prefix_kv[0].stride()[:2]]
+    shape = torch.tensor([B, K, q.shape[1] // K, D, window, *strides])
+    native.run("decode", 32 * out.numel(), q, q.contiguous(), k.contiguous(), v.contiguous(), out,
+               *row_kv, *prefix_kv, *rows, shape, scale)
+    return out
 
 
 def torch_decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
                            rows: Rows, scale: float, window: int = 0) -> Tensor:
-    """The definition. It copies each row's prefix and reads whole entries: slow."""
+    """The definition. It copies each row's keys and values, and is slow."""
     (B, K, D), P, T = k.shape, prefix_kv[0].shape[2], row_kv[0].shape[2]
-    entries, at = rows.prefixes.long(), torch.arange(B, device=q.device)
+    entries, lengths, prefixes = rows.entries.long(), rows.lengths.long(), rows.prefixes.long()
     for cache, new in zip(row_kv, (k, v), strict=True):
-        cache[at, :, rows.lengths.long()] = new
-    keys, values = (torch.cat([shared[entries], own[:B]], 2)       # [B, K, P + T, D]
+        cache[entries, :, lengths] = new
+    keys, values = (torch.cat([shared[prefixes], own[entries]], 2)              # [B, K, P + T, D]
                     for shared, own in zip(prefix_kv, row_kv, strict=True))
     before, own = rows.prefix_lengths[:, None], rows.lengths[:, None]
     key = torch.arange(P, device=q.device).expand(B, P)

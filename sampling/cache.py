@@ -1,25 +1,25 @@
-"""The sampler's cache: keys and values of the tokens so far, and the attention that reads them.
+"""The sampler's cache: keys and values of the tokens so far.
 
 Prompts that open alike (a persona's system message) share one *prefix*, and so do the n samples of
-a prompt. A row's own entry holds only what comes behind its prefix. Live rows are contiguous: row i
-of the batch is entry i. The decode step reads a prefix's keys once for all its rows, as one matmul.
-flash-attn reads one entry per row, so there a row starts with a copy of its prefix.
+a prompt. A row's own entry holds only what comes behind its prefix. Nothing is moved: a decode step
+is told which entries its rows have. What the rows then attend to: kernels/decode_attention.py.
 
-Left out: paged memory. The cache grows by whole entries and by WIDTH tokens.
+The cache lives as long as its Sampler. It grows when a call needs more, and never shrinks.
+
+Left out: paged memory. An entry has room for the longest row.
 """
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.attention import PrefixAttention, bias, flash_attn_with_kvcache, uses_flash
+from kernels.attention import PrefixAttention
+from kernels.decode_attention import Rows, decode_attention
 from model import Transformer
 
 MIN_SHARED = 8                                          # a shorter opening is not worth sharing
-WIDTH = 32                                              # the cache grows by this many tokens
 
 
 @dataclass(eq=False)                                    # two prefixes of the same ids are not one
@@ -57,210 +57,111 @@ def prefilled(prompts: list[list[int]]) -> int:
 
 
 class KeyValues:
-    """One (keys, values) a layer: keys [entries, kv_heads, D, T], as the decode step's matmul wants
-    them, and values [entries, kv_heads, T, D].
+    """(keys, values) a layer, both [entries, kv_heads, T, D], and which entries are free.
 
-    For flash-attn both lie in memory as [entries, T, kv_heads, D], under the same shapes.
+    What an entry holds beyond its length is whatever was there.
     """
 
-    def __init__(self, model: Transformer, entries: int, flash: bool):
-        self.c, self.dtype, self.device, self.flash = model.c, model.dtype, model.device, flash
-        self.layers = self.empty(entries, 0)
+    def __init__(self, model: Transformer):
+        self.c, self.like = model.c, {"dtype": model.dtype, "device": model.device}
+        self.layers, self.free = self.empty(1, 0), [0]
 
     def empty(self, entries: int, width: int) -> list[tuple[Tensor, Tensor]]:
-        K, D = self.c.num_kv_heads, self.c.head_dim
-        kind = {"dtype": self.dtype, "device": self.device}
-        layers = []
-        for _ in range(self.c.num_layers):
-            if self.flash:
-                k, v = (torch.zeros(entries, width, K, D, **kind) for _ in range(2))
-                layers.append((k.permute(0, 2, 3, 1), v.transpose(1, 2)))
-            else:
-                layers.append((torch.zeros(entries, K, D, width, **kind),
-                               torch.zeros(entries, K, width, D, **kind)))
-        return layers
+        shape = entries, self.c.num_kv_heads, width, self.c.head_dim
+        return [(torch.empty(shape, **self.like), torch.empty(shape, **self.like))
+                for _ in range(self.c.num_layers)]
 
-    def grow(self, entries: int, width: int) -> None:
-        """Makes room for so many entries of so many tokens, if need be; contents stay.
-
-        Widths grow by steps, not by doubling: a decode step reads all of it, so copying it every
-        WIDTH steps is cheap.
-        """
+    def reserve(self, entries: int, width: int) -> None:
+        """Makes room for so many entries of so many tokens, if need be; contents stay."""
         old = self.layers
-        count, _, wide, _ = old[0][1].shape
+        count, _, wide, _ = old[0][0].shape
         if entries <= count and width <= wide:
             return
-        self.layers = self.empty(max(entries, 2 * count) if entries > count else count,
-                                 max(wide, -(-width // WIDTH) * WIDTH))
-        for (k, v), (new_k, new_v) in zip(old, self.layers, strict=True):
-            new_k[:count, ..., :wide], new_v[:count, :, :wide] = k, v
+        self.layers = self.empty(max(entries, count), max(width, wide))
+        self.free += range(count, entries)
+        for pair, grown in zip(old, self.layers, strict=True):
+            for x, larger in zip(pair, grown, strict=True):
+                larger[:count, :, :wide] = x
 
-    def copy(self, entry: int, target: "KeyValues", to: int, tokens: int | None = None) -> None:
-        """An entry's first `tokens` (default: all) into entry `to` of target, which may be self."""
-        for (k, v), (new_k, new_v) in zip(self.layers, target.layers, strict=True):
-            new_k[to, ..., :tokens] = k[entry, ..., :tokens]
-            new_v[to, :, :tokens] = v[entry, :, :tokens]
+    def take(self) -> int:
+        """A free entry."""
+        if not self.free:
+            count, _, wide, _ = self.layers[0][0].shape
+            self.reserve(2 * count, wide)
+        return self.free.pop()
 
-    def clear(self, entry: int) -> None:
-        """Zeros an entry: a mask hides old numbers from the next user, but not old NaNs."""
-        for k, v in self.layers:
-            k[entry], v[entry] = 0, 0
-
-
-class Place(NamedTuple):
-    """Where a run of tokens is written: behind the first `start` tokens of an entry."""
-    kv: KeyValues
-    entry: int
-    start: int
+    def clear(self) -> None:
+        self.free = list(range(len(self.layers[0][0])))
 
 
 class Cache:
-    """Prefixes and rows: who has which entry, and the attention of prefill and decode steps."""
+    """The entries of rows and of prefixes, and the attention of prefill and decode steps."""
 
-    def __init__(self, model: Transformer, slots: int):
-        self.c, self.device, self.slots = model.c, model.device, slots
-        self.flash = uses_flash(model.head_weight)
-        self.prefix_kv = KeyValues(model, 1, self.flash)
-        self.row_kv = KeyValues(model, slots, self.flash)
-        self.prefixes: list[Prefix] = []                # the prefix in each entry
-        self.row_lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
-        self.grid_key, self.grid = None, None           # see decode_step
+    def __init__(self, model: Transformer):
+        self.c, self.device = model.c, model.device
+        self.prefix_kv, self.row_kv = KeyValues(model), KeyValues(model)
 
-    # -- entries -----------------------------------------------------------------------------------
-
-    def add_prefix(self, prefix: Prefix, opening: Prefix) -> Place:
-        """An entry for a prefix that opens with another one: where its other tokens are written."""
-        prefix.entry = len(self.prefixes)
-        self.prefixes.append(prefix)
-        self.prefix_kv.grow(len(self.prefixes), len(prefix.ids))
-        if opening.ids:
-            self.prefix_kv.copy(opening.entry, self.prefix_kv, prefix.entry, len(opening.ids))
-        return Place(self.prefix_kv, prefix.entry, len(opening.ids))
+    def add_prefix(self, prefix: Prefix, opening: Prefix) -> None:
+        """Takes an entry for a prefix. It opens with another one, which is copied."""
+        prefix.entry, tokens = self.prefix_kv.take(), len(opening.ids)
+        for x in (x for layer in self.prefix_kv.layers if tokens for x in layer):
+            x[prefix.entry, :, :tokens] = x[opening.entry, :, :tokens]
 
     def release(self, prefix: Prefix) -> None:
-        """One user less; without any, the last prefix takes over the entry."""
+        """One user less; the last one frees the entry."""
         prefix.users -= 1
-        if prefix.users or prefix.entry < 0:
-            return
-        last = self.prefixes.pop()
-        if last is not prefix:
-            self.prefix_kv.copy(last.entry, self.prefix_kv, prefix.entry)
-            self.prefixes[prefix.entry], last.entry = last, prefix.entry
-        self.prefix_kv.clear(len(self.prefixes))
+        if not prefix.users and prefix.entry >= 0:
+            self.prefix_kv.free.append(prefix.entry)
 
-    def add_row(self, row: int, prefix: Prefix, tokens: int) -> Place:
-        """Row `row` starts on a prefix: where its `tokens` further prompt tokens are written."""
-        start = len(prefix.ids) if self.flash else 0
-        self.row_kv.grow(self.slots, start + tokens + 1)
-        if start:
-            self.prefix_kv.copy(prefix.entry, self.row_kv, row, start)
-        self.row_lengths[row] = start + tokens
-        return Place(self.row_kv, row, start)
-
-    def move_row(self, source: int, target: int) -> None:
-        self.row_kv.copy(source, self.row_kv, target)
-        self.row_lengths[target] = self.row_lengths[source]
+    def clear(self) -> None:
+        self.prefix_kv.clear()
+        self.row_kv.clear()
 
     # -- what a forward needs: (position_ids, attend) ----------------------------------------------
 
-    def prefill_step(self, prefixes: list[Prefix], lengths: list[int], places: list[Place]):
+    def prefill_step(self, prefixes: list[Prefix], lengths: list[int], kv: KeyValues,
+                     places: list[tuple[int, int]]):
         """For packed runs of tokens, each behind its prefix: (position_ids [N], attend).
 
-        attend(layer, q, k, v) stores each run's k and v in its place, and attends to its prefix and
-        the tokens before. Neighbours with the same prefix read it together.
+        attend(layer, q, k, v) stores each run's k and v in `kv`, at its place (entry, start), and
+        attends to its prefix and the tokens before. Neighbours with the same prefix read it
+        together.
         """
         runs = zip(prefixes, lengths, strict=True)
         groups = [list(group) for _, group in groupby(runs, key=lambda run: id(run[0]))]
         prefixes = [group[0][0] for group in groups]
+        prefix_lengths = [len(prefix.ids) for prefix in prefixes]
         attention = PrefixAttention(
-            [len(prefix.ids) for prefix in prefixes],
-            [[length for _, length in group] for group in groups], self.c, self.device, cached=True)
-        # An empty prefix is not in the cache. It gets entry 0, all of which its length hides.
-        entries = torch.tensor([max(prefix.entry, 0) for prefix in prefixes], device=self.device)
-        P = max(len(prefix.ids) for prefix in prefixes)
+            prefix_lengths, [[length for _, length in group] for group in groups], self.c,
+            self.device, cached=True)
+        entries = torch.tensor([entry for (entry, _), length in zip(places, lengths, strict=True)
+                                for _ in range(length)], device=self.device)
+        at = torch.cat([torch.arange(start, start + length) for (_, start), length
+                        in zip(places, lengths, strict=True)]).to(self.device)
+        # An empty prefix is not in the cache. It gets entry 0, all of which is masked.
+        sources = torch.tensor([max(prefix.entry, 0) for prefix in prefixes], device=self.device)
+        P = max(prefix_lengths)
+        unused = torch.arange(P) >= torch.tensor(prefix_lengths)[:, None]
+        unused = unused[:, None, :, None].to(self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            runs = zip(places, lengths, k.split(lengths), v.split(lengths), strict=True)
-            for (kv, entry, start), length, run_k, run_v in runs:
-                keys, values = kv.layers[layer]
-                keys[entry, :, :, start:start + length] = run_k.permute(1, 2, 0)
-                values[entry, :, start:start + length] = run_v.transpose(0, 1)
-            keys, values = self.prefix_kv.layers[layer]
-            prefix_kv = keys[entries, :, :, :P].transpose(-1, -2), values[entries, :, :P]
+            for x, new in zip(kv.layers[layer], (k, v), strict=True):
+                x[entries, :, at] = new
+            prefix_kv = [x[sources, :, :P].masked_fill_(unused, 0)      # may be NaN
+                         for x in self.prefix_kv.layers[layer]]
             return attention(layer, q, k, v, prefix_kv)
 
         return attention.position_ids, attend
 
-    def decode_step(self, prefixes: list[Prefix], B: int):
-        """For one new token in each of B rows: (position_ids [B], attend).
+    def decode_step(self, rows: Rows):
+        """For one new token in each row: (position_ids [B], attend).
 
         attend(layer, q, k, v) stores the new k and v behind each row's tokens and attends to all of
-        them. prefixes: of the rows that decode; the others up to B only fill the batch.
+        them.
         """
-        self.row_kv.grow(self.slots, int(self.row_lengths[:B].max()) + 1)
-        lengths = self.row_lengths[:B]
-        if self.flash:
-            return lengths, self.flash_attention
-        key = [(prefix.entry, len(prefix.ids)) for prefix in prefixes], len(self.prefixes)
-        if key != self.grid_key:                        # rows or prefixes have changed
-            self.grid_key, self.grid = key, self.prefix_grid(prefixes)
-        prefix_lengths, cell_rows, row_cells = self.grid
-        prefix_lengths, row_cells = prefix_lengths[:B], row_cells[:B * self.c.num_kv_heads]
-        rows, S = torch.arange(B, device=self.device), len(self.prefixes)
-        P = self.prefix_kv.layers[0][1].shape[2] if S else 0
-        T = self.row_kv.layers[0][1].shape[2]
-        biases = {}                                     # by window, [B, 1, 1, P + T]
-        for window in set(self.c.windows):
-            found = bias(lengths[:, None], T, prefix_lengths, P, window, self.row_kv.dtype)
-            biases[window] = found[:, None]
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            (_, K, D), g = k.shape, q.shape[1] // k.shape[1]
-            row_k, row_v = (x[:B] for x in self.row_kv.layers[layer])
-            row_k[rows, :, :, lengths], row_v[rows, :, lengths] = k, v
-            q = (q * self.c.attn_scale).reshape(B * K, g, D)
-            scores = q @ row_k.flatten(0, 1)                                    # [B * K, g, T]
-            if S:                       # one matmul a prefix and kv head: all its rows at once
-                prefix_k, prefix_v = (x[:S].flatten(0, 1) for x in self.prefix_kv.layers[layer])
-                cells = q.index_select(0, cell_rows).view(S * K, -1, D)
-                cells = (cells @ prefix_k).view(-1, g, P)
-                scores = torch.cat([cells.index_select(0, row_cells), scores], -1)
-            scores = scores.view(B, K, g, -1).add_(biases[self.c.windows[layer]])
-            weights = scores.softmax(-1).view(B * K, g, -1)
-            out = weights[..., P:] @ row_v.flatten(0, 1)
-            if S:
-                cells = weights[..., :P].index_select(0, cell_rows).view(S * K, -1, P)
-                out += (cells @ prefix_v).view(-1, g, D).index_select(0, row_cells)
-            return out.view(B, K * g, D)
+            return decode_attention(q, k, v, self.row_kv.layers[layer],
+                                    self.prefix_kv.layers[layer], rows, self.c.attn_scale,
+                                    self.c.windows[layer])
 
-        return prefix_lengths + lengths, attend
-
-    def flash_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The decode step's attend through flash-attn 2 (arXiv 2307.08691), in one call."""
-        B, (row_k, row_v) = len(q), self.row_kv.layers[layer]
-        return flash_attn_with_kvcache(
-            q[:, None], row_k[:B].permute(0, 3, 1, 2), row_v[:B].transpose(1, 2), k[:, None],
-            v[:, None], cache_seqlens=self.row_lengths[:B].int(), **self.c.flash(layer))[:, 0]
-
-    def prefix_grid(self, prefixes: list[Prefix]) -> tuple[Tensor, Tensor, Tensor]:
-        """How rows find their prefixes in a grid of cells [prefixes, kv_heads, most rows of one].
-
-        Returns each row's prefix length [slots], the (row, kv head) of every cell, and the cell of
-        every (row, kv head) [slots * kv_heads]. A row without a prefix sits at the first one, all
-        of which is hidden from it. Empty cells point at row 0, and rows that are not live at cell
-        0; these results are never read.
-        """
-        members: list[list[int]] = [[] for _ in self.prefixes]
-        lengths, cells = [0] * self.slots, [(0, 0)] * self.slots
-        for row, prefix in enumerate(prefixes if self.prefixes else ()):
-            entry = max(prefix.entry, 0)
-            lengths[row], cells[row] = len(prefix.ids), (entry, len(members[entry]))
-            members[entry].append(row)
-        K, most = self.c.num_kv_heads, max(map(len, members), default=0)
-        cell_rows = []
-        for rows in members:
-            rows = rows + [0] * (most - len(rows))
-            cell_rows += [row * K + head for head in range(K) for row in rows]
-        row_cells = [(entry * K + head) * most + j for entry, j in cells for head in range(K)]
-        return tuple(torch.tensor(x, dtype=torch.long, device=self.device)
-                     for x in (lengths, cell_rows, row_cells))
+        return rows.prefix_lengths + rows.lengths, attend

@@ -9,16 +9,25 @@ import math
 import torch
 from torch import Tensor
 
+from kernels import native
+
 ROWS_AT_ONCE = {"cpu": 8}                               # by device: few rows stay in a CPU's cache
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
            top_p: float = 1.0, min_p: float = 0.0) -> tuple[Tensor, Tensor]:
-    """logits [B, V] fp32, uniforms [B] float64 -> (tokens [B], logprobs [B]).
+    """logits [B, V], uniforms [B] float64 -> (tokens [B], logprobs [B]).
 
     The log-probs are of the distribution drawn from. Greedy ones are the model's at temperature 1.
     A row that is not finite gets the log-prob NaN.
     """
+    filters = top_k or top_p < 1 or min_p > 0
+    if temperature and not filters and native.usable(logits):
+        tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+        native.run("draw", logits.numel(), logits, logits.contiguous(), uniforms, tokens, logprobs,
+                   *logits.shape, temperature)
+        return tokens, logprobs
+    logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)

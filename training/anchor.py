@@ -43,6 +43,6 @@ class Anchor:
         chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
         hidden = completion_hidden(model, pack([self.groups[i] for i in chosen], model))
         before = torch.cat([self.hidden[i] for i in chosen])
-        start = model.logits(before, self.head).log_softmax(-1)
-        now = model.logits(hidden).log_softmax(-1)
+        start = model.logits(before, self.head).log_softmax(-1, dtype=torch.float32)
+        now = model.logits(hidden).log_softmax(-1, dtype=torch.float32)
         return (start.exp() * (start - now)).sum(-1).mean()

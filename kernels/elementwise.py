@@ -1,0 +1,142 @@
+"""RMSNorm, rotary positions and the gate of an MLP: what a layer does between its matmuls.
+
+Each is written twice: in plain torch, which is the definition and runs everywhere, and in C++ for
+CPUs (native.cpp), with a backward pass of its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import native
+
+# --------------------------------------------------------------------------------------------------
+# RMSNorm (Zhang and Sennrich, arXiv 1910.07467)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, rounded once.
+
+    x [N, D] or [N, heads, D]; weight [D].
+    """
+    if not native.usable(x):
+        return torch_rms_norm(x, weight, eps, offset)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, weight, eps, offset)
+    return native_rms_norm(x, weight, eps, offset)[0]
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    if not offset:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+
+
+def native_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(the norm, 1 / sqrt(mean(x^2) + eps) of each vector in fp32)"""
+    x, N, heads, D = rows(x)
+    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
+    native.run("rms_norm", x.numel(), x, x, weight, out, rstd, N, heads, x.stride(0), D, eps,
+               float(offset))
+    return out, rstd
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):
+        out, rstd = native_rms_norm(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        x, grad, D = x.contiguous(), grad.contiguous(), x.shape[-1]
+        dx, partial = torch.empty_like(x), torch.zeros(torch.get_num_threads(), D)
+        native.run("rms_norm_backward", x.numel(), x, grad, x, weight, rstd, dx, partial,
+                   x.numel() // D, D, float(ctx.offset))
+        return dx, partial.sum(0).to(weight.dtype), None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotary positions (Su et al., arXiv 2104.09864)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x [N, heads, D] turned by table [N, 1, D] fp32: cosines [D / 2], then sines."""
+    if not native.usable(x):
+        return torch_rotate(x, table)
+    return Rotate.apply(x, table) if torch.is_grad_enabled() else native_rotate(x, table, 1.0)
+
+
+def torch_rotate(x: Tensor, table: Tensor) -> Tensor:
+    (a, b), (cos, sin) = x.chunk(2, -1), table.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def native_rotate(x: Tensor, table: Tensor, direction: float) -> Tensor:
+    x, N, heads, D = rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    native.run("rotate", x.numel(), x, x, table, out, N, heads, x.stride(0), D, direction)
+    return out
+
+
+class Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, table):
+        ctx.table = table
+        return native_rotate(x, table, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return native_rotate(grad, ctx.table, -1.0), None
+
+
+# --------------------------------------------------------------------------------------------------
+# The gate (Shazeer, arXiv 2002.05202)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up, both [N, D]. activation: silu or gelu_tanh."""
+    if not native.usable(gate):
+        return torch_gated(gate, up, activation)
+    if torch.is_grad_enabled():
+        return Gated.apply(gate, up, activation)
+    return native_gated(gate, up, activation)
+
+
+def torch_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def native_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    (gate, N, _, D), up = rows(gate), rows(up)[0]
+    out = torch.empty(N, D, dtype=gate.dtype)
+    native.run("gated", N * D, gate, gate, up, out, N, D, gate.stride(0), up.stride(0),
+               int(activation == "silu"))
+    return out
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return native_gated(gate, up, activation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, grad = (x.contiguous() for x in (*ctx.saved_tensors, grad))
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        native.run("gated_backward", gate.numel(), gate, grad, gate, up, dgate, dup, *gate.shape,
+                   int(ctx.activation == "silu"))
+        return dgate, dup, None
+
+
+def rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(x, N, heads, D) of x [N, D] or [N, heads, D]: rows may stand apart, the rest may not."""
+    heads, D = x.shape[1:-1].numel(), x.shape[-1]
+    if x.stride(-1) != 1 or heads > 1 and x.stride(1) != D:
+        x = x.contiguous()
+    return x, len(x), heads, D

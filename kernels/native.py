@@ -1,0 +1,90 @@
+"""native.cpp compiled for this machine, once, where there is a C++ compiler.
+
+Without one, and in float64, the callers' plain torch does the same, slower. The library lies in the
+user's cache under a name made of its source, the compiler's flags and the processor. CXX names
+another compiler; an empty CXX means none.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.files import cache_folder
+
+SOURCE = Path(__file__).with_name("native.cpp")
+WIDE = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+FUNCTIONS = {                                           # pointers, integers and floats
+    "rms_norm": "ppppiiiiff", "rms_norm_backward": "ppppppiif", "rotate": "pppiiiif",
+    "gated": "pppiiiii", "gated_backward": "pppppiii", "decode": "pppppppp" "ppppp" "f",
+    "draw": "ppppiif"}
+WORTH_A_THREAD = 2 ** 14                                # numbers; for fewer, waking it takes longer
+
+
+def usable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and library(x.dtype) is not None
+
+
+def run(function: str, work: int, like: Tensor, *arguments) -> None:
+    """Calls a function of native.cpp for like's dtype, on as many threads as `work` numbers need.
+
+    arguments: tensors, ints and floats, in its order, without the last (threads).
+    """
+    threads = max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD))
+    getattr(library(like.dtype), function)(
+        *[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments], threads)
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if dtype not in TYPES or not compiler:
+        return None
+    # torch's own OpenMP, or two pools of threads would wait for each other's cores
+    openmp = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")]
+    for parallel in (["-fopenmp", *openmp], ["-fopenmp-simd"], []):
+        command = [compiler, *FLAGS, *WIDE, *parallel, "-D", f"T={TYPES[dtype]}", str(SOURCE)]
+        key = repr((SOURCE.read_text(), command, processor()))
+        target = cache_folder() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if target.exists() or compiled(command, target):
+            return loaded(target)
+    print("kernels/native.cpp does not compile here: a CPU runs slower without it", file=sys.stderr)
+    return None
+
+
+def loaded(target: Path) -> ctypes.CDLL:
+    found, kinds = ctypes.CDLL(str(target)), {"p": ctypes.c_void_p, "i": ctypes.c_long,
+                                              "f": ctypes.c_float}
+    for name, arguments in FUNCTIONS.items():
+        getattr(found, name).argtypes = [kinds[kind] for kind in arguments + "i"]
+    return found
+
+
+def compiled(command: list[str], target: Path) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        out = Path(folder) / "native.so"
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True)
+        if done.returncode == 0:
+            os.replace(out, target)
+    return done.returncode == 0
+
+
+def processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:                                     # not Linux
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
