@@ -212,7 +212,7 @@ class Transformer(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing is random, so the state of the random generators is not kept: on a GPU,
                 # reading it would mean to wait.
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False,
+                x = checkpoint(layer, x, table, attend, use_reentrant=False,
                                preserve_rng_state=False)
             else:
                 x = layer(x, table, attend)

@@ -37,40 +37,13 @@ from common.command import one_line
 from common.files import numbered
 from kernels.decode_attention import Rows
 from model import Transformer, chunks
-from sampling.cache import Cache, KeyValues, Prefix, shared_openings
+from sampling.cache import Cache, KeyValues, Prefix, shared_openings, slots_for
 from sampling.draw import sample
 from sampling.flags import parser
-from sampling.graphs import Graphs
+from sampling.graphs import Graphs, bucket
+from sampling.params import SamplingParams
 
 PREFILL_TOKENS = 4096                                   # tokens in one prefill forward
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How `generate` samples. Raises ValueError for values that cannot work."""
-    n: int = 1                                          # completions per prompt
-    max_tokens: int = 64                                # length limit of a completion
-    temperature: float = 1.0                            # 0: greedy
-    top_k: int = 0                                      # among the k likeliest tokens; 0: off
-    top_p: float = 1.0                                  # within this probability mass
-    min_p: float = 0.0                                  # at least this share of the likeliest's
-    seed: int = 0
-    stop: tuple[str, ...] = ()                          # strings that end a completion
-
-    def __post_init__(self):
-        checks = [
-            (self.n < 1, f"n must be at least 1, not {self.n}"),
-            (self.max_tokens < 1,
-             f"max_tokens (--max-new-tokens) must be at least 1, not {self.max_tokens}"),
-            (not 0 <= self.temperature < math.inf,
-             f"temperature must be 0 or more, not {self.temperature}"),
-            (self.top_k < 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
-            (not 0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
-            (not 0 <= self.min_p <= 1, f"min_p must be in [0, 1], not {self.min_p}"),
-            ("" in self.stop, "a stop string must not be empty: it would end every completion")]
-        for wrong, message in checks:
-            if wrong:
-                raise ValueError(message)
 
 
 @dataclass
@@ -106,16 +79,17 @@ class Row:
 class Sampler:
     """A model, with a cache and CUDA graphs that live as long as it does.
 
-    slots: rows decoded together, which bounds memory. cuda_graphs: see sampling/graphs.py; None:
-    where there is a GPU for them.
+    slots: rows decoded together, which bounds memory; 0: as suits the device. cuda_graphs: on a
+    GPU, replay decode steps (sampling/graphs.py).
     """
 
-    def __init__(self, model: Transformer, slots: int = 64, cuda_graphs: bool | None = None):
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1, not {slots}")
-        self.model, self.slots, self.cache = model, slots, Cache(model)
-        graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self.graphs = Graphs(self.step, self.cache, bucket(slots)) if graphs else None
+    def __init__(self, model: Transformer, slots: int = 0, cuda_graphs: bool = True):
+        if slots < 0:
+            raise ValueError(f"slots must be at least 1, or 0 for the device's, not {slots}")
+        self.model, self.slots, self.cache = model, slots or slots_for(model), Cache(model)
+        self.graphs = None
+        if cuda_graphs and model.device.type == "cuda":
+            self.graphs = Graphs(self.step, self.cache, bucket(self.slots))
 
     def generate(self, prompts: list[list[int]], params: SamplingParams = SamplingParams(), *,
                  keys: Sequence[int] | None = None, tokenizer=None, on_token=None,
@@ -154,17 +128,10 @@ class Sampler:
 
 
 def generate(model: Transformer, prompts: list[list[int]],
-             params: SamplingParams = SamplingParams(), *, slots: int = 64, **more,
+             params: SamplingParams = SamplingParams(), *, slots: int = 0, **more,
              ) -> Iterator[Completion]:
     """Sampler.generate with a cache for this call alone."""
     return Sampler(model, slots).generate(prompts, params, **more)
-
-
-def bucket(rows: int) -> int:
-    """The next of few batch sizes: a new one costs the CPU's matmul library a kernel, and a GPU a
-    graph."""
-    step = 8 if rows <= 64 else 32
-    return -(-rows // step) * step
 
 
 class Generation:
@@ -361,7 +328,7 @@ def read_prompts(path: str, tokenizer) -> list[list[int]]:
 
 def batch(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
     prompts = read_prompts(args.prompts, tokenizer)
-    done = Sampler(model, args.slots, args.cuda_graphs).generate(prompts, params,
+    done = Sampler(model, args.slots, not args.no_cuda_graphs).generate(prompts, params,
                                                                  tokenizer=tokenizer)
     silent = not (args.progress or sys.stderr.isatty())
     with open(args.out, "w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as file:
@@ -377,6 +344,7 @@ def batch(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
 def chat(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
     """Turns from stdin until it ends; tokens are printed as they come."""
     messages = [{"role": "system", "content": args.persona}] if args.persona else []
+    sampler = Sampler(model, 1, not args.no_cuda_graphs)
     print("(end with Ctrl-D)", file=sys.stderr)
     for number, line in enumerate(sys.stdin):
         messages.append({"role": "user", "content": line.strip()})
@@ -390,8 +358,8 @@ def chat(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
                 print(text[len(shown):], end="", flush=True)
                 shown = text
 
-        answer = next(generate(model, [prompt], params, keys=[number], slots=1, on_token=show,
-                               tokenizer=tokenizer, cuda_graphs=args.cuda_graphs))
+        answer = next(sampler.generate([prompt], params, keys=[number], on_token=show,
+                                       tokenizer=tokenizer))
         print()
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})

@@ -39,7 +39,7 @@ import weights
 from common.command import one_line
 from grpo import Loss
 from model import Transformer, completion_logprobs, pack
-from rollout import Completion, generate
+from rollout import Completion, Sampler
 from training.checkpoints import Checkpoints
 from training.memory import plan
 from training.minibatches import MicroBatch, minibatches, runs
@@ -80,7 +80,7 @@ class Rollout:
         return Rollout(*(torch.cat(p) if isinstance(p[0], Tensor) else p[0] + p[1] for p in pairs))
 
 
-def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
+def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
     """One turn of problems: each under the persona it drew, sampled by `author`, and rewarded.
 
     A group under one persona is one prompt, sampled G times. With `--mix rollout` each completion
@@ -103,8 +103,8 @@ def roll_out(author: Transformer | None, job: Job, turn: int) -> Rollout:
     if author:
         params = replace(job.sampling, seed=args.seed + 1_000_003 * (turn + 1))  # one for each turn
         first = mine.start * G // n                     # keys are the same whichever rank samples
-        done = generate(author, prompts, params, keys=range(first, first + len(prompts)),
-                        slots=args.slots, tokenizer=job.tokenizer, cuda_graphs=args.cuda_graphs)
+        done = author.generate(prompts, params, keys=range(first, first + len(prompts)),
+                               tokenizer=job.tokenizer)
     else:
         done = gold_completions(job.tokenizer, [p for p in problems for _ in range(G // n)], n)
     for completion in done:
@@ -144,12 +144,13 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
     if args.overlap:
         yield from overlapped(roll_out, job, first)
         return
+    author = job.author and Sampler(job.author, args.slots, not args.no_cuda_graphs)
     for step in range(first, args.steps):
-        batch = roll_out(job.author, job, step * rounds)
+        batch = roll_out(author, job, step * rounds)
         for turn in range(step * rounds + 1, (step + 1) * rounds):
             if summed([grpo.informative(batch.rewards).sum()])[0] >= args.prompts:
                 break
-            batch = batch.joined(roll_out(job.author, job, turn))
+            batch = batch.joined(roll_out(author, job, turn))
         yield batch, 0
 
 

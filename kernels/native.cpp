@@ -26,10 +26,10 @@ static inline void store(bf16* to, float x) {                  // to nearest, ti
     to->bits = uint16_t(x != x ? 0x7fc0 : rounded);
 }
 
-// e^x within 2 ulp for |x| <= 87, beyond which it stays where it was. In operators that the
-// compiler can do for 16 numbers at once.
-static inline float exponential(float x) {
-    x = x < -87.f ? -87.f : x > 87.f ? 87.f : x;        // NaN passes
+// e^x within 2 ulp; 0 below -87, e^87 above 87. In operators that the compiler can do for 16 numbers
+// at once.
+static inline float exponential(float given) {
+    float x = given < -87.f ? -87.f : given > 87.f ? 87.f : given;      // NaN passes
     float n = std::rint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, .5f})
@@ -37,7 +37,8 @@ static inline float exponential(float x) {
     uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
-    return (p * r * r + r + 1.f) * power;
+    float result = (p * r * r + r + 1.f) * power;
+    return given < -87.f ? 0.f : result;
 }
 
 static inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
@@ -287,12 +288,13 @@ extern "C" void draw(const T* logits, const double* uniforms, int64_t* tokens, f
             cdf[block] = total += sum;
         }
         const double target = uniforms[b] * total;
-        long block = std::upper_bound(cdf.begin(), cdf.end(), target) - cdf.begin();
-        block = std::min(block, blocks - 1);
+        auto found = std::upper_bound(cdf.begin(), cdf.end(), target);
+        if (found == cdf.end()) found = std::lower_bound(cdf.begin(), cdf.end(), total);
+        const long block = std::min(found - cdf.begin(), blocks - 1);       // NaN is found nowhere
         double inside = block ? cdf[block - 1] : 0;
         long token = block * SIZE;
-        const long last = std::min(V, token + SIZE) - 1;
-        while (token < last && (inside += mass(token)) <= target) token++;
+        for (long i = token; i < std::min(V, (block + 1) * SIZE) && inside <= target; i++)
+            if (const float part = mass(i)) token = i, inside += part;
         tokens[b] = token;
         logprobs[b] = float((load(z[token]) - top) / temperature - std::log(total));
     }

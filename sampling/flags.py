@@ -24,11 +24,12 @@ def parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[],
         help="a string that ends a completion; may be repeated")
     add("--seed", type=int, default=0)
-    add("--slots", type=int, default=64, help="completions decoded together")
+    add("--slots", type=int, default=0,
+        help="completions decoded together; 0: as suits the device")
     add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
     add("--device", default="auto", choices=weights.DEVICES,
         help="auto: the GPU if there is one, else the CPU")
-    add("--cuda-graphs", action="store_true",
-        help="decode steps as CUDA graphs (never run by us)")
+    add("--no-cuda-graphs", action="store_true",
+        help="on a GPU: decode step by step, without recording")
     add("--progress", action="store_true", help="progress bar even without a terminal")
     return p

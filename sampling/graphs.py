@@ -21,6 +21,13 @@ from torch import Tensor
 from sampling.cache import Cache
 
 
+def bucket(rows: int) -> int:
+    """The next of few batch sizes: a new one costs the CPU's matmul library a kernel, and a GPU a
+    graph."""
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
 class Graphs:
     """The decode step of B rows: inputs [5, B] -> hidden [B, H], valid until the next call.
 

@@ -79,7 +79,7 @@ ORDERS = [                                              # each may import from t
 ]
 ONLY = {                                                # of our own parts, these import these alone
     "common": set(),
-    "kernels": set(),
+    "kernels": {"common"},
     "grpo": {"common"},
     "verifier": {"common"},
     "generators": {"common"},

@@ -14,7 +14,7 @@ import torch
 import rollout
 import weights
 from model import completion_logprobs, pack
-from rollout import Generation, SamplingParams, generate
+from rollout import Generation, Sampler, SamplingParams, generate
 from sampling.cache import prefilled, shared_openings
 from sampling.draw import filtered, sample
 from tests.conftest import stopping
@@ -245,7 +245,7 @@ def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
     finally:
         rollout.Generation = original
     assert count == 10_000
-    assert max(rows for rows, _ in widest) == 128 and max(count for _, count in widest) <= 256
+    assert max(rows for rows, _ in widest) == 129 and max(count for _, count in widest) <= 256
 
 
 # -- refusals and accidents ----------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_call_that_cannot_work_is_refused_before_it_runs(tiny):
     with pytest.raises(ValueError, match="need the tokenizer"):
         generate(tiny[0], [[3]], SamplingParams(stop=("x",)))
     with pytest.raises(ValueError, match="slots"):
-        generate(tiny[0], [[3]], slots=0)
+        generate(tiny[0], [[3]], slots=-1)
 
 
 def test_an_empty_prompt_is_refused_by_its_number(tiny):
@@ -338,6 +338,8 @@ def test_a_setting_that_cannot_work_is_refused_before_the_model_is_loaded(capsys
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_prefix_is_dropped_with_its_last_user(tiny, n):
     prompts = [[3] * 12, [3] * 11 + [4]]
-    generation = Generation(tiny[0], prompts, SamplingParams(n, max_tokens=2), [0, 1], slots=4)
-    assert len(list(generation.run())) == 2 * n
-    assert generation.cache.prefixes == [] and generation.rows == []
+    sampler = Sampler(tiny[0], slots=4)
+    assert len(list(sampler.generate(prompts, SamplingParams(n, max_tokens=2)))) == 2 * n
+    for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv):
+        count = len(kv.layers[0][0])
+        assert sorted(kv.free) == list(range(count))[:count - (kv is sampler.cache.row_kv)]

@@ -10,6 +10,8 @@ import grpo
 from model import chunks
 from training.policy import summed
 
+MICRO_TOKENS = {"cpu": 2048, "mps": 2048}               # elsewhere 8192
+
 
 @dataclass
 class MicroBatch:

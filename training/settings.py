@@ -13,15 +13,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 import grpo
 import personas
 import tasks
 import weights
 from common.command import Parser
 from grpo import Loss
-from kernels.attention import flash_attn_with_kvcache
 from training.monitor import TRACKERS
 
 # name, default, help, and what else argparse should know
@@ -98,13 +95,13 @@ FLAGS = [
      {"choices": ["auto", *weights.DTYPES]}),
     ("device", "auto", "auto: the GPU if there is one, else the CPU",
      {"choices": weights.DEVICES}),
-    ("micro-tokens", 1024, "packed tokens in one forward and backward", {}),
+    ("micro-tokens", 0, "packed tokens in one forward and backward; 0: as suits the device", {}),
     ("memory", 0.0, "GB a rank may take: sizes the micro-batches to fit, in place of "
      "--micro-tokens, and prints the estimate", {}),
     ("recompute", False, "recompute layers in the backward: less memory, more time", {}),
     ("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them", {}),
-    ("slots", 96, "completions decoded together", {}),
-    ("cuda-graphs", False, "decode steps as CUDA graphs (never run by us)", {}),
+    ("slots", 0, "completions decoded together; 0: as suits the device", {}),
+    ("no-cuda-graphs", False, "on a GPU: decode step by step, without recording", {}),
     ("overlap", False, "sample a step's batch while the one before is trained on, with a copy of "
      "the weights: one step off-policy, corrected", {}),
     # what is kept and said
@@ -194,9 +191,10 @@ def loss_of(args: argparse.Namespace) -> Loss:
 
 AT_LEAST = {
     1: ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "minibatches",
-        "micro_tokens", "slots", "save_every", "keep", "eval_personas", "anchor_count",
+        "save_every", "keep", "eval_personas", "anchor_count",
         "anchor_answers", "anchor_tokens"),
-    0: ("seed", "dynamic_sampling", "overlong_buffer", "anchor_coef", "memory", "shard")}
+    0: ("seed", "dynamic_sampling", "overlong_buffer", "anchor_coef", "memory", "shard",
+        "micro_tokens", "slots")}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -225,8 +223,6 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     groups = args.prompts // world * (1 if personas.shares_prompt(args.mix) else args.group_size)
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
     usual = (Loss.clip_low, Loss.clip_high), (recipe.get("clip_low"), recipe.get("clip_high"))
-    graphs = (torch.cuda.is_available() and args.device in ("auto", "cuda")
-              and flash_attn_with_kvcache and args.dtype != "float32")
     return [
         (args.method == "rlvr" and args.persona_prob,
          "--method rlvr has no personas: use permix with --persona-prob, or leave it out"),
@@ -260,7 +256,6 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (steps == 1 and not args.resume and (args.dual_clip is not None or clips not in usual),
          "with one optimizer step a batch the ratio is 1, and --clip-low, --clip-high and "
          "--dual-clip do nothing: give --minibatches 2 or --inner-epochs 2 too"),
-        (args.cuda_graphs and not graphs, "--cuda-graphs needs a GPU, flash-attn, and bfloat16"),
         (args.shard and world % args.shard,
          f"--shard {args.shard} must divide the {world} processes"),
         (args.prompts % world,
