@@ -147,7 +147,7 @@ class Layer(nn.Module):
             return tuple(m(x) for m in modules)
         weight, bias = self.reordered[modules[0]]
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return y.split([m.out_features for m in modules], -1)
+        return y.split_with_sizes([m.out_features for m in modules], -1)
 
     def attention(self, x: Tensor, table: Tensor | None, attend) -> Tensor:
         c, a = self.c, self.self_attn

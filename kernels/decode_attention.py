@@ -32,11 +32,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_
     """
     if q.shape[-1] not in (64, 128, 256) or not native.usable(q):
         return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
-    (B, K, D), out = k.shape, torch.empty(q.shape, dtype=q.dtype)
-    strides = [*row_kv[0].stride()[:2], *prefix_kv[0].stride()[:2]]
-    shape = torch.tensor([B, K, q.shape[1] // K, D, window, *strides])
-    native.run("decode", 32 * out.numel(), q, q.contiguous(), k.contiguous(), v.contiguous(), out,
-               *row_kv, *prefix_kv, *rows, shape, scale)
+    (q, B, heads, D), (k, _, K, _), v = native.rows(q), native.rows(k), native.rows(v)[0]
+    out = torch.empty(B, heads, D, dtype=q.dtype)
+    native.run("decode", 32 * out.numel(), q, q, k, v, out, *row_kv, *prefix_kv, *rows, B, K,
+               heads // K, D, q.stride(0), k.stride(0), v.stride(0), *row_kv[0].stride()[:2],
+               *prefix_kv[0].stride()[:2], window, scale)
     return out
 
 

@@ -34,7 +34,7 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -
 
 def native_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """(the norm, 1 / sqrt(mean(x^2) + eps) of each vector in fp32)"""
-    x, N, heads, D = rows(x)
+    x, N, heads, D = native.rows(x)
     out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
     native.run("rms_norm", x.numel(), x, x, weight, out, rstd, N, heads, x.stride(0), D, eps,
                float(offset))
@@ -76,7 +76,7 @@ def torch_rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def native_rotate(x: Tensor, table: Tensor, direction: float) -> Tensor:
-    x, N, heads, D = rows(x)
+    x, N, heads, D = native.rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     native.run("rotate", x.numel(), x, x, table, out, N, heads, x.stride(0), D, direction)
     return out
@@ -111,7 +111,7 @@ def torch_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def native_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    (gate, N, _, D), up = rows(gate), rows(up)[0]
+    (gate, N, _, D), up = native.rows(gate), native.rows(up)[0]
     out = torch.empty(N, D, dtype=gate.dtype)
     native.run("gated", N * D, gate, gate, up, out, N, D, gate.stride(0), up.stride(0),
                int(activation == "silu"))
@@ -132,11 +132,3 @@ class Gated(torch.autograd.Function):
         native.run("gated_backward", gate.numel(), gate, grad, gate, up, dgate, dup, *gate.shape,
                    int(ctx.activation == "silu"))
         return dgate, dup, None
-
-
-def rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(x, N, heads, D) of x [N, D] or [N, heads, D]: rows may stand apart, the rest may not."""
-    heads, D = x.shape[1:-1].numel(), x.shape[-1]
-    if x.stride(-1) != 1 or heads > 1 and x.stride(1) != D:
-        x = x.contiguous()
-    return x, len(x), heads, D

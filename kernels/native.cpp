@@ -236,31 +236,31 @@ static void attend(const T* q, const Keys* parts, T* out, float scale, long g,
         (g == 1 ? attend<W, 1> : g == 2 ? attend<W, 2> : attend<W, 3>)(q, parts, out, scale, buffer);
 }
 
-// shape: B, kv heads, query heads of each, D, window, then the distance of two entries and of two kv
-// heads in row_k and row_v, and in prefix_k and prefix_v
+// K kv heads and g query heads for each. Rows of q, k and v start q_row, k_row and v_row numbers
+// apart; entries of a cache row_entry and prefix_entry, and an entry's heads row_head, prefix_head.
 extern "C" void decode(const T* q, const T* k, const T* v, T* out, T* row_k, T* row_v,
                        const T* prefix_k, const T* prefix_v, const int32_t* entries,
                        const int32_t* lengths, const int32_t* prefixes,
-                       const int32_t* prefix_lengths, const long* shape, float scale,
-                       long threads) {
-    const long B = shape[0], K = shape[1], g = shape[2], D = shape[3], window = shape[4];
+                       const int32_t* prefix_lengths, long N, long K, long g, long D, long q_row,
+                       long k_row, long v_row, long row_entry, long row_head, long prefix_entry,
+                       long prefix_head, long window, float scale, long threads) {
     #pragma omp parallel num_threads(threads)
     {
         std::vector<float> buffer;
         #pragma omp for collapse(2)
-        for (long b = 0; b < B; b++)
+        for (long b = 0; b < N; b++)
             for (long h = 0; h < K; h++) {
-                const long i = b * K + h, before = prefix_lengths[b], length = lengths[b];
-                const long own = entries[b] * shape[5] + h * shape[6];
-                const long shared = prefixes[b] * shape[7] + h * shape[8];
-                std::memcpy(row_k + own + length * D, k + i * D, D * sizeof(T));
-                std::memcpy(row_v + own + length * D, v + i * D, D * sizeof(T));
+                const long before = prefix_lengths[b], length = lengths[b];
+                const long own = entries[b] * row_entry + h * row_head;
+                const long shared = prefixes[b] * prefix_entry + h * prefix_head;
+                std::memcpy(row_k + own + length * D, k + b * k_row + h * D, D * sizeof(T));
+                std::memcpy(row_v + own + length * D, v + b * v_row + h * D, D * sizeof(T));
                 const long from = window ? std::max(0l, before + length + 1 - window) : 0;
                 const Keys parts[] = {
                     {prefix_k + shared, prefix_v + shared, from, std::max(from, before)},
                     {row_k + own, row_v + own, std::max(0l, from - before), length + 1}};
                 auto run = D == 64 ? attend<2> : D == 128 ? attend<4> : attend<8>;
-                run(q + i * g * D, parts, out + i * g * D, scale, g, buffer);
+                run(q + b * q_row + h * g * D, parts, out + (b * K + h) * g * D, scale, g, buffer);
             }
     }
 }

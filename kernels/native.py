@@ -27,7 +27,7 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 FUNCTIONS = {                                           # pointers, integers and floats
     "rms_norm": "ppppiiiiff", "rms_norm_backward": "ppppppiif", "rotate": "pppiiiif",
-    "gated": "pppiiiii", "gated_backward": "pppppiii", "decode": "pppppppp" "ppppp" "f",
+    "gated": "pppiiiii", "gated_backward": "pppppiii", "decode": "pppp" "pppp" "pppp" "iiii" "iii" "iiii" "i" "f",
     "draw": "ppppiif"}
 WORTH_A_THREAD = 2 ** 14                                # numbers; for fewer, waking it takes longer
 
@@ -44,6 +44,15 @@ def run(function: str, work: int, like: Tensor, *arguments) -> None:
     threads = max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD))
     getattr(library(like.dtype), function)(
         *[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments], threads)
+
+
+def rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(x, N, heads, D) of x [N, D] or [N, heads, D]: rows may stand apart, the rest may not."""
+    shape, strides = x.shape, x.stride()
+    D, heads = shape[-1], shape[1] if len(shape) == 3 else 1
+    if strides[-1] != 1 or heads > 1 and strides[1] != D:
+        x = x.contiguous()
+    return x, shape[0], heads, D
 
 
 @cache
