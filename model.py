@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
 from kernels.attention import PrefixAttention
-from kernels.elementwise import gated, rms_norm, rotate
+from kernels.elementwise import add_rms_norm, gated, rms_norm, rotate
 
 # -----------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -109,6 +109,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
 
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the norm of x + delta, x + delta)"""
+        return add_rms_norm(x, delta, self.weight, self.eps, self.offset)
+
 
 class Layer(nn.Module):
     """reordered: the model's, see Transformer.reordered_weights."""
@@ -166,14 +170,18 @@ class Layer(nn.Module):
         gate, up = self.linear(x, self.mlp["gate_proj"], self.mlp["up_proj"])
         return self.linear(gated(gate, up, self.c.activation), self.mlp["down_proj"])[0]
 
-    def forward(self, x: Tensor, table: Tensor | None, attend) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None, table: Tensor | None, attend,
+                ) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + delta. The next norm adds them, in the same pass."""
         if self.c.pre_norm and not self.c.post_norm:                        # Llama, Mistral, Qwen
-            x = x + self.attention(self.input_layernorm(x), table, attend)
-            return x + self.feed_forward(self.post_attention_layernorm(x))
-        pre_attn = self.input_layernorm(x) if self.c.pre_norm else x        # Gemma 3 | OLMo 2
-        x = x + self.post_attention_layernorm(self.attention(pre_attn, table, attend))
-        pre_mlp = self.pre_feedforward_layernorm(x) if self.c.pre_norm else x
-        return x + self.post_feedforward_layernorm(self.feed_forward(pre_mlp))
+            h, x = self.input_layernorm.add(x, delta)
+            h, x = self.post_attention_layernorm.add(x, self.attention(h, table, attend))
+            return x, self.feed_forward(h)
+        x = x if delta is None else x + delta                               # Gemma 3 | OLMo 2
+        h = self.input_layernorm(x) if self.c.pre_norm else x
+        x = x + self.post_attention_layernorm(self.attention(h, table, attend))
+        h = self.pre_feedforward_layernorm(x) if self.c.pre_norm else x
+        return x, self.post_feedforward_layernorm(self.feed_forward(h))
 
 
 class Transformer(nn.Module):
@@ -208,15 +216,16 @@ class Transformer(nn.Module):
         if self.c.embed_scale != 1.0:                   # rounded to the dtype, as Gemma was trained
             x = x * torch.tensor(self.c.embed_scale, dtype=x.dtype)
         tables = self.rotary_tables(position_ids)
+        delta = None
         for layer, table in zip(self.layers, tables, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing is random, so the state of the random generators is not kept: on a GPU,
                 # reading it would mean to wait.
-                x = checkpoint(layer, x, table, attend, use_reentrant=False,
-                               preserve_rng_state=False)
+                x, delta = checkpoint(layer, x, delta, table, attend, use_reentrant=False,
+                                      preserve_rng_state=False)
             else:
-                x = layer(x, table, attend)
-        return self.norm(x)
+                x, delta = layer(x, delta, table, attend)
+        return self.norm.add(x, delta)[0]
 
     def rotary_tables(self, position_ids: Tensor) -> list[Tensor | None]:
         """Each layer's cosines and sines [N, 1, D] fp32, for `rotate`; None for NoPE. Layers with

@@ -19,11 +19,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     x [N, D] or [N, heads, D]; weight [D].
     """
+    return add_rms_norm(x, None, weight, eps, offset)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
+                 offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(rms_norm of the sum, the sum) of x and residual, both [N, D]. Without a residual x is."""
     if not native.usable(x):
-        return torch_rms_norm(x, weight, eps, offset)
+        total = x if residual is None else x + residual
+        return torch_rms_norm(total, weight, eps, offset), total
     if torch.is_grad_enabled():
-        return RMSNorm.apply(x, weight, eps, offset)
-    return native_rms_norm(x, weight, eps, offset)[0]
+        out, total = AddRMSNorm.apply(x, residual, weight, eps, offset)
+    else:
+        out, total, _ = native_add_rms_norm(x, residual, weight, eps, offset)
+    return out, x if residual is None else total
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -32,31 +41,38 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -
     return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
 
 
-def native_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """(the norm, 1 / sqrt(mean(x^2) + eps) of each vector in fp32)"""
+def native_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
+                        offset: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(the norm, the sum, 1 / sqrt(mean(sum^2) + eps) of each vector in fp32)"""
     x, N, heads, D = native.rows(x)
     out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
-    native.run("rms_norm", x.numel(), x, x, weight, out, rstd, N, heads, x.stride(0), D, eps,
-               float(offset))
-    return out, rstd
+    total = None
+    if residual is not None:
+        residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    native.run("rms_norm", x.numel(), x, x, residual, weight, total, out, rstd, N, heads,
+               x.stride(0), D, eps, offset)
+    return out, total, rstd
 
 
-class RMSNorm(torch.autograd.Function):
+class AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, offset):
-        out, rstd = native_rms_norm(x, weight, eps, offset)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.offset = offset
-        return out
+    def forward(ctx, x, residual, weight, eps, offset):
+        out, total, rstd = native_add_rms_norm(x, residual, weight, eps, offset)
+        ctx.save_for_backward(x if residual is None else total, weight, rstd)
+        ctx.offset, ctx.adds = offset, residual is not None
+        ctx.set_materialize_grads(False)
+        return out, total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, grad_total):
         x, weight, rstd = ctx.saved_tensors
-        x, grad, D = x.contiguous(), grad.contiguous(), x.shape[-1]
+        x, D = x.contiguous(), x.shape[-1]
+        grad = torch.zeros_like(x) if grad is None else grad.contiguous()
+        grad_total = grad_total if grad_total is None else grad_total.contiguous()
         dx, partial = torch.empty_like(x), torch.zeros(torch.get_num_threads(), D)
-        native.run("rms_norm_backward", x.numel(), x, grad, x, weight, rstd, dx, partial,
-                   x.numel() // D, D, float(ctx.offset))
-        return dx, partial.sum(0).to(weight.dtype), None, None
+        native.run("rms_norm_backward", x.numel(), x, grad, grad_total, x, weight, rstd, dx,
+                   partial, x.numel() // D, D, ctx.offset)
+        return dx, dx if ctx.adds else None, partial.sum(0).to(weight.dtype), None, None
 
 
 # --------------------------------------------------------------------------------------------------

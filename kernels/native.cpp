@@ -48,15 +48,23 @@ static inline float inner(float x) { return 1.5957691216f * (x + .044715f * x * 
 static inline float inner_slope(float x) { return 1.5957691216f * (1.f + .134145f * x * x); }
 
 // ------------------------------------------------------------------------------------------------
-// RMSNorm of `heads` vectors of D numbers in each of N rows, which start `stride` numbers apart
+// RMSNorm of `heads` vectors of D numbers in each of N rows, which start `stride` numbers apart; with
+// a residual (N, D) of x + residual, which is written to `sum`
 
-extern "C" void rms_norm(const T* x, const T* weight, T* out, float* rstd, long N, long heads,
-                         long stride, long D, float eps, float offset, long threads) {
+extern "C" void rms_norm(const T* x, const T* residual, const T* weight, T* sum, T* out,
+                         float* rstd, long N, long heads, long stride, long D, float eps,
+                         float offset, long threads) {
     #pragma omp parallel for collapse(2) num_threads(threads)
     for (long i = 0; i < N; i++)
         for (long h = 0; h < heads; h++) {
             const T* from = x + i * stride + h * D;
             T* to = out + (i * heads + h) * D;
+            if (residual) {
+                #pragma omp simd
+                for (long d = 0; d < D; d++)
+                    store(sum + i * D + d, load(from[d]) + load(residual[i * D + d]));
+                from = sum + i * D;
+            }
             float squares = 0;
             #pragma omp simd reduction(+ : squares)
             for (long d = 0; d < D; d++) squares += load(from[d]) * load(from[d]);
@@ -68,15 +76,16 @@ extern "C" void rms_norm(const T* x, const T* weight, T* out, float* rstd, long 
         }
 }
 
-// partial [threads, D]: each thread's part of the weight's gradient
-extern "C" void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* rstd,
-                                  T* dx, float* partial, long N, long D, float offset,
-                                  long threads) {
+// partial [threads, D]: each thread's part of the weight's gradient. grad_sum: what reaches x + residual
+// by the other way, or null.
+extern "C" void rms_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* weight,
+                                  const float* rstd, T* dx, float* partial, long N, long D,
+                                  float offset, long threads) {
     #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long part = 0; part < threads; part++) {
         float* dw = partial + part * D;
         for (long i = N * part / threads; i < N * (part + 1) / threads; i++) {
-            const T *g = grad + i * D, *from = x + i * D;
+            const T *g = grad + i * D, *from = x + i * D, *more = grad_sum + i * D;
             float scale = rstd[i], along = 0;
             #pragma omp simd reduction(+ : along)
             for (long d = 0; d < D; d++)
@@ -84,9 +93,10 @@ extern "C" void rms_norm_backward(const T* grad, const T* x, const T* weight, co
             along *= scale * scale / D;
             #pragma omp simd
             for (long d = 0; d < D; d++) {
-                float gd = load(g[d]), xd = load(from[d]);
+                float gd = load(g[d]), xd = load(from[d]), other = grad_sum ? load(more[d]) : 0.f;
                 dw[d] += gd * xd * scale;
-                store(dx + i * D + d, scale * (gd * (load(weight[d]) + offset) - xd * along));
+                store(dx + i * D + d,
+                      other + scale * (gd * (load(weight[d]) + offset) - xd * along));
             }
         }
     }
@@ -271,7 +281,7 @@ extern "C" void decode(const T* q, const T* k, const T* v, T* out, T* row_k, T* 
 extern "C" void draw(const T* logits, const double* uniforms, int64_t* tokens, float* logprobs,
                      long B, long V, float temperature, long threads) {
     const long SIZE = 256, blocks = (V + SIZE - 1) / SIZE;
-    const float inverse = 1.f / temperature;
+    const float inverse = temperature ? 1.f / temperature : 1.f;        // 0: greedy
     #pragma omp parallel for num_threads(threads)
     for (long b = 0; b < B; b++) {
         const T* z = logits + b * V;
@@ -295,7 +305,9 @@ extern "C" void draw(const T* logits, const double* uniforms, int64_t* tokens, f
         long token = block * SIZE;
         for (long i = token; i < std::min(V, (block + 1) * SIZE) && inside <= target; i++)
             if (const float part = mass(i)) token = i, inside += part;
+        if (!temperature)
+            for (token = 0; token < V - 1 && load(z[token]) != top;) token++;
         tokens[b] = token;
-        logprobs[b] = float((load(z[token]) - top) / temperature - std::log(total));
+        logprobs[b] = float((load(z[token]) - top) * inverse - std::log(total));
     }
 }

@@ -26,7 +26,7 @@ WIDE = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64"
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 FUNCTIONS = {                                           # pointers, integers and floats
-    "rms_norm": "ppppiiiiff", "rms_norm_backward": "ppppppiif", "rotate": "pppiiiif",
+    "rms_norm": "pppppp" "iiii" "ff", "rms_norm_backward": "ppppppp" "iif", "rotate": "pppiiiif",
     "gated": "pppiiiii", "gated_backward": "pppppiii", "decode": "pppp" "pppp" "pppp" "iiii" "iii" "iiii" "i" "f",
     "draw": "ppppiif"}
 WORTH_A_THREAD = 2 ** 14                                # numbers; for fewer, waking it takes longer
@@ -39,7 +39,8 @@ def usable(x: Tensor) -> bool:
 def run(function: str, work: int, like: Tensor, *arguments) -> None:
     """Calls a function of native.cpp for like's dtype, on as many threads as `work` numbers need.
 
-    arguments: tensors, ints and floats, in its order, without the last (threads).
+    arguments: tensors (None: a null pointer), ints and floats, in its order, without the last
+    (threads).
     """
     threads = max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD))
     getattr(library(like.dtype), function)(

@@ -22,7 +22,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
     A row that is not finite gets the log-prob NaN.
     """
     filters = top_k or top_p < 1 or min_p > 0
-    if temperature and not filters and native.usable(logits):
+    if not filters and native.usable(logits):
         tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
         native.run("draw", logits.numel(), logits, logits.contiguous(), uniforms.double(),
                    tokens, logprobs, *logits.shape, temperature)
