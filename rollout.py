@@ -128,10 +128,10 @@ class Sampler:
 
 
 def generate(model: Transformer, prompts: list[list[int]],
-             params: SamplingParams = SamplingParams(), *, slots: int = 0, **more,
-             ) -> Iterator[Completion]:
+             params: SamplingParams = SamplingParams(), *, slots: int = 0,
+             cuda_graphs: bool = True, **more) -> Iterator[Completion]:
     """Sampler.generate with a cache for this call alone."""
-    return Sampler(model, slots).generate(prompts, params, **more)
+    return Sampler(model, slots, cuda_graphs).generate(prompts, params, **more)
 
 
 class Generation:

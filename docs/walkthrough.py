@@ -30,6 +30,7 @@ import rewards  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from kernels.torch_linear_logprob import row_statistics  # noqa: E402
+from rollout import Sampler  # noqa: E402
 from sampling import draw  # noqa: E402
 from training.policy import Policy  # noqa: E402
 from training.settings import settings  # noqa: E402
@@ -61,7 +62,7 @@ def step(model, tokenizer) -> SimpleNamespace:
         for name in ("pack", "completion_logprobs"):
             stack.enter_context(recorded(train, name))
         with job.rewarder:
-            batch = train.roll_out(model, job, 0)
+            batch = train.roll_out(Sampler(model), job, 0)
         metrics = train.learn(policy, batch, job, 0)
     packed = calls["pack"].result
     with torch.no_grad():
@@ -148,7 +149,7 @@ def samples(s) -> list[str]:
         "z are the logits. The sampler keeps each token's log-prob at the temperature it sampled "
         "with. The prompt is computed once; its completions share it as their prefix.",
         "![a prefix of prompt tokens with four completions](tree.svg)",
-        code(train.roll_out, "params = replace", "done = generate", "cuda_graphs=args"),
+        code(train.roll_out, "params = replace", "done = author.generate", "tokenizer=job"),
         code(draw.sample_rows, "logprobs = (logits"),
         "Problem and sample, length, how it ended, text:",
         block(shown),

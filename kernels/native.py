@@ -25,10 +25,10 @@ SOURCE = Path(__file__).with_name("native.cpp")
 WIDE = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-FUNCTIONS = {                                           # pointers, integers and floats
-    "rms_norm": "pppppp" "iiii" "ff", "rms_norm_backward": "ppppppp" "iif", "rotate": "pppiiiif",
-    "gated": "pppiiiii", "gated_backward": "pppppiii", "decode": "pppp" "pppp" "pppp" "iiii" "iii" "iiii" "i" "f",
-    "draw": "ppppiif"}
+FUNCTIONS = {                                           # their pointers, integers and floats
+    "rms_norm": "pppppp" "iiii" "ff", "rms_norm_backward": "ppppppp" "ii" "f",
+    "rotate": "ppp" "iiii" "f", "gated": "ppp" "iiiii", "gated_backward": "ppppp" "iii",
+    "decode": "pppppppppppp" "iiiiiiiiiiii" "f", "draw": "pppp" "ii" "f"}
 WORTH_A_THREAD = 2 ** 14                                # numbers; for fewer, waking it takes longer
 
 

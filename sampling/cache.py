@@ -60,7 +60,7 @@ def slots_for(model: Transformer) -> int:
     """Rows that a device decodes in little more time than one. On a GPU their keys and values may
     take a quarter of its memory, at 1,024 tokens each."""
     if model.device.type != "cuda":
-        return 96
+        return 192
     c, memory = model.c, torch.cuda.get_device_properties(model.device).total_memory
     row = 1024 * 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
     return max(8, min(512, memory // 4 // row // 8 * 8))

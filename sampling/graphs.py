@@ -24,7 +24,7 @@ from sampling.cache import Cache
 def bucket(rows: int) -> int:
     """The next of few batch sizes: a new one costs the CPU's matmul library a kernel, and a GPU a
     graph."""
-    step = 8 if rows <= 64 else 32
+    step = 8 if rows <= 64 else 16
     return -(-rows // step) * step
 
 

@@ -20,6 +20,7 @@ import torch
 import grpo
 import train
 import weights
+from rollout import Sampler
 from training import monitor
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes
@@ -259,7 +260,7 @@ def test_another_turn_samples_anew_from_the_same_prompt(tiny_folder):
     job = train.read(arguments(tiny_folder, "--method", "rlvr", "--prompts", "1"))
     job = dataclasses.replace(job, problems=job.problems[:1])
     with job.rewarder:
-        first, second = (train.roll_out(job.model, job, turn) for turn in (0, 1))
+        first, second = (train.roll_out(Sampler(job.model), job, turn) for turn in (0, 1))
     assert first.groups[0][0] == second.groups[0][0] and first.texts != second.texts
 
 
@@ -318,7 +319,7 @@ def test_p14_sampler_and_trainer_agree_and_the_gap_is_logged(tiny_folder):
 def test_p7_a_truncated_completion_is_worth_what_the_policy_says(tiny_folder, policy, rewarded):
     job = train.read(arguments(tiny_folder, "--truncated", policy))
     job.model.c.stop_ids = []                           # so that all completions are cut off
-    metrics = step_on(job, train.roll_out(job.model, job, 0))
+    metrics = step_on(job, train.roll_out(Sampler(job.model), job, 0))
     assert metrics["truncated_fraction"] == 1 and (metrics["grad_norm"] > 0) == rewarded
 
 

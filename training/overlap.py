@@ -17,16 +17,26 @@ def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
     weights. So a run that is resumed from there is the same run. Resumed after SIGTERM, or where a
     shorter run had ended, it samples one more batch that way.
     """
-    args, ahead = job.args, None
+    args, device, ahead = job.args, job.model.device, None
     author, earlier = (Sampler(model, args.slots, not args.no_cuda_graphs)
                        for model in (job.author, copy.deepcopy(job.author)))
-    device = job.author.device
-    on_gpu = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
-    thread = ThreadPoolExecutor(1, "", *on_gpu)         # not `with`: the rewarder closes first
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def sample(step: int, copied: torch.cuda.Event | None):
+        """In a stream of its own, or each kernel would wait for those of the training."""
+        if not on_gpu:
+            return roll_out(earlier, job, step)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_event(copied)
+            return roll_out(earlier, job, step)
+
+    thread = ThreadPoolExecutor(1)                      # not `with`: the rewarder closes first
     for step in range(first, args.steps):
         batch, lag = (ahead.result(), 1) if ahead else (roll_out(author, job, step), 0)
         ahead = None
         if step + 1 < args.steps and (step + 1) % args.save_every:
             earlier.model.load_state_dict(job.author.state_dict())
-            ahead = thread.submit(roll_out, earlier, job, step + 1)
+            copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
+            ahead = thread.submit(sample, step + 1, copied)
         yield batch, lag
