@@ -216,6 +216,56 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
 
 
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+def heads_of(attend, c, dtype=torch.float64) -> list[torch.Tensor]:
+    """Random q, k and v of a layer, packed as attend wants them."""
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(len(attend.position_ids), heads, c.head_dim, generator=random, dtype=dtype)
+            .to(attend.device).requires_grad_() for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_groups_of_unlike_sizes_are_not_padded_to_each_other(tiny, monkeypatch, cached):
+    """60 lone prompts and 29 behind one opening, in prefill; and prompts with completions, of which one has 29."""
+    c, plain, computed = tiny[0].c, attention.attention, []
+    groups = [(0 if cached else 50, [40 + 7 * i % 90]) for i in range(60)]
+    groups.insert(31, (30, [5 + i % 20 for i in range(29)]))
+    prefix_kv = torch.randn(2, len(groups), c.num_kv_heads, 30, c.head_dim, dtype=torch.float64) if cached else None
+
+    def counted(q, k, v, mask, *prefix):
+        computed.append(q.shape[0] * q.shape[2] * q.shape[4] * mask.shape[-1])              # B, n, C, P + T
+        return plain(q, k, v, mask, *prefix)
+
+    def run(groups, inputs=None, prefix_kv=None):
+        attend = attention.PrefixAttention(*map(list, zip(*groups, strict=True)), c, "cpu", cached)
+        inputs = inputs or heads_of(attend, c)
+        out = attend(0, *inputs, prefix_kv)
+        return inputs, [out, *torch.autograd.grad((out * out.detach().cos()).sum(), inputs)]
+
+    def of_each_group(x):
+        prefixes, rows = [0 if cached else P for P, _ in groups], [sum(row) for _, row in groups]
+        parts = x.split(prefixes + rows)
+        return [torch.cat(both) for both in zip(parts[:len(groups)], parts[len(groups):], strict=True)]
+
+    monkeypatch.setattr(attention, "attention", counted)
+    inputs, together = run(groups, prefix_kv=prefix_kv)
+    real = sum(sum(C * (P + C) for C in row) + (0 if cached else P * P) for P, row in groups)
+    assert sum(computed) <= 3 * real and len(computed) <= (4 if cached else 8)
+    inputs, together = ([of_each_group(x) for x in found] for found in (inputs, together))
+    for i, group in enumerate(groups):
+        kv = prefix_kv[:, i:i + 1, :, :group[0]] if cached else None
+        _, alone = run([group], [x[i] for x in inputs], kv)
+        assert all((x[i] - y).abs().max() <= 1e-12 for x, y in zip(together, alone, strict=True))
+
+
+def test_groups_of_like_sizes_share_one_matmul(tiny):
+    prefixes = [20, 24, 31, 28]
+    attend = attention.PrefixAttention(prefixes, [[30, 44], [52, 10], [60, 60], [41, 3]], tiny[0].c, "cpu")
+    assert attend.buckets == [([0, 1, 2, 3], 2, 60, 31)]
+
+
 # -- flash-attn --------------------------------------------------------------------------------------------------------
 
 
