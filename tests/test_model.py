@@ -281,6 +281,7 @@ def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         assert type(longest) is int and longest == cu.diff().max() and cu.diff().min() > 0
     assert dropout_p == softcap == 0 and causal and deterministic and type(window_size) is tuple
     left, out = window_size[0] if window_size[0] >= 0 else 10 ** 6, []
+    dtype, (q, k, v) = q.dtype, (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     for i in range(len(cu_seqlens_q) - 1):
         a = q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]
         b, c = (x[cu_seqlens_k[i]:cu_seqlens_k[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -289,7 +290,7 @@ def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         seen = (key <= at) & (key >= at - left)
         scores = torch.einsum("qhd,khd->hqk", a, b) * softmax_scale
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), c))
-    return torch.cat(out)
+    return torch.cat(out).to(dtype)
 
 
 def use_torch_stand_in(monkeypatch) -> list:
