@@ -84,16 +84,16 @@ class PrefixAttention:
         self.prefix_tokens = 0 if cached else sum(prefix_lengths)
         self.buckets = buckets(prefix_lengths, completion_lengths, cached)
         self.entries = [torch.tensor(bucket.groups, device=device) for bucket in self.buckets]
-        prefixes, rows = ([[]] * len(prefix_lengths) for _ in range(2))  # (start, length) of each
+        prefixes, rows = {}, {}                         # of each group: (start, length) when padded
         prefix_end = row_end = 0
         for groups, n, C, P in self.buckets:
             for i in groups:
-                lengths = enumerate(completion_lengths[i])
-                prefixes[i] = [(prefix_end, prefix_lengths[i])]
-                rows[i] = [(row_end + j * C, length) for j, length in lengths]
+                starts = (row_end + j * C for j in range(n))
+                rows[i] = [*zip(starts, completion_lengths[i], strict=False)]
+                prefixes[i] = prefix_end, prefix_lengths[i]
                 prefix_end, row_end = prefix_end + P, row_end + n * C
-        self.prefix_index = flat_index(chain(*prefixes), device)
-        self.completion_index = flat_index(chain(*rows), device)
+        self.prefix_index = flat_index((prefixes[i] for i in sorted(prefixes)), device)
+        self.completion_index = flat_index(chain(*(rows[i] for i in sorted(rows))), device)
         positions = [] if cached else [torch.arange(length) for length in prefix_lengths]
         for start, row in zip(prefix_lengths, completion_lengths, strict=True):
             positions += [torch.arange(start, start + length) for length in row]
