@@ -6,12 +6,15 @@ GPU does in silence and slowly, an index from the host. Values read back are cou
 
 `use(monkeypatch)` makes it the device of every model that is loaded. Importing this file registers the device with
 torch for good, so tests import it in a process of their own. Left out: other threads (--overlap), a forward within the
-backward (--recompute, which torch aborts here), streams, memory limits, our own kernels (a stand-in in torch takes
-their place), and all that only hardware can get wrong.
+backward (--recompute, which torch aborts here), streams, memory limits, our own kernels and FlashAttention (stand-ins
+in torch take their place), and all that only hardware can get wrong.
 """
+
+from functools import wraps
 
 import torch
 from torch.distributed.checkpoint import filesystem
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -20,10 +23,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import kernels.triton_linear_logprob
 import weights
 from tests.test_kernels import reference
+from tests.test_model import use_torch_stand_in
 
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended", 0)
-COUNTS = {"reads": 0, "kernels": 0, "synchronized": 0}
+COUNTS = {"reads": 0, "kernels": 0, "varlen": 0, "synchronized": 0}
 aten = torch.ops.aten
 TRANSFERS = (aten._to_copy.default, aten.copy_.default)
 READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
@@ -110,6 +114,7 @@ class Functions(TorchFunctionMode):
 
 
 def counted(name: str, function):
+    @wraps(function)
     def call(*args, **kwargs):
         COUNTS[name] += 1
         return function(*args, **kwargs)
@@ -123,6 +128,8 @@ def use(monkeypatch, capability=(9, 0)) -> tuple:
         return reference(hidden, weight, targets, temperature, softcap, dtype=torch.float32)
 
     COUNTS.update(dict.fromkeys(COUNTS, 0))
+    use_torch_stand_in(monkeypatch)
+    monkeypatch.setattr(varlen, "varlen_attn", counted("varlen", varlen.varlen_attn))
     monkeypatch.setattr(weights, "pick_device", lambda name: str(DEVICE))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(kernels.triton_linear_logprob, "triton_linear_logprob", counted("kernels", kernel))

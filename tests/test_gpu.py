@@ -18,13 +18,13 @@ import torch
 import evaluate
 import train
 import weights
-from kernels import linear_logprob
-from kernels.attention import flash_attn_with_kvcache
+from kernels import attention, linear_logprob
+from kernels.attention import PrefixAttention, flash_attn_with_kvcache
 from model import completion_logprobs, pack
 from rollout import SamplingParams, generate
 from tests.conftest import make_reference, stopping
 from tests.test_kernels import outputs_and_gradients, reference, relative_errors, sample
-from tests.test_model import groups_of, random_ids
+from tests.test_model import groups_of, heads_of, random_ids, use_torch_stand_in
 from tests.test_rollout import random_prompts, trainer_logprobs
 from tests.test_train import FAST, REWARD, metrics, same, tensors
 from training import monitor
@@ -127,6 +127,73 @@ def test_p42_the_kernels_give_the_same_bits_every_time():
     inputs = on_gpu(700, 64, 5000, HALF)
     first, second = (double_slopes(linear_logprob, *inputs, 0.7) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Skips where the varlen call is not taken; on a CPU a stand-in is, which makes no choice by the device."""
+    if GPU and not attention.uses_varlen(torch.empty(1, 1, 64, dtype=HALF, device=DEVICE)):
+        pytest.skip("needs an A100 or later, and torch 2.11 or flash-attn")
+    if not GPU:
+        use_torch_stand_in(monkeypatch)
+        monkeypatch.setattr(attention, "uses_varlen", lambda q: q.dtype in (torch.bfloat16, torch.float16))
+
+
+def attended(attend, q, k, v, prefix_kv=None) -> list[torch.Tensor]:
+    """The output, and the gradients of q, k and v of a loss that weighs every number differently."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(0, *inputs, prefix_kv)
+    slope = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+    return [x.detach() for x in (out, *torch.autograd.grad(out, inputs, slope))]
+
+
+@pytest.mark.parametrize("window", [0, 48])
+@pytest.mark.parametrize("heads, kv_heads, D", [(9, 3, 64), (4, 4, 128), (4, 1, 256), (6, 2, 16)])
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_p10_the_varlen_call_errs_no_more_than_twice_what_padded_matmuls_err(varlen, monkeypatch, dtype, heads,
+                                                                             kv_heads, D, window):
+    """Prefixes and completions of 1 to 300 tokens, shorter and longer than a tile; 40 share a prefix."""
+    c = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=D, attn_scale=0.7 * D ** -0.5,
+                        windows=[window])
+    attends = [PrefixAttention([200, 1, 33], [[5, 300, 1, 0, 129], [64] * 40, []], c, DEVICE) for _ in range(3)]
+    half = [x.to(dtype) for x in heads_of(attends[0], c)]
+    ours = attended(attends[0], *half)
+    exact = attended(attends[1], *(x.double() for x in half))
+    monkeypatch.setattr(attention, "uses_varlen", lambda q: False)
+    plain = relative_errors([x.double() for x in attended(attends[2], *half)], exact)
+    ours = relative_errors([x.double() for x in ours], exact)
+    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, plain, strict=True)), (ours, plain)
+    assert max(ours) <= {torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_p3_the_varlen_call_reads_cached_prefixes(varlen, dtype):
+    c = SimpleNamespace(num_heads=9, num_kv_heads=3, head_dim=64, attn_scale=0.125, windows=[0, 20])
+    attend, padded = (PrefixAttention([70, 0, 150], [[5, 40], [1], [200, 3, 17]], c, DEVICE, cached=True)
+                      for _ in range(2))
+    half = [x.to(dtype) for x in heads_of(attend, c)]
+    prefix_kv = torch.randn(2, 3, 3, 150, 64, device=DEVICE).to(dtype)
+    for layer in (0, 1):
+        exact = padded(layer, *(x.double() for x in half), prefix_kv.double())
+        (error,) = relative_errors([attend(layer, *half, prefix_kv).double()], [exact])
+        assert error <= {torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+
+
+def test_p42_the_varlen_call_gives_the_same_bits_where_torch_is_told_to(varlen):
+    """Of sequences with many key tiles, whose dq is else added up in any order."""
+    c = SimpleNamespace(num_heads=9, num_kv_heads=3, head_dim=64, attn_scale=0.125, windows=[0])
+    attend = PrefixAttention([500, 300], [[700] * 4, [900, 30]], c, DEVICE)
+    half = [x.to(HALF) for x in heads_of(attend, c)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (attended(attend, *half) for _ in range(5 if GPU else 2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 # -- the forward -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """The decoder against transformers and against itself: packed, padded, prompt-shared, cached."""
 
+import importlib
+import inspect
+import itertools
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,6 +216,56 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
 
 
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+def heads_of(attend, c, dtype=torch.float64) -> list[torch.Tensor]:
+    """Random q, k and v of a layer, packed as attend wants them."""
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(len(attend.position_ids), heads, c.head_dim, generator=random, dtype=dtype)
+            .to(attend.device).requires_grad_() for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_groups_of_unlike_sizes_are_not_padded_to_each_other(tiny, monkeypatch, cached):
+    """60 lone prompts and 29 behind one opening, in prefill; and prompts with completions, of which one has 29."""
+    c, plain, computed = tiny[0].c, attention.attention, []
+    groups = [(0 if cached else 50, [40 + 7 * i % 90]) for i in range(60)]
+    groups.insert(31, (30, [5 + i % 20 for i in range(29)]))
+    prefix_kv = torch.randn(2, len(groups), c.num_kv_heads, 30, c.head_dim, dtype=torch.float64) if cached else None
+
+    def counted(q, k, v, mask, *prefix):
+        computed.append(q.shape[0] * q.shape[2] * q.shape[4] * mask.shape[-1])              # B, n, C, P + T
+        return plain(q, k, v, mask, *prefix)
+
+    def run(groups, inputs=None, prefix_kv=None):
+        attend = attention.PrefixAttention(*map(list, zip(*groups, strict=True)), c, "cpu", cached)
+        inputs = inputs or heads_of(attend, c)
+        out = attend(0, *inputs, prefix_kv)
+        return inputs, [out, *torch.autograd.grad((out * out.detach().cos()).sum(), inputs)]
+
+    def of_each_group(x):
+        prefixes, rows = [0 if cached else P for P, _ in groups], [sum(row) for _, row in groups]
+        parts = x.split(prefixes + rows)
+        return [torch.cat(both) for both in zip(parts[:len(groups)], parts[len(groups):], strict=True)]
+
+    monkeypatch.setattr(attention, "attention", counted)
+    inputs, together = run(groups, prefix_kv=prefix_kv)
+    real = sum(sum(C * (P + C) for C in row) + (0 if cached else P * P) for P, row in groups)
+    assert sum(computed) <= 3 * real and len(computed) <= (4 if cached else 8)
+    inputs, together = ([of_each_group(x) for x in found] for found in (inputs, together))
+    for i, group in enumerate(groups):
+        kv = prefix_kv[:, i:i + 1, :, :group[0]] if cached else None
+        _, alone = run([group], [x[i] for x in inputs], kv)
+        assert all((x[i] - y).abs().max() <= 1e-12 for x, y in zip(together, alone, strict=True))
+
+
+def test_groups_of_like_sizes_share_one_matmul(tiny):
+    prefixes = [20, 24, 31, 28]
+    attend = attention.PrefixAttention(prefixes, [[30, 44], [52, 10], [60, 60], [41, 3]], tiny[0].c, "cpu")
+    assert attend.buckets == [([0, 1, 2, 3], 2, 60, 31)]
+
+
 # -- flash-attn --------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +281,7 @@ def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         assert type(longest) is int and longest == cu.diff().max() and cu.diff().min() > 0
     assert dropout_p == softcap == 0 and causal and deterministic and type(window_size) is tuple
     left, out = window_size[0] if window_size[0] >= 0 else 10 ** 6, []
+    dtype, (q, k, v) = q.dtype, (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     for i in range(len(cu_seqlens_q) - 1):
         a = q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]
         b, c = (x[cu_seqlens_k[i]:cu_seqlens_k[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -235,30 +290,59 @@ def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         seen = (key <= at) & (key >= at - left)
         scores = torch.einsum("qhd,khd->hqk", a, b) * softmax_scale
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), c))
-    return torch.cat(out)
+    return torch.cat(out).to(dtype)
+
+
+def use_torch_stand_in(monkeypatch) -> list:
+    """varlen_attn in plain torch, with the signature of the real one: a keyword that torch does not have is a
+    TypeError. Its callers go through all of the choice of a backend. Returns a list that grows with each call."""
+    module = importlib.import_module("torch.nn.attention.varlen")
+    signature, calls = inspect.signature(module.varlen_attn), []
+
+    def varlen_attn(*args, **kwargs):
+        calls.append(args)
+        given = signature.bind(*args, **kwargs).arguments
+        packed = [given.pop(x) for x in ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")]
+        assert all(x.shape[2] <= 256 and x.shape[2] % 8 == 0 for x in packed[:3]) and type(given["scale"]) is float
+        assert given.pop("enable_gqa", "enable_gqa" not in signature.parameters)
+        scale, (left, right) = given.pop("scale"), given.pop("window_size")
+        assert not given and right == 0
+        return varlen_stand_in(*packed, softmax_scale=scale, causal=True, window_size=(left, 0), deterministic=True)
+
+    varlen_attn.__signature__ = signature
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention, "torch_varlen", attention.torch_varlen.__wrapped__)       # unlike it, not cached
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    return calls
 
 
 @pytest.fixture
 def flash(monkeypatch):
-    """Sends the model through its flash-attn call site; the list counts the calls."""
+    """Sends the model through its varlen call, flash-attn's or torch's; the list counts the calls."""
     calls = []
 
     def counted(*args, **kwargs):
         calls.append(args)
         return varlen_stand_in(*args, **kwargs)
 
-    def switch(on):
-        monkeypatch.setattr(attention, "flash_attn_varlen_func", counted)
-        monkeypatch.setattr(attention, "uses_flash", lambda q: on)
+    def switch(on, package=True):
+        nonlocal calls
+        if package:
+            monkeypatch.setattr(attention, "flash_attn_varlen_func", counted)
+        elif on:
+            calls = use_torch_stand_in(monkeypatch)
+        monkeypatch.setattr(attention, "uses_varlen", lambda q: on)
         return calls
 
     return switch
 
 
-def test_one_flash_attn_call_a_layer_gives_the_same_logprobs_and_gradients(family, flash):
+@pytest.mark.parametrize("package", [True, False], ids=["flash-attn", "torch"])
+def test_one_varlen_call_a_layer_gives_the_same_logprobs_and_gradients(family, flash, package):
     model, groups, found = family[0], [*groups_of(), (random_ids(4), [])], []
     for on in (False, True):
-        calls = flash(on)
+        calls = flash(on, package)
         model.zero_grad()
         logprobs = completion_logprobs(model, pack(groups, model))[0]
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
@@ -268,6 +352,62 @@ def test_one_flash_attn_call_a_layer_gives_the_same_logprobs_and_gradients(famil
     assert (logprobs - flash_logprobs).abs().max() <= 1e-5
     for name, grad in grads.items():
         assert (grad - flash_grads[name]).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_recomputing_layers_changes_no_gradient_of_the_varlen_path(tiny, flash):
+    flash(True, package=False)
+    test_recomputing_layers_changes_no_gradient(tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_a_shared_prefix_are_summed_in_fp32(tiny, dtype):
+    """3,001 ones: bf16 would count to 256 and stay there, fp16 to 2,048."""
+    attend = attention.PrefixAttention([3, 2], [[1] * 3000, [4]], tiny[0].c, "cpu")
+    x = torch.ones(len(attend.position_ids), 2, 8, dtype=dtype, requires_grad=True)
+    attention.Gather.apply(x, attend).sum().backward()
+    copies = torch.tensor([3001.0] * 3 + [2.0] * 2 + [1.0] * 3004).to(dtype)
+    assert torch.equal(x.grad, copies[:, None, None].expand_as(x))
+
+
+def test_torchs_varlen_attn_is_taken_with_what_its_version_knows_and_refused_without_a_window(monkeypatch):
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        pass
+
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1)):
+        pass
+
+    module = importlib.import_module("torch.nn.attention.varlen")
+    found, ours = attention.torch_varlen.__wrapped__, module.varlen_attn
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert found() == ours or (found().func, found().keywords) == (ours, {"enable_gqa": True})
+    monkeypatch.setattr(module, "varlen_attn", of_2_11)
+    assert found() == of_2_11
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        assert found() is None
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert found() is None
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(module, "varlen_attn", of_2_10)
+    assert found() is None
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)         # torch < 2.10
+    assert found() is None
+
+
+@pytest.mark.parametrize("dtype, chip, is_cuda, D, taken", [
+    (torch.bfloat16, (8, 0), True, 64, True), (torch.float16, (9, 0), True, 256, True),
+    (torch.bfloat16, (12, 0), True, 128, True), (torch.float32, (9, 0), True, 64, False),
+    (torch.float16, (7, 5), True, 64, False), (torch.bfloat16, (9, 0), False, 64, False),
+    (torch.bfloat16, (9, 0), True, 264, False), (torch.bfloat16, (9, 0), True, 100, False)])
+def test_the_varlen_call_is_for_half_precision_on_an_a100_or_later_and_head_sizes_it_has(
+        monkeypatch, dtype, chip, is_cuda, D, taken):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
+    q = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0", shape=(5, 4, D))
+    for package, own in itertools.product((varlen_stand_in, None), repeat=2):
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", package)
+        monkeypatch.setattr(attention, "torch_varlen", lambda own=own: own)
+        assert attention.uses_varlen(q) == (taken and bool(package or own))
 
 
 def kvcache_stand_in(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
