@@ -65,12 +65,6 @@ class Config:
     softcap: float | None = None                        # softcap * tanh(logits / softcap)
     stop_ids: list[int] = field(default_factory=list)   # tokens that end a completion
 
-    def flash(self, layer: int) -> dict:
-        """What every call of flash-attn is told about a layer."""
-        window = self.windows[layer]
-        return {"softmax_scale": self.attn_scale, "causal": True,
-                "window_size": (window - 1, 0) if window else (-1, -1)}
-
 
 # -----------------------------------------------------------------------------------------------
 # Rotary positions (Su et al., arXiv 2104.09864)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+    from flash_attn import flash_attn_varlen_func
 except ImportError:                                     # most machines: torch has its kernels too
-    flash_attn_varlen_func = flash_attn_with_kvcache = None
+    flash_attn_varlen_func = None
 
 
 class Move(torch.autograd.Function):
@@ -268,11 +268,6 @@ def on_ampere_in_half(x: Tensor) -> bool:
     """In bf16 or fp16 on an A100 or later."""
     return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
             and torch.cuda.get_device_capability(x.device)[0] >= 8)
-
-
-def uses_flash(x: Tensor) -> bool:
-    """Whether sampling/cache.py decodes through flash-attn."""
-    return flash_attn_varlen_func is not None and on_ampere_in_half(x)
 
 
 def bias(at: Tensor, T: int, prefix_lengths: Tensor, P: int, window: int, dtype) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +19,12 @@ import model as model_module
 import personas
 import tasks
 import weights
-from kernels import attention
+from kernels import attention, native
+from kernels.decode_attention import torch_decode_attention
 from model import Transformer, completion_logprobs, pack
-from rollout import SamplingParams, generate
+from rollout import Sampler, SamplingParams, generate
 from sampling import cache
+from sampling.graphs import Graphs
 from tests.conftest import stopping
 from weights import parity
 
@@ -410,60 +413,25 @@ def test_the_varlen_call_is_for_half_precision_on_an_a100_or_later_and_head_size
         assert attention.uses_varlen(q) == (taken and bool(package or own))
 
 
-def kvcache_stand_in(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-                     cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
-                     window_size=(-1, -1), softcap=0.0):
-    """flash_attn_with_kvcache as flash-attn 2 documents it: k and v are written behind each row's cache, in place."""
-    B, new = q.shape[:2]
-    assert q.dim() == k_cache.dim() == 4 and k_cache.shape == v_cache.shape and len(k_cache) == B and new == k.shape[1]
-    assert q.dtype == k_cache.dtype == v_cache.dtype == k.dtype == v.dtype and k_cache.stride(-1) == 1
-    assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == (B,)
-    assert cache_seqlens.max() + new <= k_cache.shape[1]
-    out = torch.empty_like(q)
-    for i, length in enumerate(cache_seqlens.tolist()):
-        for kept, x in ((k_cache, k), (v_cache, v)):
-            kept[i, length:length + new] = x[i]
-        ends = [torch.tensor([0, x], dtype=torch.int32) for x in (new, length + new)]
-        out[i] = varlen_stand_in(q[i], k_cache[i, :length + new].contiguous(), v_cache[i, :length + new].contiguous(),
-                                 *ends, new, length + new, softmax_scale=softmax_scale, causal=causal,
-                                 window_size=window_size, deterministic=True)   # the kvcache call has one order
-    return out
-
-
 @pytest.mark.parametrize("n", [1, 3])
-def test_sampling_through_flash_attn_gives_the_same_tokens(family, flash, monkeypatch, n):
+def test_prefill_through_the_varlen_call_gives_the_same_tokens(family, flash, n):
     """Prompts with a common opening, which the sampler computes first and caches, and one without it; fewer slots than
     completions, so that rows leave and others take their place."""
-    opening, found, steps = random_ids(20), [], []
+    opening, found = random_ids(20), []
     prompts = [opening + random_ids(5, 1), opening + random_ids(9, 2), random_ids(6, 3), opening + random_ids(3, 4)]
-
-    def counted(*args, **kwargs):
-        steps.append(args)
-        return kvcache_stand_in(*args, **kwargs)
-
     model, params = stopping(family[0], range(20)), SamplingParams(n, max_tokens=12)
     for on in (False, True):
         calls = flash(on)
-        monkeypatch.setattr(cache, "uses_flash", lambda q, on=on: on)
-        monkeypatch.setattr(cache, "flash_attn_with_kvcache", counted)
         done = list(generate(model, prompts, params, slots=3))
         found.append({(c.index, c.sample): c for c in done})
     plain, flashed = found
-    assert calls and steps and len(plain) == n * len(prompts)
+    assert calls and len(plain) == n * len(prompts)
     assert {key: c.tokens for key, c in plain.items()} == {key: c.tokens for key, c in flashed.items()}
     for key, c in plain.items():
         assert np.allclose(c.logprobs, flashed[key].logprobs, atol=1e-5)
 
 
-def kvcache_without_host_reads(q, k_cache, v_cache, k, v, cache_seqlens, softmax_scale, causal, window_size):
-    """The stand-in above, for one new token and in operators that a CUDA graph could record."""
-    at, key = cache_seqlens.long()[:, None], torch.arange(k_cache.shape[1])
-    for kept, x in ((k_cache, k), (v_cache, v)):
-        kept.scatter_(1, at[..., None, None].expand_as(x), x)
-    keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k_cache, v_cache))
-    seen = (key <= at) & (key >= at - (window_size[0] if window_size[0] >= 0 else 10 ** 6))
-    scores = torch.einsum("bhd,bthd->bht", q[:, 0], keys) * softmax_scale
-    return torch.einsum("bht,bthd->bhd", scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1), values)[:, None]
+# -- CUDA graphs -------------------------------------------------------------------------------------------------------
 
 
 class RecordedGraph:
@@ -508,36 +476,17 @@ def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
         made.append(RecordedGraph())
         return made[-1]
 
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen_stand_in)
-    monkeypatch.setattr(attention, "uses_flash", lambda q: True)
-    monkeypatch.setattr(cache, "uses_flash", lambda q: True)
-    monkeypatch.setattr(cache, "flash_attn_with_kvcache", kvcache_without_host_reads)
+    monkeypatch.setattr(native, "usable", lambda x: False)                      # C++ cannot be recorded here
+    monkeypatch.setattr(cache, "decode_attention", torch_decode_attention)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
-    done = generate(model, prompts, params, slots=16, cuda_graphs=True)
-    replayed = {(c.index, c.sample): c for c in done}
-    assert {key: c.tokens for key, c in plain.items()} == {key: c.tokens for key, c in replayed.items()}
+    sampler = Sampler(model, slots=16)
+    sampler.graphs = Graphs(sampler.step, sampler.cache, 16)
+    for tokens in (12, 40):                             # the second call needs wider entries
+        done = sampler.generate(prompts, replace(params, max_tokens=tokens))
+        replayed = {(c.index, c.sample): c for c in done}
+        assert {key: c.tokens[:tokens] for key, c in plain.items()} == {key: c.tokens for key, c in replayed.items()}
     assert len(made) > 2 and max(graph.replays for graph in made) > 5           # two sizes, and again once it had grown
-
-
-def test_cuda_graphs_are_refused_where_they_cannot_be(tiny):
-    with pytest.raises(ValueError, match="needs a GPU, flash-attn"):
-        generate(tiny[0], [[3, 4]], cuda_graphs=True)
-
-
-def test_flash_attn_is_used_on_cuda_in_half_precision_only(monkeypatch):
-    chips = {"A100": (8, 0), "T4": (7, 5)}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", chips.get)
-
-    def tensor(is_cuda, dtype, chip="A100"):
-        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=chip)
-
-    assert not attention.uses_flash(tensor(True, torch.bfloat16)) or attention.flash_attn_varlen_func
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen_stand_in)
-    assert attention.uses_flash(tensor(True, torch.bfloat16)) and attention.uses_flash(tensor(True, torch.half))
-    assert not attention.uses_flash(tensor(True, torch.float32))
-    assert not attention.uses_flash(tensor(False, torch.bfloat16))
-    assert not attention.uses_flash(tensor(True, torch.half, "T4"))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
