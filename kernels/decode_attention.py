@@ -27,6 +27,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_
     Row b writes k and v into entry b of row_kv, behind the row's tokens, and attends. scale: of the
     scores. window: how many positions a token sees, itself included; 0: all.
     """
+    if q.is_cuda and q.dtype != torch.float64:
+        from kernels.triton_decode_attention import triton_decode_attention
+
+        return triton_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
     return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
 
 
