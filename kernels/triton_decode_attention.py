@@ -81,6 +81,21 @@ def _walk(q, largest, total, out, keys, values, start, stop, stride_kt, stride_v
 
 
 @triton.jit
+def _new_token(q, k, v, key_at, value_at, fits, scale, out, HEAD_DIM: tl.constexpr,
+               BLOCK_D: tl.constexpr):
+    """Writes the new token into the cache. Returns its scores [G] and out + its value [G, D]."""
+    d = tl.arange(0, BLOCK_D)
+    new_k = tl.load(k + d, mask=d < HEAD_DIM, other=0.0)
+    new_v = tl.load(v + d, mask=d < HEAD_DIM, other=0.0)
+    write = d < tl.where(fits, HEAD_DIM, 0)
+    tl.store(key_at + d, new_k, mask=write)
+    tl.store(value_at + d, new_v, mask=write)
+    scores = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
+    # a row without room gives NaN: raising an error would stall the GPU
+    return scores, out + tl.where(fits, new_v.to(tl.float32), float("nan"))[None, :]
+
+
+@triton.jit
 def attend_kernel(q, k, v, row_keys, row_values, prefix_keys, prefix_values,
                   prefixes, prefix_lengths, lengths, results, sums, scale, window, capacity,
                   stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
@@ -111,16 +126,12 @@ def attend_kernel(q, k, v, row_keys, row_values, prefix_keys, prefix_values,
     row_keys += row64 * stride_rke + head64 * stride_rkh
     row_values += row64 * stride_rve + head64 * stride_rvh
     if split == 0:
-        new_k = tl.load(k + row64 * stride_kb + head64 * stride_kh + d, mask=d < HEAD_DIM, other=0.)
-        new_v = tl.load(v + row64 * stride_vb + head64 * stride_vh + d, mask=d < HEAD_DIM, other=0.)
-        at, write = own.to(tl.int64), d < tl.where(fits, HEAD_DIM, 0)
-        tl.store(row_keys + at * stride_rkt + d, new_k, mask=write)
-        tl.store(row_values + at * stride_rvt + d, new_v, mask=write)
-        products = queries.to(tl.float32) * new_k.to(tl.float32)[None, :]
-        largest = tl.sum(products, axis=1) * scale
+        new_k = k + row64 * stride_kb + head64 * stride_kh
+        new_v = v + row64 * stride_vb + head64 * stride_vh
+        at = own.to(tl.int64)
+        largest, out = _new_token(queries, new_k, new_v, row_keys + at * stride_rkt,
+                                  row_values + at * stride_rvt, fits, scale, out, HEAD_DIM, BLOCK_D)
         total += 1.0
-        # a row without room gives NaN: raising an error would stall the GPU
-        out += tl.where(fits, new_v.to(tl.float32), float("nan"))[None, :]
 
     # positions [first, before + own) are seen, besides the new token; each split takes its share
     first = tl.where(window > 0, tl.maximum(before + own + 1 - window, 0), 0)
@@ -209,7 +220,7 @@ def number_of_splits(programs: int, tokens: int) -> int:
 
 
 def tile(half: bool, group: int, head_dim: int, chip: str | None) -> dict[str, int]:
-    """The blocks, warps and stages of attend_kernel for g = `group`: a rule that spills no register.
+    """Blocks, warps and stages of attend_kernel for g = `group`: a rule that spills no register.
 
     Tensor cores take 16 queries. Those beyond g are zeros and cost no memory traffic. fp32 is
     multiplied without them, since they would cut it to tf32. So is fp16 on GPUs before the A100,
