@@ -1,6 +1,8 @@
-"""The Triton kernels compiled ahead of time for four chips: registers, spills and shared memory. Needs no GPU.
+"""The Triton kernels compiled ahead of time for five chips: registers, spills, shared memory.
 
-    python benchmarks/compile_kernels.py                    # a Markdown table of every kernel, dtype, tile and chip
+Needs no GPU.
+
+    python benchmarks/compile_kernels.py      # Markdown tables: every kernel, dtype, tile and chip
 """
 
 import itertools
@@ -16,10 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import triton_decode_attention as decode
 from kernels.triton_linear_logprob import backward_kernel, forward_kernel, tile
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}  # A100, H100, B200, MI300X
+DECODE_TARGETS = {"sm_75": ("cuda", 75, 32), **TARGETS}     # T4 as well
 POINTERS = {"logsumexp", "slope", "curve", "at_target", "partials"}
 
 
@@ -37,6 +41,30 @@ def compile_kernel(kernel, target, dtype, chosen):
                if signature[name] not in ("constexpr", "fp32")}
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(num_warps=warps, num_stages=stages))
+
+
+def compile_decode(kernel, target, dtype, group, head_dim, splits):
+    """A compiled kernel of the decode step for a chip of DECODE_TARGETS.
+
+    group: query heads of one kv head. splits: programs that share a row; 1: no merge_kernel.
+    """
+    chosen = decode.tile(dtype != "fp32", group, head_dim, target)
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    constants = dict(chosen, GROUP=group, HEAD_DIM=head_dim, SPLITS=splits,
+                     BLOCK_S=triton.next_power_of_2(splits))
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = dict.fromkeys(("entries", "lengths", "prefixes", "prefix_lengths"), "*i32") | {
+        "sums": "*fp32", "partial": "*fp32", "scale": "fp32", "window": "i32", "capacity": "i32"}
+    if kernel is decode.attend_kernel and splits > 1:
+        types["results"] = "*fp32"
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        other = "i32" if name.startswith("stride") else "*" + dtype
+        signature[name] = "constexpr" if name in constants else types.get(name, other)
+        if name not in (*constants, "scale", "window", "capacity"):
+            aligned[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget(*DECODE_TARGETS[target]), options=options)
 
 
 def resources(compiled):
@@ -62,6 +90,17 @@ def main():
         registers, spilled, shared = resources(compile_kernel(kernel, chip, dtype, chosen))
         print(f"| {kernel.__name__} | {dtype} | {n} x {v} x {k} | {warps}, {stages} | {chip} | {registers} | {spilled} "
               f"| {shared / 1024:g} |", flush=True)
+    print("\n| dtype | D | chip | tile queries x tokens | registers | spilled bytes | shared KiB |")
+    print("|---|---:|---|---|---:|---:|---:|")
+    for dtype, head_dim, chip in itertools.product(("bf16", "fp16", "fp32"), (64, 128, 256),
+                                                   DECODE_TARGETS):
+        if (dtype, chip) == ("bf16", "sm_75"):              # it has no bf16
+            continue
+        chosen = decode.tile(dtype != "fp32", 2, head_dim, chip)
+        registers, spilled, shared = resources(
+            compile_decode(decode.attend_kernel, chip, dtype, 2, head_dim, 1))
+        print(f"| {dtype} | {head_dim} | {chip} | {chosen['BLOCK_G']} x {chosen['BLOCK_T']} "
+              f"| {registers} | {spilled} | {shared / 1024:.3g} |", flush=True)
 
 
 if __name__ == "__main__":

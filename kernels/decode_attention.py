@@ -30,6 +30,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_
     Each row writes its k and v into its entry of row_kv, behind its tokens, and attends. scale: of
     the scores. window: how many positions a token sees, itself included; 0: all.
     """
+    if q.is_cuda and q.dtype != torch.float64:
+        from kernels.triton_decode_attention import triton_decode_attention
+
+        return triton_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
     if q.shape[-1] not in (64, 128, 256) or not native.usable(q):
         # No more than these rows need, or the sums' order would depend on what came before.
         T, P = int(rows.lengths.max()) + 1, int(rows.prefix_lengths.max())

@@ -20,8 +20,10 @@ import train
 import weights
 from kernels import attention, linear_logprob
 from kernels.attention import PrefixAttention
+from kernels.decode_attention import Rows, decode_attention
 from model import completion_logprobs, pack
 from rollout import SamplingParams, generate
+from tests import test_decode_attention as decode_tests
 from tests.conftest import make_reference, stopping
 from tests.test_kernels import outputs_and_gradients, reference, relative_errors, sample
 from tests.test_model import groups_of, heads_of, random_ids, use_torch_stand_in
@@ -194,6 +196,81 @@ def test_p42_the_varlen_call_gives_the_same_bits_where_torch_is_told_to(varlen):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+# -- the attention of a decode step ------------------------------------------------------------------------------------
+
+
+def to_gpu(step: decode_tests.Step) -> decode_tests.Step:
+    pairs = (tuple(x.to(DEVICE) for x in pair) for pair in (step.row_kv, step.prefix_kv))
+    return decode_tests.Step(*(x.to(DEVICE) for x in step[:3]), *pairs, Rows(*(x.to(DEVICE) for x in step.rows)))
+
+
+def decode_error(step: decode_tests.Step, window: int = 0) -> float:
+    """Of decode_attention against float64, as a share of what the dtype allows. A CPU's matmuls also round scores."""
+    scale = step.q.shape[-1] ** -0.5
+    error = decode_tests.relative_error(decode_attention(*to_gpu(step), scale, window),
+                                        decode_tests.reference(step, scale, window))
+    return error / decode_tests.BOUNDS[step.q.dtype] * (4 if GPU else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_decode_attention_equals_float64_for_head_sizes_groups_windows_and_splits(dtype):
+    for window in (0, 1, 20, 60, 650, 1000):
+        assert decode_error(decode_tests.sample(**decode_tests.MIXED, dtype=dtype), window) < 1
+        assert decode_error(decode_tests.long_step(dtype), window) < 1
+    for D in (64, 80, 96, 128, 256):
+        for heads in ((3, 3), (6, 2), (4, 1), (7, 1), (16, 2), (20, 1)):
+            assert decode_error(decode_tests.sample([0, 1], [37, 40], [40, 0], heads, D, dtype, entries=2)) < 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_decode_attention_equals_float64_at_the_size_of_qwen3_with_256_rows(dtype):
+    """32 prompts of 200 to 300 tokens, 8 rows of each, up to 511 tokens a row; 16 heads, 8 kv heads of 128."""
+    most, generator = 511 if GPU else 20, torch.Generator().manual_seed(1)
+    prefixes = [row // 8 for row in range(256)]
+    prompts = torch.randint(200, 301, (32,), generator=generator)[prefixes].tolist()
+    lengths = torch.randint(most + 1, (256,), generator=generator).tolist()
+    step = decode_tests.sample(prefixes, prompts, lengths, (16, 8), 128, dtype, (300, most + 1), entries=32)
+    assert decode_error(step) < 1
+    assert torch.equal(*(decode_attention(*to_gpu(step), 0.1) for _ in range(2)))       # P42
+
+
+@pytest.mark.parametrize("window", [0, 25])
+@pytest.mark.parametrize("few", [False, True], ids=["whole", "split"])
+def test_p35_a_cuda_graph_of_decode_attention_replays_with_other_lengths_and_prefixes(few, window):
+    if few:
+        shapes = dict(dtype=HALF, entries=2, capacities=(900, 1200))
+        steps = [([1, 0, 0], [700, 0, 900], [0, 1100, 640]), ([0, 1, 1], [5, 900, 900], [1199, 3, 0]),
+                 ([0, 0, 1], [0, 0, 1], [1, 0, 700])]
+    else:
+        shapes = dict(dtype=HALF)
+        steps = [tuple(decode_tests.MIXED.values()), ([0, 0, 0, 2, 2, 1], [9, 9, 9, 40, 40, 0], [47, 1, 0, 0, 12, 30]),
+                 ([1] * 6, [0] * 6, [0] * 6)]
+    steps = [decode_tests.sample(*step, **shapes) for step in steps]
+    memory, out = to_gpu(steps[0]), torch.empty_like(steps[0].q, device=DEVICE)
+
+    def run_step():
+        out.copy_(decode_attention(*memory, 0.2, window))
+
+    run_step()                                          # compiles
+    replay = run_step
+    if GPU:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run_step()
+        replay = graph.replay
+    for step in (*steps[1:], steps[0]):
+        expected, there = decode_tests.reference(step, 0.2, window), to_gpu(step)
+        for old, new in zip((*memory[:3], *memory.row_kv, *memory.prefix_kv, *memory.rows),
+                            (*there[:3], *there.row_kv, *there.prefix_kv, *there.rows), strict=True):
+            old.copy_(new)
+        replay()
+        assert decode_tests.relative_error(out, expected) < decode_tests.BOUNDS[HALF]
+        for cache, new in zip(memory.row_kv, memory[1:3], strict=True):
+            at = enumerate(zip(step.rows.entries.tolist(), step.rows.lengths.tolist(), strict=True))
+            assert all(torch.equal(cache[entry, :, length], new[b]) for b, (entry, length) in at)
 
 
 # -- the forward -------------------------------------------------------------------------------------------------------
