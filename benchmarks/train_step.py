@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 PROMPTS, GROUP, NEW = 8, 8, 32
 
 
-def checksum(problem, text: str) -> float:
+def checksum(problem, text: str, *, persona=None) -> float:
     """`--reward`: no two completions of a group are likely to have the same."""
     return zlib.crc32(text.encode()) % 1000 / 1000
 
