@@ -292,19 +292,21 @@ def train(job: Job, out: Path) -> None:
 def run(args) -> None:
     """Loads and checks all that the flags name, before the run folder exists; then trains."""
     began, job = time.time(), read(args)
-    out, evaluates = run_folder(args), ranks()[0] == 0 and args.eval_problems
+    out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
     try:
         if evaluates:
-            print(f"run folder {out}; evaluating before training", file=sys.stderr)
+            if talks:
+                print(f"run folder {out}; evaluating before training", file=sys.stderr)
             before = evaluated(job, out / "evaluation" / "before", 0)
         train(anchored(job), out)
         if evaluates:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
-            print(before_after(before, after))
+            if talks:
+                print(before_after(before, after))
     except (KeyboardInterrupt, Terminated):
         print(f"\ntrain.py: stopped; go on with --resume {out}", file=sys.stderr)
         raise
-    if ranks()[0] == 0:
+    if talks:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
     wait()                                              # others may still need this rank
 

@@ -9,6 +9,8 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import replace
 
+import torch.distributed as dist
+
 import rollout
 from common import files
 
@@ -18,7 +20,8 @@ def sample(model, tokenizer, prompts, params, log=None):
 
     params: a rollout.SamplingParams.
     log: a file that takes each completion when it is done. Completions of this very call that it
-    holds already are not sampled again; they come back without log-probs.
+    holds already are not sampled again; they come back without log-probs. Under torchrun each rank
+    samples its share and gets those of all; rank 0's log counts, and takes the others' at the end.
     """
     call = fingerprint(model, prompts, params) if log else None
     table = [[None] * params.n for _ in prompts]
@@ -26,16 +29,32 @@ def sample(model, tokenizer, prompts, params, log=None):
         if row.pop("call") == call:
             table[row["index"]][row["sample"]] = rollout.Completion(**row)
     todo = [i for i, row in enumerate(table) if None in row]
-    asked = [prompts[i] for i in todo]
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
-        for done in rollout.generate(model, asked, params, keys=todo, tokenizer=tokenizer):
-            done = replace(done, index=todo[done.index])
+        for done in sampled(model, tokenizer, prompts, params, todo):
             table[done.index][done.sample] = done
             if file:
                 kept = ("index", "sample", "tokens", "truncated", "error")
                 files.append(file, {"call": call} | {key: getattr(done, key) for key in kept})
     return [[(tokenizer.decode(done.tokens, skip_special_tokens=True), done) for done in row]
             for row in table]
+
+
+def sampled(model, tokenizer, prompts, params, todo):
+    """Yields the completions of the prompts with these indices: this rank's, then the others'."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > 1:                                       # as rank 0 sees it
+        chosen = [todo]
+        dist.broadcast_object_list(chosen)
+        todo = chosen[0]
+    share, mine = todo[rank::world], []
+    asked = [prompts[i] for i in share]
+    for done in rollout.generate(model, asked, params, keys=share, tokenizer=tokenizer):
+        mine.append(replace(done, index=share[done.index]))
+        yield mine[-1]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+        yield from (done for part in parts[:rank] + parts[rank + 1:] for done in part)
 
 
 def fingerprint(model, *asked):

@@ -103,8 +103,8 @@ def attend_kernel(q, k, v, row_keys, row_values, prefix_keys, prefix_values,
                   stride_rke, stride_rkh, stride_rkt, stride_rve, stride_rvh, stride_rvt,
                   stride_pke, stride_pkh, stride_pkt, stride_pve, stride_pvh, stride_pvt,
                   GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
-                  TENSOR_CORES: tl.constexpr,
-                  BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+                  TENSOR_CORES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+                  BLOCK_D: tl.constexpr):
     """One split of a row and kv head. scale: times log2(e). Grid (B, kv_heads, SPLITS).
 
     results: [B, heads, D], final, with one split; else [B, heads, SPLITS, D] in fp32, not yet
@@ -114,8 +114,7 @@ def attend_kernel(q, k, v, row_keys, row_values, prefix_keys, prefix_values,
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     real = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     row64, head64 = row.to(tl.int64), head.to(tl.int64)
-    prefix = tl.load(prefixes + row).to(tl.int64)
-    entry = tl.load(entries + row).to(tl.int64)
+    entry, prefix = tl.load(entries + row).to(tl.int64), tl.load(prefixes + row).to(tl.int64)
     before, own = tl.load(prefix_lengths + row), tl.load(lengths + row)
     fits = (own >= 0) & (own < capacity)
     own = tl.where(fits, own, 0)

@@ -523,3 +523,26 @@ def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny,
     rows = list(files.rows(tmp_path / "new/personagym.jsonl"))
     assert [row["question"] for row in rows] == ["Well?"] * 10 and {row["score"] for row in rows} == {1}
     assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"
+
+
+def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, monkeypatch):
+    """Rank 0 decides what is left to do: rank 1 has no log."""
+    model, tokenizer = tiny
+    prompts, params = [[3, 4, n] for n in range(5, 12)], SamplingParams(2, max_tokens=3)
+    alone = {(c.index, c.sample): c.tokens for c in answers.sampled(model, tokenizer, prompts, params, range(7))}
+    shares = []
+    monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(answers.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(answers.dist, "broadcast_object_list", lambda box: box.__setitem__(0, [0, 2, 3, 5, 6]))
+
+    def gather(parts, mine):
+        shares.append(mine)
+        parts[:] = [*shares, []][:2]
+
+    monkeypatch.setattr(answers.dist, "all_gather_object", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(answers.dist, "get_rank", lambda rank=rank: rank)
+        done = list(answers.sampled(model, tokenizer, prompts, params, [0, 2, 3, 5, 6] if rank == 0 else range(7)))
+    assert [sorted({c.index for c in share}) for share in shares] == [[0, 3, 6], [2, 5]]
+    asked = {at: tokens for at, tokens in alone.items() if at[0] in (0, 2, 3, 5, 6)}
+    assert {(c.index, c.sample): c.tokens for c in done} == asked

@@ -32,7 +32,7 @@ def test_the_table_counts_the_places_of_each_diff():
 @pytest.fixture
 def copy(tmp_path):
     """The code and data of this tree in a folder of its own."""
-    for pattern in ("*.py", "data/*", "*/*.py", "pyproject.toml"):
+    for pattern in ("*.py", "data/*", "*/*.py", "*/*.cpp", "pyproject.toml"):
         for path in ROOT.glob(pattern):
             (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, tmp_path / path.relative_to(ROOT))

@@ -519,13 +519,15 @@ def torchrun(folder, out, *more, reward="tests.test_train:word_reward", nproc=2)
 
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
-    flags = ["--steps", "1", "--max-grad-norm", "1e9", "--prompts", "4"]
+    flags = ["--steps", "1", "--max-grad-norm", "1e9", "--prompts", "4", "--eval-problems", "3", "--eval-personas", "3"]
     assert run(tiny_folder, tmp_path / "one", *flags) == 0
     assert torchrun(tiny_folder, tmp_path / "two", *flags, nproc=nproc).returncode == 0
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert one["reward"] == two["reward"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
     for name, tensor in tensors(tmp_path / "one").items():
         assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-5, name
+    one, two = (json.loads((tmp_path / x / "evaluation/before/results.json").read_text()) for x in ("one", "two"))
+    assert one["personas"] == two["personas"]           # which the ranks have sampled together
 
 
 @pytest.mark.parametrize("more", [["--shard", "1"], ["--shard", "2"], ["--async-save"]])

@@ -157,7 +157,10 @@ def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
 
 
 def evaluated(job: Job, folder: Path, steps: int) -> dict:
-    """The results of evaluate.py on what is held out. What has been done already is read back."""
+    """The results of evaluate.py on what is held out. What has been done already is read back.
+
+    All ranks sample; rank 0 writes.
+    """
     args, (problems, speakers) = job.args, job.held_out
     info = {"task": args.eval_task or args.task, "prompt": args.prompt,
             "max_new_tokens": args.max_new_tokens, "stop": args.stop, "steps": steps}
@@ -172,7 +175,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     mine = None if args.reward == CORRECTNESS else args.reward
     params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
                                  reward_seconds=args.reward_seconds, stop=job.sampling.stop)
-    return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params, folder, info)
+    return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params,
+                             None if ranks()[0] else folder, info)
 
 
 def before_after(before: dict, after: dict) -> str:
