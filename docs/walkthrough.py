@@ -193,7 +193,7 @@ def forward(s) -> list[str]:
     entropy = s.calls["completion_logprobs"].result[1]
     trained = s.batch.completions[-len(p.lengths):]
     sampled = torch.tensor([x for c in trained for x in c.logprobs])
-    B, n, P, C = p.attend.shape
+    ((groups, n, C, P),) = p.attend.buckets
     return [
         "## 7. The pack",
         "Every token stands once in a row without padding: prefixes (the prompts), then "
@@ -201,7 +201,7 @@ def forward(s) -> list[str]:
         "only, so it is not in the row.",
         "![the packed row, and a mask of what attends to what](packing.svg)",
         code(decoder.pack, "inputs = ", "hidden_index +="),
-        block([f"groups {B}, completions {n}, prefix {P}, longest completion in the row {C}",
+        block([f"groups {len(groups)}, completions {n}, prefix {P}, longest completion in the row {C}",
                f"input_ids {list(p.input_ids.shape)} = {P} + "
                + " + ".join(str(x - 1) for x in p.lengths),
                f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a "
