@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import kernels.triton_decode_attention
 import kernels.triton_linear_logprob
 import weights
+from kernels.decode_attention import torch_decode_attention
 from tests.test_kernels import reference
 from tests.test_model import use_torch_stand_in
 
@@ -127,12 +129,18 @@ def use(monkeypatch, capability=(9, 0)) -> tuple:
     def kernel(hidden, weight, targets, temperature=1.0, softcap=None):
         return reference(hidden, weight, targets, temperature, softcap, dtype=torch.float32)
 
+    def decode(q, k, v, row_kv, prefix_kv, rows, scale, window=0):
+        T, P = int(rows.lengths.host.max()) + 1, int(rows.prefix_lengths.host.max())
+        row_kv, prefix_kv = ([x[:, :, :width] for x in pair] for pair, width in ((row_kv, T), (prefix_kv, P)))
+        return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
+
     COUNTS.update(dict.fromkeys(COUNTS, 0))
     use_torch_stand_in(monkeypatch)
     monkeypatch.setattr(varlen, "varlen_attn", counted("varlen", varlen.varlen_attn))
     monkeypatch.setattr(weights, "pick_device", lambda name: str(DEVICE))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(kernels.triton_linear_logprob, "triton_linear_logprob", counted("kernels", kernel))
+    monkeypatch.setattr(kernels.triton_decode_attention, "triton_decode_attention", decode)
     monkeypatch.setattr(torch.pretended, "synchronize", counted("synchronized", lambda: None), raising=False)
     monkeypatch.setattr(filesystem, "_OverlappingCpuLoader",                    # it wants streams
                         lambda resolve, **_: filesystem._SerialCpuLoader(resolve))
