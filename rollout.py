@@ -151,15 +151,19 @@ class Generation:
         """Empties the cache, and makes room for the longest row and the longest prefix."""
         own = [len(p.ids) - len(p.prefix.ids) for p in self.waiting if self.params.n == 1]
         shared = [len(p.ids if self.params.n > 1 else p.prefix.ids) for p in self.waiting]
-        self.cache.row_kv.reserve(self.slots + 1, max(own, default=0) + self.params.max_tokens)
+        rows = min(self.slots, self.params.n * len(self.waiting)) + 1
+        self.cache.row_kv.reserve(rows, max(own, default=0) + self.params.max_tokens)
         self.cache.prefix_kv.reserve(1, max(shared, default=0))
         self.cache.clear()
+        self.sampler.current = self
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
     def run(self, on_token=None) -> Iterator[Completion]:
         with self.model.reordered_weights():
             self.reserve()
             while self.waiting or self.prefilled or self.rows:
+                if self.sampler.current is not self:
+                    raise RuntimeError("another call of this Sampler took its cache")
                 decoding = len(self.rows)
                 # Several prompts are prefilled together: a forward for one would be wasted.
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:

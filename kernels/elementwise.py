@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
                  offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """(rms_norm of the sum, the sum) of x and residual, both [N, D]. Without a residual x is."""
-    if not native.usable(x):
+    if weight.dtype != x.dtype or not native.usable(x):
         total = x if residual is None else x + residual
         return torch_rms_norm(total, weight, eps, offset), total
     if torch.is_grad_enabled():

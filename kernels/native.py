@@ -67,8 +67,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         command = [compiler, *FLAGS, *WIDE, *parallel, "-D", f"T={TYPES[dtype]}", str(SOURCE)]
         key = repr((SOURCE.read_text(), command, processor()))
         target = cache_folder() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if target.exists() or compiled(command, target):
-            return loaded(target)
+        try:
+            if target.exists() or compiled(command, target):
+                return loaded(target)
+        except OSError:                                 # a folder that takes no file, or no library
+            break
     print("kernels/native.cpp does not compile here: a CPU runs slower without it", file=sys.stderr)
     return None
 

@@ -166,6 +166,12 @@ print(native.usable(x), native.usable(x.double()), native.usable(x.half()))
 """
 
 
+@compiled
+def test_weights_of_another_dtype_are_not_misread(dtype):
+    x, weight = normal(5, 64).to(dtype), normal(64, seed=1)
+    assert torch.equal(rms_norm(x, weight, 1e-5), torch_rms_norm(x, weight, 1e-5))
+
+
 @pytest.mark.parametrize("compiler, usable", [("", False), ("no-such-compiler", False),
                                               ("false", False), (None, True)])
 def test_without_a_compiler_torch_takes_its_place(compiler, usable, dtype, tmp_path):
@@ -179,3 +185,10 @@ def test_without_a_compiler_torch_takes_its_place(compiler, usable, dtype, tmp_p
     assert done.stdout.split() == [str(usable), "False", "False"], done.stderr
     assert ("does not compile" in done.stderr) == (compiler == "false")
     assert len(list(tmp_path.iterdir())) == usable      # nothing half-written stays
+
+
+def test_a_cache_folder_that_takes_no_library_is_no_error(dtype, tmp_path):
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PERMIX_CACHE": str(tmp_path / "file")})
+    assert done.stdout.split() == ["False"] * 3, done.stderr

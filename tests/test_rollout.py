@@ -343,3 +343,14 @@ def test_a_prefix_is_dropped_with_its_last_user(tiny, n):
     for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv):
         count = len(kv.layers[0][0])
         assert sorted(kv.free) == list(range(count))[:count - (kv is sampler.cache.row_kv)]
+
+
+def test_two_calls_of_one_sampler_at_once_are_refused_and_an_abandoned_one_does_no_harm(tiny):
+    sampler, params = Sampler(tiny[0], slots=4), SamplingParams(max_tokens=6)
+    prompts = random_prompts(9)
+    expected = [c.tokens for c in sampler.generate(prompts, params)]
+    first = sampler.generate(prompts, params)
+    next(first)
+    assert [c.tokens for c in sampler.generate(prompts, params)] == expected
+    with pytest.raises(RuntimeError, match="another call"):
+        list(first)
