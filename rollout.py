@@ -89,7 +89,7 @@ class Sampler:
         self.model, self.slots, self.cache = model, slots or slots_for(model), Cache(model)
         self.graphs = None
         if cuda_graphs and model.device.type == "cuda":
-            self.graphs = Graphs(self.step, self.cache, bucket(self.slots))
+            self.graphs = Graphs(self.cache, bucket(self.slots))
 
     def generate(self, prompts: list[list[int]], params: SamplingParams = SamplingParams(), *,
                  keys: Sequence[int] | None = None, tokenizer=None, on_token=None,
@@ -120,7 +120,7 @@ class Sampler:
         inputs [5, B] int32, on the host: the tokens, then what kernels.decode_attention.Rows names.
         """
         inputs = inputs.to(self.model.device)
-        return self.graphs(inputs) if self.graphs else self.step(inputs)
+        return self.graphs(self.step, inputs) if self.graphs else self.step(inputs)
 
     def step(self, inputs: Tensor) -> Tensor:
         tokens, *rows = inputs

@@ -2,7 +2,7 @@
 
     python train.py                                          # the main job: the embedded model
     torchrun --nproc-per-node 2 train.py --method rlvr --task gsm8k --model Qwen/Qwen3-0.6B
-    python train.py --resume runs/rlvr                       # goes on where it stopped, bit for bit
+    python train.py --resume runs/rlvr                       # goes on (on a CPU bit for bit)
 
 PerMix-RLVR (arXiv 2604.08986): with probability rho a training persona opens a problem's prompt,
 else none does. G completions are sampled under it, the verifier says which are correct, and GRPO

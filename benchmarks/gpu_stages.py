@@ -181,12 +181,15 @@ def rates(report: Report) -> tuple[float, float]:
     return speed * 1e9, rate * 1e12
 
 
+KERNELS = "p22 or p42 or decode_attention or varlen"    # of tests/test_gpu.py
+
+
 def tests(report: Report) -> None:
     """The kernels' tests in a process of their own: an illegal access there fails all that follows.
 
     Near the end of its time pytest is interrupted, and so still says what has failed.
     """
-    for part, chosen in (("kernels", "p22 or p42"), ("all else", "not p22 and not p42")):
+    for part, chosen in (("kernels", KERNELS), ("all else", f"not ({KERNELS})")):
         with report.row(f"tests/test_gpu.py, {part}") as row:
             command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", chosen, "-rfE", "--tb=short",
                        "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
@@ -384,7 +387,7 @@ def mixed_load(report: Report, name: str, model: Transformer) -> None:
     planned, slots = [draw.randint(low, high) for _ in prompts], size.requests
     if report.device == "cuda":                         # of the longest rows
         room = torch.cuda.mem_get_info()[0] / 1.5
-        slots = min(slots, int(room / (2 * high * cache_bytes(model))) // 8 * 8)
+        slots = max(8, min(slots, int(room / (2 * high * cache_bytes(model))) // 8 * 8))
 
     def end(tokens: list[int]) -> None:
         if len(tokens) == 1:

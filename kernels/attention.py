@@ -5,7 +5,7 @@ computed once for its n completions, in the gradient as well. Tokens are packed;
 in here. The mathematics stands in `attention`: matmuls over padded groups. On CUDA in bf16 or fp16
 one call of FlashAttention 2 (arXiv 2307.08691) gives the same: `varlen`.
 
-This is the attention of training and prefill. The decode step's is in sampling/cache.py.
+This is the attention of training and prefill. The decode step's is in decode_attention.py.
 """
 
 from functools import cache, cached_property, partial

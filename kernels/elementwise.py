@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
                  offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(rms_norm of the sum, the sum) of x and residual, both [N, D]. Without a residual x is."""
+    """(rms_norm of the sum, the sum) of x and residual, both [N, D]; the sum is x without one."""
     if weight.dtype != x.dtype or not native.usable(x):
         total = x if residual is None else x + residual
         return torch_rms_norm(total, weight, eps, offset), total
@@ -45,7 +45,7 @@ def native_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps:
                         offset: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """(the norm, the sum, 1 / sqrt(mean(sum^2) + eps) of each vector in fp32)"""
     x, N, heads, D = native.rows(x)
-    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
+    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1], dtype=torch.float32)
     total = None
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
@@ -69,7 +69,8 @@ class AddRMSNorm(torch.autograd.Function):
         x, D = x.contiguous(), x.shape[-1]
         grad = torch.zeros_like(x) if grad is None else grad.contiguous()
         grad_total = grad_total if grad_total is None else grad_total.contiguous()
-        dx, partial = torch.empty_like(x), torch.zeros(torch.get_num_threads(), D)
+        dx = torch.empty_like(x)
+        partial = torch.zeros(torch.get_num_threads(), D, dtype=torch.float32)
         native.run("rms_norm_backward", x.numel(), x, grad, grad_total, x, weight, rstd, dx,
                    partial, x.numel() // D, D, ctx.offset)
         return dx, dx if ctx.adds else None, partial.sum(0).to(weight.dtype), None, None

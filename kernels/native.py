@@ -24,7 +24,8 @@ from common.files import cache_folder
 SOURCE = Path(__file__).with_name("native.cpp")
 WIDE = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared",
+         "-fPIC"]
 FUNCTIONS = {                                           # their pointers, integers and floats
     "rms_norm": "pppppp" "iiii" "ff", "rms_norm_backward": "ppppppp" "ii" "f",
     "rotate": "ppp" "iiii" "f", "gated": "ppp" "iiiii", "gated_backward": "ppppp" "iii",
@@ -70,7 +71,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         try:
             if target.exists() or compiled(command, target):
                 return loaded(target)
-        except OSError:                                 # a folder that takes no file, or no library
+        except (OSError, RuntimeError):                 # no home, or a folder that takes no library
             break
     print("kernels/native.cpp does not compile here: a CPU runs slower without it", file=sys.stderr)
     return None

@@ -23,7 +23,8 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
     """
     filters = top_k or top_p < 1 or min_p > 0
     if not filters and native.usable(logits):
-        tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+        tokens, logprobs = (torch.empty(len(logits), dtype=kind)
+                            for kind in (torch.long, torch.float32))
         native.run("draw", logits.numel(), logits, logits.contiguous(), uniforms.double(),
                    tokens, logprobs, *logits.shape, temperature)
         return tokens, logprobs

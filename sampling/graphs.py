@@ -29,33 +29,34 @@ def bucket(rows: int) -> int:
 
 
 class Graphs:
-    """The decode step of B rows: inputs [5, B] -> hidden [B, H], valid until the next call.
+    """The decode step of B rows: (step, inputs [5, B]) -> hidden [B, H], valid until the next call.
 
-    step: the function that is recorded, from inputs on the device to hidden states.
+    step: the function that is recorded, from inputs on the device to hidden states; always the same
+    one. It is not kept, so that a Sampler, its cache and its graphs go as soon as nobody holds it.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor], cache: Cache, slots: int):
-        self.step, self.cache = step, cache
+    def __init__(self, cache: Cache, slots: int):
+        self.cache = cache
         self.inputs = torch.zeros(5, slots, dtype=torch.int32, device=cache.device)
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.layers, self.pool = None, None
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, step: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         B, layers = inputs.shape[1], (self.cache.row_kv.layers, self.cache.prefix_kv.layers)
         if self.layers is None or any(a is not b for a, b in zip(self.layers, layers, strict=True)):
             self.layers, self.recorded, self.pool = layers, {}, None    # no graph, no pool
         self.inputs[:, :B] = inputs
         if B not in self.recorded:
-            self.recorded[B] = self.record(self.inputs[:, :B])
+            self.recorded[B] = self.record(step, self.inputs[:, :B])
         graph, hidden = self.recorded[B]
         graph.replay()
         return hidden
 
-    def record(self, inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        self.step(inputs)                               # libraries set themselves up, unrecorded
+    def record(self, step, inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        step(inputs)                                    # libraries set themselves up, unrecorded
         graph = torch.cuda.CUDAGraph()
         # thread_local: with --overlap another thread trains meanwhile
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            hidden = self.step(inputs)
+            hidden = step(inputs)
         self.pool = self.pool or graph.pool()
         return graph, hidden

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What may be set of it. Raises ValueError for values that cannot work."""
+    """The settings of `generate`. Raises ValueError for values that cannot work."""
     n: int = 1                                          # completions per prompt
     max_tokens: int = 64                                # length limit of a completion
     temperature: float = 1.0                            # 0: greedy

@@ -58,7 +58,8 @@ class Monitor:
                 yield
         else:
             yield
-        torch.get_device_module(device).synchronize()
+        module = torch.get_device_module(device)        # not the other stream of --overlap
+        (module.current_stream() if device.type == "cuda" else module).synchronize()
         self.seconds[name] = round(time.perf_counter() - start, 4)
 
     def log(self, step: int, batch, metrics: dict, lag: int) -> None:

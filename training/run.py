@@ -165,8 +165,7 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     info = {"task": args.eval_task or args.task, "prompt": args.prompt,
             "max_new_tokens": args.max_new_tokens, "stop": args.stop, "steps": steps}
     items = [{"id": problem.id, "kind": problem.kind} for problem in problems]
-    if (folder / "results.json").is_file():
-        done = json.loads((folder / "results.json").read_text())
+    if done := already_there(folder):
         names = [row["name"] for row in done["personas"][1:]]
         wanted = info | {"items": items}
         if names == [p.name for p in speakers] and wanted.items() <= done.items():
@@ -177,6 +176,15 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
                                  reward_seconds=args.reward_seconds, stop=job.sampling.stop)
     return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params,
                              None if ranks()[0] else folder, info)
+
+
+def already_there(folder: Path) -> dict | None:
+    """The results in rank 0's folder: the others may have none, and must not go another way."""
+    path = folder / "results.json"
+    found = [json.loads(path.read_text()) if ranks()[0] == 0 and path.is_file() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def before_after(before: dict, after: dict) -> str:
