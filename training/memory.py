@@ -42,17 +42,19 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     """Estimated bytes by part on this rank, and their `peak`.
 
     Sampling and training take turns, so the peak counts the larger of the two, beside what is
-    always there. With `--overlap` they happen at once.
+    always there, the sampler's cache too. With `--overlap` they happen at once, and there are two
+    samplers.
     activations: bytes kept for a backward. row_tokens: the longest row of the sampler's cache.
     """
     args, model, c = job.args, policy.model, policy.model.c
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
     shards = [m.to_local() if isinstance(m, DTensor) else m for m in policy.masters]
     local, on_cpu = sum(m.numel() for m in shards), model.device.type == "cpu"
+    rows = min(args.slots, args.prompts // ranks()[1] * args.group_size)
     entry = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size       # keys and values of a token
     parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
              "gradients": count * (4 + size),           # their sum, and a micro-batch's
-             "activations": activations, "cache": args.slots * row_tokens * entry}
+             "activations": activations, "cache": rows * row_tokens * entry * (1 + args.overlap)}
     if args.async_save and on_cpu:
         parts["checkpoint"] = 12 * local
     if args.overlap:
@@ -60,10 +62,9 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     others = {m for m in (job.reference, job.author) if m is not None and m is not model}
     if others:
         parts["others"] = sum(p.numel() * p.itemsize for m in others for p in m.parameters())
-    # The CPU's sampler has rearranged weights. Elsewhere a cache that grows is there twice.
-    sampling = parts["cache"] + parts["weights" if on_cpu else "cache"]
+    sampling = parts["weights"] if on_cpu else 0        # rearranged, for the CPU's matmuls
     training = parts["gradients"] + parts["activations"]
-    held = ("weights", "masters", "AdamW", "checkpoint", "copy", "others")
+    held = ("weights", "masters", "AdamW", "cache", "checkpoint", "copy", "others")
     always = sum(parts.get(name, 0) for name in held)
     together = sampling + training if args.overlap else max(sampling, training)
     return parts | {"peak": always + together}
