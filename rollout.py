@@ -151,10 +151,12 @@ class Generation:
         """Empties the cache, and makes room for the longest row and the longest prefix."""
         own = [len(p.ids) - len(p.prefix.ids) for p in self.waiting if self.params.n == 1]
         shared = [len(p.ids if self.params.n > 1 else p.prefix.ids) for p in self.waiting]
+        self.cache.clear()
         rows = min(self.slots, self.params.n * len(self.waiting)) + 1
         self.cache.row_kv.reserve(rows, max(own, default=0) + self.params.max_tokens)
-        self.cache.prefix_kv.reserve(1, max(shared, default=0))
-        self.cache.clear()
+        openings = {id(p.prefix) for p in self.waiting if p.prefix.ids}
+        prefixes = len(openings) + (self.slots // self.params.n if self.params.n > 1 else 0)
+        self.cache.prefix_kv.reserve(min(prefixes, self.slots) + 1, max(shared, default=0))
         self.sampler.current = self
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 

@@ -82,14 +82,15 @@ class KeyValues:
                 for _ in range(self.c.num_layers)]
 
     def reserve(self, entries: int, width: int) -> None:
-        """Makes room for so many entries of so many tokens, if need be; contents stay."""
-        old = self.layers
-        count, _, wide, _ = old[0][0].shape
+        """Makes room for so many entries of so many tokens, if need be; what is in use stays."""
+        count, _, wide, _ = self.layers[0][0].shape
         if entries <= count and width <= wide:
             return
+        old = self.layers if len(self.free) < count else []
+        self.layers = []                                # free before more is asked for
         self.layers = self.empty(max(entries, count), max(width, wide))
         self.free += range(count, entries)
-        for pair, grown in zip(old, self.layers, strict=True):
+        for pair, grown in zip(old, self.layers, strict=False):
             for x, larger in zip(pair, grown, strict=True):
                 larger[:count, :, :wide] = x
 
