@@ -261,19 +261,22 @@ class Transformer(nn.Module):
             if self.device.type == "cpu" and self.dtype == torch.bfloat16 \
                     and torch.backends.mkldnn.is_available() \
                     and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                reorder = torch.ops.mkldnn._reorder_linear_weight
-                for layer in self.layers:
-                    a, m = layer.self_attn, layer.mlp
-                    for modules in ((a["q_proj"], a["k_proj"], a["v_proj"]), (a["o_proj"],),
-                                    (m["gate_proj"], m["up_proj"]), (m["down_proj"],)):
-                        weight, bias = torch.cat([x.weight.detach() for x in modules]), None
-                        if modules[0].bias is not None:
-                            bias = torch.cat([x.bias.detach() for x in modules])
-                        self.reordered[modules[0]] = reorder(weight, 64), bias
-                self.reordered["head"] = reorder(self.head_weight.detach(), 64)
+                self.reorder()
             yield
         finally:
             self.reordered.clear()
+
+    def reorder(self) -> None:
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        for layer in self.layers:
+            a, m = layer.self_attn, layer.mlp
+            for modules in ((a["q_proj"], a["k_proj"], a["v_proj"]), (a["o_proj"],),
+                            (m["gate_proj"], m["up_proj"]), (m["down_proj"],)):
+                weight, bias = torch.cat([x.weight.detach() for x in modules]), None
+                if modules[0].bias is not None:
+                    bias = torch.cat([x.bias.detach() for x in modules])
+                self.reordered[modules[0]] = reorder(weight, 64), bias
+        self.reordered["head"] = reorder(self.head_weight.detach(), 64)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Sampler:
         if slots < 0:
             raise ValueError(f"slots must be at least 1, or 0 for the device's, not {slots}")
         self.model, self.slots, self.cache = model, slots or slots_for(model), Cache(model)
-        self.graphs = None
+        self.graphs = self.current = None               # current: the Generation that has the cache
         if cuda_graphs and model.device.type == "cuda":
             self.graphs = Graphs(self.cache, bucket(self.slots))
 
@@ -149,14 +149,17 @@ class Generation:
 
     def reserve(self) -> None:
         """Empties the cache, and makes room for the longest row and the longest prefix."""
-        own = [len(p.ids) - len(p.prefix.ids) for p in self.waiting if self.params.n == 1]
-        shared = [len(p.ids if self.params.n > 1 else p.prefix.ids) for p in self.waiting]
+        n, openings = self.params.n, {p.prefix for p in self.waiting if p.prefix.ids}
+        own = shared = 0
+        prefixes = len(openings) + (self.slots // n if n > 1 else 0)
+        for p in self.waiting:
+            prompt, opening = len(p.ids), len(p.prefix.ids)
+            own = max(own, prompt - opening if n == 1 else 0)           # tokens in the row's entry
+            shared = max(shared, opening if n == 1 else prompt)         # in the prefix's
         self.cache.clear()
-        rows = min(self.slots, self.params.n * len(self.waiting)) + 1
-        self.cache.row_kv.reserve(rows, max(own, default=0) + self.params.max_tokens)
-        openings = {id(p.prefix) for p in self.waiting if p.prefix.ids}
-        prefixes = len(openings) + (self.slots // self.params.n if self.params.n > 1 else 0)
-        self.cache.prefix_kv.reserve(min(prefixes, self.slots) + 1, max(shared, default=0))
+        rows = min(self.slots, n * len(self.waiting)) + 1
+        self.cache.row_kv.reserve(rows, own + self.params.max_tokens)
+        self.cache.prefix_kv.reserve(min(prefixes, self.slots) + 1, shared)
         self.sampler.current = self
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
@@ -334,8 +337,8 @@ def read_prompts(path: str, tokenizer) -> list[list[int]]:
 
 def batch(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
     prompts = read_prompts(args.prompts, tokenizer)
-    done = Sampler(model, args.slots, not args.no_cuda_graphs).generate(prompts, params,
-                                                                 tokenizer=tokenizer)
+    sampler = Sampler(model, args.slots, not args.no_cuda_graphs)
+    done = sampler.generate(prompts, params, tokenizer=tokenizer)
     silent = not (args.progress or sys.stderr.isatty())
     with open(args.out, "w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as file:
         for c in tqdm(done, total=len(prompts) * params.n, disable=silent):

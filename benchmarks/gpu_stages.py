@@ -27,6 +27,7 @@ from common import files
 from common.command import one_line
 from model import Transformer, completion_logprobs, pack
 from rollout import Sampler, SamplingParams, generate
+from sampling.cache import token_bytes
 from training.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -329,12 +330,6 @@ def drawn(model: Transformer, lengths: list[int]) -> list[list[int]]:
     return [[draw.randrange(3, model.c.vocab_size) for _ in range(n)] for n in lengths]
 
 
-def cache_bytes(model: Transformer) -> int:
-    """Keys and values of a token."""
-    c = model.c
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-
-
 def decode(report: Report) -> None:
     (bandwidth, _), size, best, found = rates(report), report.size, {}, models(report)
     for name, model in found.items():
@@ -346,7 +341,7 @@ def decode(report: Report) -> None:
             prompts = drawn(model, [size.prompt] * (rows // SAMPLES))
             # each prompt's cache once, and each row's own, on average half of what it will be
             tokens = len(prompts) * size.prompt + rows * size.new / 2
-            floor = (read + tokens * cache_bytes(model)) / bandwidth
+            floor = (read + tokens * token_bytes(model)) / bandwidth
             for graphs in (False, True):
                 with report.row(f"{name}, {rows} rows{', CUDA graphs' * graphs}") as row:
                     report.need(size.slow / 2)
@@ -387,7 +382,7 @@ def mixed_load(report: Report, name: str, model: Transformer) -> None:
     planned, slots = [draw.randint(low, high) for _ in prompts], size.requests
     if report.device == "cuda":                         # of the longest rows
         room = torch.cuda.mem_get_info()[0] / 1.5
-        slots = max(8, min(slots, int(room / (2 * high * cache_bytes(model))) // 8 * 8))
+        slots = max(8, min(slots, int(room / (2 * high * token_bytes(model))) // 8 * 8))
 
     def end(tokens: list[int]) -> None:
         if len(tokens) == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import native
 
-KeyValues = tuple[Tensor, Tensor]                       # keys, values [entries, kv_heads, T, D]
+LayerCache = tuple[Tensor, Tensor]                       # keys, values [entries, kv_heads, T, D]
 
 
 class Rows(NamedTuple):
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     prefix_lengths: Tensor                              # how many of its tokens; 0: no prefix
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: LayerCache, prefix_kv: LayerCache,
                      rows: Rows, scale: float, window: int = 0) -> Tensor:
     """q [B, heads, D], k and v [B, kv_heads, D] of the new tokens -> [B, heads, D].
 
@@ -48,8 +48,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_
     return out
 
 
-def torch_decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: KeyValues, prefix_kv: KeyValues,
-                           rows: Rows, scale: float, window: int = 0) -> Tensor:
+def torch_decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: LayerCache,
+                           prefix_kv: LayerCache, rows: Rows, scale: float, window: int = 0,
+                           ) -> Tensor:
     """The definition. It copies each row's keys and values, and is slow."""
     (B, K, D), P, T = k.shape, prefix_kv[0].shape[2], row_kv[0].shape[2]
     entries, lengths, prefixes = rows.entries.long(), rows.lengths.long(), rows.prefixes.long()

@@ -61,9 +61,14 @@ def slots_for(model: Transformer) -> int:
     take a quarter of its memory, at 1,024 tokens each."""
     if model.device.type != "cuda":
         return 192
-    c, memory = model.c, torch.cuda.get_device_properties(model.device).total_memory
-    row = 1024 * 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-    return max(8, min(512, memory // 4 // row // 8 * 8))
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    return max(8, min(512, memory // 4 // (1024 * token_bytes(model)) // 8 * 8))
+
+
+def token_bytes(model: Transformer) -> int:
+    """Of a token's keys and values in all layers."""
+    c = model.c
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
 
 
 class KeyValues:

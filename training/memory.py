@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import personas
 from model import Transformer, pack
+from sampling.cache import token_bytes
 from training.policy import Policy, ranks
 
 
@@ -46,15 +47,15 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     samplers.
     activations: bytes kept for a backward. row_tokens: the longest row of the sampler's cache.
     """
-    args, model, c = job.args, policy.model, policy.model.c
+    args, model = job.args, policy.model
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
     shards = [m.to_local() if isinstance(m, DTensor) else m for m in policy.masters]
     local, on_cpu = sum(m.numel() for m in shards), model.device.type == "cpu"
     rows = min(args.slots, args.prompts // ranks()[1] * args.group_size)
-    entry = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size       # keys and values of a token
     parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
              "gradients": count * (4 + size),           # their sum, and a micro-batch's
-             "activations": activations, "cache": rows * row_tokens * entry * (1 + args.overlap)}
+             "activations": activations,
+             "cache": rows * row_tokens * token_bytes(model) * (1 + args.overlap)}
     if args.async_save and on_cpu:
         parts["checkpoint"] = 12 * local
     if args.overlap:

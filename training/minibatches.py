@@ -10,8 +10,6 @@ import grpo
 from model import chunks
 from training.policy import summed
 
-MICRO_TOKENS = {"cpu": 2048, "mps": 2048}               # elsewhere 8192
-
 
 @dataclass
 class MicroBatch:
@@ -56,6 +54,11 @@ def minibatches(batch, advantages: Tensor, kept: Tensor, job) -> list[list[Micro
                 torch.tensor(sampled, device=device)))
         parts.append(micros)
     return parts
+
+
+def micro_tokens_for(device: torch.device) -> int:
+    """Packed tokens in a forward and backward that keep a device busy."""
+    return 2048 if device.type in ("cpu", "mps") else 8192
 
 
 def runs(groups: list, limit: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ from rollout import SamplingParams
 from sampling.cache import slots_for
 from training import monitor
 from training.anchor import Anchor
-from training.minibatches import MICRO_TOKENS
+from training.minibatches import micro_tokens_for
 from training.policy import ranks, wait
 from training.settings import loss_of
 
@@ -58,7 +58,7 @@ def read(args) -> Job:
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     model.checkpointing = args.recompute
     args.slots = args.slots or slots_for(model)
-    args.micro_tokens = args.micro_tokens or MICRO_TOKENS.get(model.device.type, 8192)
+    args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
