@@ -42,7 +42,7 @@ from common.command import Parser
 from evaluation import answers, compare, judge, lottery, measures, report, rivals
 from evaluation.fidelity import Fidelity, fidelity
 from evaluation.report import table_text
-from rollout import SamplingParams
+from rollout import Sampler, SamplingParams
 
 NONE = "none"  # the name of the prompt without a persona in every result
 
@@ -70,10 +70,11 @@ class EvalParams:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
 
-def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
+def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None):
     """Accuracy of every persona on the same problems, and what `params` asks for -> results dict.
 
-    out: folder for all files. info: what the results should carry, such as model, task and method.
+    sampler: a rollout.Sampler of the model. out: folder for all files. info: what the results
+    should carry, such as model, task and method.
     ValueError without problems, or without personas of different names.
     """
     start, n_items, n_personas = time.time(), len(problems), len(personas)
@@ -85,7 +86,7 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
     greedy = SamplingParams(max_tokens=params.max_new_tokens, temperature=0.0, seed=params.seed,
                             stop=params.stop)
     everyone = [None, *personas]
-    rows = ask(model, tokenizer, problems, everyone, greedy, log)
+    rows = ask(sampler, tokenizer, problems, everyone, greedy, log)
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv),
                "commit": files.commit()} | (info or {})
     results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
@@ -99,21 +100,21 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
 
     sampled, reruns, drawn, spoken = replace(greedy, temperature=params.temperature), [], [], []
     if params.noise_floor:
-        reruns = ask(model, tokenizer, problems, [None], replace(sampled, n=n_personas), log)
+        reruns = ask(sampler, tokenizer, problems, [None], replace(sampled, n=n_personas), log)
         results["noise_floor"] = rivals.noise_floor(reruns, n_items, params.temperature,
                                                     params.seed)
     if params.samples:
         several = replace(sampled, n=params.samples)
-        drawn = ask(model, tokenizer, problems, everyone, several, log)
+        drawn = ask(sampler, tokenizer, problems, everyone, several, log)
         results["pass_at_k"] = rivals.pass_at_k(drawn, n_items, params.samples,
                                                 params.temperature, params.seed)
     reruns = reruns or drawn[:n_items * params.samples]  # the first rows are those of `none`
     results["inference_time_rivals"] = rivals.rivals(rows, reruns, n_personas, params.seed)
     if params.fidelity:
-        results["fidelity"], spoken = fidelity(model, tokenizer, personas, params.fidelity,
+        results["fidelity"], spoken = fidelity(sampler, tokenizer, personas, params.fidelity,
                                                params.seed, log)
     if params.personagym:
-        scores = judge.personagym(model, tokenizer, params.personagym, params.seed, log)
+        scores = judge.personagym(sampler, tokenizer, params.personagym, params.seed, log)
         results["fidelity"] = results.get("fidelity", {}) | {"personagym": scores}
     results["seconds"] = round(time.time() - start, 2)
     if out is not None:
@@ -134,12 +135,12 @@ def answers_file(out):
     return Path(out) / "answers.jsonl.part"
 
 
-def ask(model, tokenizer, problems, personas, params, log=None):
+def ask(sampler, tokenizer, problems, personas, params, log=None):
     """Every problem under every persona (None: without), params.n answers each -> graded
     transcripts, persona by persona. params: a SamplingParams."""
     pairs = [(persona, problem) for persona in personas for problem in problems]
     prompts = [pool.prompt_ids(tokenizer, problem.question, persona) for persona, problem in pairs]
-    outs = answers.sample(model, tokenizer, prompts, params, log)
+    outs = answers.sample(sampler, tokenizer, prompts, params, log)
     rows, verdicts = [], []
     with rewards.Verifier() as verifier:
         for (persona, problem), answered in zip(pairs, outs, strict=True):
@@ -279,6 +280,9 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
     add("--device", default="auto", choices=weights.DEVICES,
         help="auto: the GPU if there is one, else the CPU")
+    add("--slots", type=int, default=0, help="answers decoded together; 0: as suits the device")
+    add("--no-cuda-graphs", action="store_true",
+        help="on a GPU: decode step by step, without recording")
     add("--method",
         help="the arm's role, for --compare (default: of the model's run, else start)")
     add("--reward", metavar="MODULE:FUNCTION",
@@ -337,7 +341,11 @@ def one_arm(args):
             "training_seed": None} | compare.arm_of(run)
     if args.method:
         info["method"] = args.method
-    return evaluate(model, tokenizer, problems, personas, params, args.out, info)
+    return evaluate(sampler_of(args, model), tokenizer, problems, personas, params, args.out, info)
+
+
+def sampler_of(args, model):
+    return Sampler(model, args.slots, not args.no_cuda_graphs)
 
 
 def personagym_of(args):
@@ -347,8 +355,8 @@ def personagym_of(args):
         ask_judge = judge.endpoint(args.judge, args.judge_model, args.judge_concurrency,
                                    args.judge_tokens)
     else:
-        ask_judge = judge.local(*weights.load(args.judge_model, args.dtype, args.device),
-                                args.judge_tokens)
+        model, tokenizer = weights.load(args.judge_model, args.dtype, args.device)
+        ask_judge = judge.local(sampler_of(args, model), tokenizer, args.judge_tokens)
     return judge.PersonaGym(questions, ask_judge, args.judge_model, Path(args.out),
                             args.judge_price)
 

@@ -79,17 +79,16 @@ class Row:
 class Sampler:
     """A model, with a cache and CUDA graphs that live as long as it does.
 
-    slots: rows decoded together, which bounds memory; 0: as suits the device. cuda_graphs: on a
-    GPU, replay decode steps (sampling/graphs.py).
+    slots: rows decoded together, which bounds memory; 0: as suits the device and the first call's
+    longest row. cuda_graphs: on a GPU, replay decode steps (sampling/graphs.py).
     """
 
     def __init__(self, model: Transformer, slots: int = 0, cuda_graphs: bool = True):
         if slots < 0:
             raise ValueError(f"slots must be at least 1, or 0 for the device's, not {slots}")
-        self.model, self.slots, self.cache = model, slots or slots_for(model), Cache(model)
-        self.graphs = self.current = None               # current: the Generation that has the cache
-        if cuda_graphs and model.device.type == "cuda":
-            self.graphs = Graphs(self.cache, bucket(self.slots))
+        self.model, self.slots, self.cache = model, slots, Cache(model)
+        self.graphs = Graphs(self.cache) if cuda_graphs and model.device.type == "cuda" else None
+        self.current = None                             # the Generation that has the cache
 
     def generate(self, prompts: list[list[int]], params: SamplingParams = SamplingParams(), *,
                  keys: Sequence[int] | None = None, tokenizer=None, on_token=None,
@@ -111,6 +110,8 @@ class Sampler:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens; with {params.max_tokens} new ones that "
                     f"exceeds the model's {self.model.c.max_positions} positions")
+        longest = max(map(len, prompts), default=0) + params.max_tokens
+        self.slots = self.slots or slots_for(self.model, longest)
         keys = keys or range(len(prompts))
         return Generation(self, prompts, params, keys, tokenizer).run(on_token)
 
@@ -119,19 +120,19 @@ class Sampler:
 
         inputs [5, B] int32, on the host: the tokens, then what kernels.decode_attention.Rows names.
         """
+        widths = int(inputs[2].max()) + 1, int(inputs[4].max())         # of lengths, new ones too
         inputs = inputs.to(self.model.device)
-        return self.graphs(self.step, inputs) if self.graphs else self.step(inputs)
+        return self.graphs(self.step, inputs) if self.graphs else self.step(inputs, widths)
 
-    def step(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, widths: tuple[int, int] | None = None) -> Tensor:
         tokens, *rows = inputs
-        return self.model(tokens, *self.cache.decode_step(Rows(*rows)))
+        return self.model(tokens, *self.cache.decode_step(Rows(*rows), widths))
 
 
-def generate(model: Transformer, prompts: list[list[int]],
-             params: SamplingParams = SamplingParams(), *, slots: int = 0,
-             cuda_graphs: bool = True, **more) -> Iterator[Completion]:
+def generate(model: Transformer, prompts, params: SamplingParams = SamplingParams(), *,
+             slots: int = 0, **more) -> Iterator[Completion]:
     """Sampler.generate with a cache for this call alone."""
-    return Sampler(model, slots, cuda_graphs).generate(prompts, params, **more)
+    return Sampler(model, slots).generate(prompts, params, **more)
 
 
 class Generation:

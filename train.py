@@ -144,7 +144,7 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
     if args.overlap:
         yield from overlapped(roll_out, job, first)
         return
-    author = job.author and Sampler(job.author, args.slots, not args.no_cuda_graphs)
+    author = job.author and job.sampler(job.author)
     for step in range(first, args.steps):
         batch = roll_out(author, job, step * rounds)
         for turn in range(step * rounds + 1, (step + 1) * rounds):

@@ -29,14 +29,14 @@ import personas as pool  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from evaluation import answers  # noqa: E402
-from rollout import SamplingParams  # noqa: E402
+from rollout import Sampler, SamplingParams  # noqa: E402
 
 
 def ours(model, tokenizer, prompts, max_new_tokens):
     """(wall and CPU seconds, texts, generated tokens) through our sampler."""
     start = clocks()
     greedy = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
-    outs = answers.sample(model, tokenizer, prompts, greedy)
+    outs = answers.sample(Sampler(model), tokenizer, prompts, greedy)
     return clocks() - start, [out[0][0] for out in outs], sum(len(out[0][1].tokens) for out in outs)
 
 
@@ -88,7 +88,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         params = evaluate.EvalParams(max_new_tokens=args.max_new_tokens)
-        results = evaluate.evaluate(model, tokenizer, problems, personas[1:], params, folder)
+        results = evaluate.evaluate(Sampler(model), tokenizer, problems, personas[1:], params, folder)
         whole = time.perf_counter() - start
     name, (their_seconds, their_texts) = min(other.items(), key=lambda pair: pair[1][0][1])
     scaled = their_seconds * len(prompts) / len(part)

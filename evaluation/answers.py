@@ -11,26 +11,26 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-import rollout
 from common import files
+from rollout import Completion
 
 
-def sample(model, tokenizer, prompts, params, log=None):
+def sample(sampler, tokenizer, prompts, params, log=None):
     """params.n completions a prompt -> list over prompts of lists of (text, Completion).
 
-    params: a rollout.SamplingParams.
+    sampler: a rollout.Sampler; params: a rollout.SamplingParams.
     log: a file that takes each completion when it is done. Completions of this very call that it
     holds already are not sampled again; they come back without log-probs. Under torchrun each rank
     samples its share and gets those of all; rank 0's log counts, and takes the others' at the end.
     """
-    call = fingerprint(model, prompts, params) if log else None
+    call = fingerprint(sampler.model, prompts, params) if log else None
     table = [[None] * params.n for _ in prompts]
     for row in files.rows(log) if log else ():
         if row.pop("call") == call:
-            table[row["index"]][row["sample"]] = rollout.Completion(**row)
+            table[row["index"]][row["sample"]] = Completion(**row)
     todo = [i for i, row in enumerate(table) if None in row]
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
-        for done in sampled(model, tokenizer, prompts, params, todo):
+        for done in sampled(sampler, tokenizer, prompts, params, todo):
             table[done.index][done.sample] = done
             if file:
                 kept = ("index", "sample", "tokens", "truncated", "error")
@@ -39,7 +39,7 @@ def sample(model, tokenizer, prompts, params, log=None):
             for row in table]
 
 
-def sampled(model, tokenizer, prompts, params, todo):
+def sampled(sampler, tokenizer, prompts, params, todo):
     """Yields the completions of the prompts with these indices: this rank's, then the others'."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > 1:                                       # as rank 0 sees it
@@ -48,7 +48,7 @@ def sampled(model, tokenizer, prompts, params, todo):
         todo = chosen[0]
     share, mine = todo[rank::world], []
     asked = [prompts[i] for i in share]
-    for done in rollout.generate(model, asked, params, keys=share, tokenizer=tokenizer):
+    for done in sampler.generate(asked, params, keys=share, tokenizer=tokenizer):
         mine.append(replace(done, index=share[done.index]))
         yield mine[-1]
     if world > 1:

@@ -40,13 +40,13 @@ class Fidelity:
             raise ValueError("fidelity needs at least 1 question")
 
 
-def fidelity(model, tokenizer, personas, params, seed=0, log=None):
+def fidelity(sampler, tokenizer, personas, params, seed=0, log=None):
     """The scores of SCORES, with intervals over questions and personas -> (dict, transcripts).
 
     params: a `Fidelity`. Each transcript has its candidates and both readers' log-probs. ValueError
     below 2 personas.
     """
-    n, questions = len(personas), params.questions
+    model, n, questions = sampler.model, len(personas), params.questions
     k = min(params.candidates, n)
     if k < 2:
         raise ValueError("fidelity needs at least 2 personas")
@@ -55,7 +55,7 @@ def fidelity(model, tokenizer, personas, params, seed=0, log=None):
     sampling = SamplingParams(max_tokens=params.max_new_tokens, temperature=0.9, top_p=0.9,
                               seed=seed)
     spoken = [ids for row in prompts for ids in row[:n]]
-    outs = answers.sample(model, tokenizer, spoken, sampling, log)
+    outs = answers.sample(sampler, tokenizer, spoken, sampling, log)
     tables = {name: np.zeros((len(questions), n)) for name in SCORES}
     rows, rng = [], np.random.default_rng(seed)
     for q, question in enumerate(questions):

@@ -20,7 +20,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,9 +30,9 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 import personas
-import rollout
 from common import files
 from evaluation import answers, measures, replies
+from rollout import SamplingParams
 
 TASKS = {  # task: what is asked for, what earns a 1, what earns a 5
     "Expected Action": ("What the character does in the situation is what this character would do.",
@@ -71,7 +71,7 @@ class PersonaGym:
     max_new_tokens: int = 128                           # of an answer
 
 
-def personagym(model, tokenizer, gym, seed=0, log=None):
+def personagym(sampler, tokenizer, gym, seed=0, log=None):
     """The model's answers in character, graded -> the scores of `grade`.
 
     gym: a `PersonaGym`. log: as for `answers.sample`. The answers are kept in personagym.jsonl.
@@ -79,9 +79,8 @@ def personagym(model, tokenizer, gym, seed=0, log=None):
     prompts = [personas.prompt_ids(tokenizer, row["question"],
                                    personas.from_row("", {"persona": row["persona"]}))
                for row in gym.questions]
-    sampling = rollout.SamplingParams(max_tokens=gym.max_new_tokens, temperature=0.9, top_p=0.9,
-                                      seed=seed)
-    outs = answers.sample(model, tokenizer, prompts, sampling, log)
+    sampling = SamplingParams(max_tokens=gym.max_new_tokens, temperature=0.9, top_p=0.9, seed=seed)
+    outs = answers.sample(sampler, tokenizer, prompts, sampling, log)
     rows = [row | {"answer": out[0][0]} for row, out in zip(gym.questions, outs, strict=True)]
     gym.folder.mkdir(parents=True, exist_ok=True)
     scores = grade(rows, gym.ask, gym.name, gym.folder, seed, gym.price)
@@ -184,11 +183,14 @@ def endpoint(url, model, concurrency=4, max_tokens=16, retries=6, backoff=1.0, t
                     continue
                 status = getattr(getattr(error, "response", None), "status_code", RETRIED[0])
                 if status not in RETRIED or attempt == retries or stopped.is_set():
+                    stopped.set()                       # the other threads ask for nothing more
                     raise failure(url, attempt + 1, error) from error
             stopped.wait(backoff * 2**attempt)
             attempt += 1
 
     def call(index, message):
+        if stopped.is_set():
+            raise CancelledError
         given = room[0]
         text, cut, tokens = reply(message, given)
         if cut and replies.score(text) is None and given < ROOM:
@@ -206,7 +208,7 @@ def endpoint(url, model, concurrency=4, max_tokens=16, retries=6, backoff=1.0, t
             for future in as_completed(calls):
                 yield future.result()
         finally:
-            stopped.set()  # after a failure, or Ctrl-C, ask for nothing more
+            stopped.set()                               # Ctrl-C
             pool.shutdown(cancel_futures=True)
 
     return ask
@@ -226,13 +228,13 @@ def spent(got):
     return getattr(used, "prompt_tokens", None), getattr(used, "completion_tokens", None)
 
 
-def local(model, tokenizer, max_tokens=16):
+def local(sampler, tokenizer, max_tokens=16):
     """A judge in this process, through our own sampler; as `endpoint`."""
-    greedy = rollout.SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
     def ask(prompts):
         ids = [personas.prompt_ids(tokenizer, text, None) for text in prompts]
-        for done in rollout.generate(model, ids, greedy):
+        for done in sampler.generate(ids, greedy):
             text = tokenizer.decode(done.tokens, skip_special_tokens=True)
             yield done.index, text, len(ids[done.index]), len(done.tokens)
 

@@ -35,10 +35,6 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: LayerCache, prefix
 
         return triton_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
     if q.shape[-1] not in (64, 128, 256) or not native.usable(q):
-        # No more than these rows need, or the sums' order would depend on what came before.
-        T, P = int(rows.lengths.max()) + 1, int(rows.prefix_lengths.max())
-        row_kv = tuple(x[:, :, :T] for x in row_kv)
-        prefix_kv = tuple(x[:, :, :P] for x in prefix_kv)
         return torch_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window)
     (q, B, heads, D), (k, _, K, _), v = native.rows(q), native.rows(k), native.rows(v)[0]
     out = torch.empty(B, heads, D, dtype=q.dtype)

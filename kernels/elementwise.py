@@ -7,6 +7,7 @@ CPUs (native.cpp), with a backward pass of its own.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import native
 
@@ -64,6 +65,7 @@ class AddRMSNorm(torch.autograd.Function):
         return out, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, grad_total):
         x, weight, rstd = ctx.saved_tensors
         x, D = x.contiguous(), x.shape[-1]
@@ -106,6 +108,7 @@ class Rotate(torch.autograd.Function):
         return native_rotate(x, table, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return native_rotate(grad, ctx.table, -1.0), None
 
@@ -143,6 +146,7 @@ class Gated(torch.autograd.Function):
         return native_gated(gate, up, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up, grad = (x.contiguous() for x in (*ctx.saved_tensors, grad))
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)

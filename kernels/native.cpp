@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+static_assert(sizeof(long) == 8, "long counts the numbers of a cache");
+
 struct bf16 { uint16_t bits; };
 
 static inline float load(float x) { return x; }

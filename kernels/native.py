@@ -9,10 +9,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -59,20 +61,18 @@ def rows(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if dtype not in TYPES or not compiler:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if dtype not in TYPES or not compiler or not shutil.which(compiler[0]):
         return None
     # torch's own OpenMP, or two pools of threads would wait for each other's cores
     openmp = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")]
     for parallel in (["-fopenmp", *openmp], ["-fopenmp-simd"], []):
-        command = [compiler, *FLAGS, *WIDE, *parallel, "-D", f"T={TYPES[dtype]}", str(SOURCE)]
+        command = [*compiler, *FLAGS, *WIDE, *parallel, "-D", f"T={TYPES[dtype]}", str(SOURCE)]
         key = repr((SOURCE.read_text(), command, processor()))
         target = cache_folder() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        try:
+        with suppress(OSError, RuntimeError):           # no home, or a folder that takes no library
             if target.exists() or compiled(command, target):
                 return loaded(target)
-        except (OSError, RuntimeError):                 # no home, or a folder that takes no library
-            break
     print("kernels/native.cpp does not compile here: a CPU runs slower without it", file=sys.stderr)
     return None
 

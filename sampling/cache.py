@@ -56,13 +56,13 @@ def prefilled(prompts: list[list[int]]) -> int:
     return sum(map(len, prompts)) - saved + sum(len(prefix.ids) for prefix in set(prefixes))
 
 
-def slots_for(model: Transformer) -> int:
+def slots_for(model: Transformer, tokens: int) -> int:
     """Rows that a device decodes in little more time than one. On a GPU their keys and values may
-    take a quarter of its memory, at 1,024 tokens each."""
+    take a quarter of its memory. tokens: in the longest row, with its prompt."""
     if model.device.type != "cuda":
         return 192
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    return max(8, min(512, memory // 4 // (1024 * token_bytes(model)) // 8 * 8))
+    return max(8, min(512, memory // 4 // (tokens * token_bytes(model)) // 8 * 8))
 
 
 def token_bytes(model: Transformer) -> int:
@@ -74,12 +74,17 @@ def token_bytes(model: Transformer) -> int:
 class KeyValues:
     """(keys, values) a layer, both [entries, kv_heads, T, D], and which entries are free.
 
-    What an entry holds beyond its length is whatever was there.
+    What an entry holds beyond its length is whatever was there. grown: how often the memory was
+    replaced.
     """
 
     def __init__(self, model: Transformer):
         self.c, self.like = model.c, {"dtype": model.dtype, "device": model.device}
-        self.layers, self.free = self.empty(1, 0), [0]
+        self.layers, self.free, self.grown = self.empty(1, 0), [0], 0
+
+    @property
+    def entries(self) -> int:
+        return len(self.layers[0][0])
 
     def empty(self, entries: int, width: int) -> list[tuple[Tensor, Tensor]]:
         shape = entries, self.c.num_kv_heads, width, self.c.head_dim
@@ -91,6 +96,7 @@ class KeyValues:
         count, _, wide, _ = self.layers[0][0].shape
         if entries <= count and width <= wide:
             return
+        self.grown += 1
         old = self.layers if len(self.free) < count else []
         self.layers = []                                # free before more is asked for
         self.layers = self.empty(max(entries, count), max(width, wide))
@@ -102,12 +108,11 @@ class KeyValues:
     def take(self) -> int:
         """A free entry."""
         if not self.free:
-            count, _, wide, _ = self.layers[0][0].shape
-            self.reserve(2 * count, wide)
+            self.reserve(2 * self.entries, self.layers[0][0].shape[2])
         return self.free.pop()
 
     def clear(self) -> None:
-        self.free = list(range(len(self.layers[0][0])))
+        self.free = list(range(self.entries))
 
 
 class Cache:
@@ -169,15 +174,19 @@ class Cache:
 
         return attention.position_ids, attend
 
-    def decode_step(self, rows: Rows):
+    def decode_step(self, rows: Rows, widths: tuple[int, int] | None = None):
         """For one new token in each row: (position_ids [B], attend).
 
         attend(layer, q, k, v) stores the new k and v behind each row's tokens and attends to all of
-        them.
+        them. widths: how much of their entries the rows need, and of their prefixes; None: of all
+        alike. With them the order of a sum does not depend on what the cache held before.
         """
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return decode_attention(q, k, v, self.row_kv.layers[layer],
-                                    self.prefix_kv.layers[layer], rows, self.c.attn_scale,
+            layers = self.row_kv.layers[layer], self.prefix_kv.layers[layer]
+            if widths:                                  # narrow refuses what the cache has not
+                layers = [[x.narrow(2, 0, width) for x in kv]
+                          for kv, width in zip(layers, widths, strict=True)]
+            return decode_attention(q, k, v, *layers, rows, self.c.attn_scale,
                                     self.c.windows[layer])
 
         return rows.prefix_lengths + rows.lengths, attend

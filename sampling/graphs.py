@@ -1,9 +1,9 @@
 """CUDA graphs of the decode step: one launch in place of the thousands of its small operators.
 
 A graph replays recorded kernels on the memory they were recorded with. So it holds for one number
-of rows (a *bucket*) and for the cache's present memory. It is recorded when its bucket first comes
-up, and again after the cache has grown, at the price of two ordinary steps. All graphs share one
-pool of memory.
+of rows (a *bucket*) and for the cache's present memory, which it does not keep alive. It is
+recorded when its bucket first comes up, and again after the cache has grown, at the price of two
+ordinary steps. All graphs share one pool of memory.
 
 A replay must find its inputs in their place. So what changes from step to step is copied into
 `inputs`, keys and values are written into the cache, and the weights change in place only. Nothing
@@ -35,16 +35,16 @@ class Graphs:
     one. It is not kept, so that a Sampler, its cache and its graphs go as soon as nobody holds it.
     """
 
-    def __init__(self, cache: Cache, slots: int):
-        self.cache = cache
-        self.inputs = torch.zeros(5, slots, dtype=torch.int32, device=cache.device)
-        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.layers, self.pool = None, None
+    def __init__(self, cache: Cache):
+        self.cache, self.grown = cache, None
 
     def __call__(self, step: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        B, layers = inputs.shape[1], (self.cache.row_kv.layers, self.cache.prefix_kv.layers)
-        if self.layers is None or any(a is not b for a, b in zip(self.layers, layers, strict=True)):
-            self.layers, self.recorded, self.pool = layers, {}, None    # no graph, no pool
+        B, kv = inputs.shape[1], (self.cache.row_kv, self.cache.prefix_kv)
+        if self.grown != (grown := [x.grown for x in kv]):
+            self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+            self.grown, self.pool = grown, None                         # no graph, no pool
+            self.inputs = torch.zeros(5, bucket(kv[0].entries), dtype=torch.int32,
+                                      device=self.cache.device)
         self.inputs[:, :B] = inputs
         if B not in self.recorded:
             self.recorded[B] = self.record(step, self.inputs[:, :B])

@@ -23,7 +23,7 @@ import tasks
 import weights
 from common import files
 from evaluation import answers, fidelity, judge, measures, rivals
-from rollout import SamplingParams
+from rollout import Sampler, SamplingParams
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +223,11 @@ def tiny(embedded):
     return model.eval(), embedded[1]
 
 
+def ready(pair):
+    """(a sampler of the model, the tokenizer)"""
+    return Sampler(pair[0]), pair[1]
+
+
 Problem = namedtuple("Problem", "question answer id kind")
 
 
@@ -239,7 +244,7 @@ SHORT = evaluate.EvalParams(max_new_tokens=2)
 def evaluated(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated")
     params = evaluate.EvalParams(seed=3, max_new_tokens=6, samples=2, noise_floor=True)
-    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, out,
+    results = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, params, out,
                                 {"model": "tiny", "task": "sums", "method": "start"})
     return results, out
 
@@ -278,9 +283,9 @@ def test_answers_that_were_given_up_are_counted_and_told(tiny):
     model = copy.deepcopy(tiny[0])
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
-    results = evaluate.evaluate(model, tiny[1], PROBLEMS[:2], SPEAKERS, SHORT)
+    results = evaluate.evaluate(Sampler(model), tiny[1], PROBLEMS[:2], SPEAKERS, SHORT)
     assert results["errors"] == 2 * 4 and "8 answers were given up" in evaluate.table_text(results)
-    whole = evaluate.evaluate(*tiny, PROBLEMS[:2], SPEAKERS, SHORT)
+    whole = evaluate.evaluate(*ready(tiny), PROBLEMS[:2], SPEAKERS, SHORT)
     assert whole["errors"] == 0 and "given up" not in evaluate.table_text(whole)
     assert f"pss would be {whole['pss_shuffled']:.3f}" in evaluate.table_text(whole)
 
@@ -290,7 +295,7 @@ def test_p26_evaluation_uses_the_training_template_verifier_and_sampler(tiny, mo
     monkeypatch.setattr(evaluate.pool, "prompt_ids", lambda *a: seen.append(a[1:3]) or personas_prompt_ids(*a))
     monkeypatch.setattr(evaluate.rewards.Verifier, "submit",
                         lambda self, gold, answer, question: submit(self, gold, f"It is {gold}.", question))
-    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, SHORT)
+    results = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, SHORT)
     assert results["mean_accuracy"] == 1 and results["pss"] == 1
     assert seen == [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]
 
@@ -312,7 +317,7 @@ def loud(problem, text, *, persona=None) -> float:
 
 def test_a_users_reward_scores_the_answers_and_sees_who_speaks(tiny, tmp_path):
     params = evaluate.EvalParams(max_new_tokens=4, reward="tests.test_evaluate:loud")
-    results = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
+    results = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, params, tmp_path)
     none, *others = [row["reward"] for row in results["personas"]]
     assert none == 0.25 and min(others) > 1 and results["mean_reward"] == pytest.approx(np.mean(others))
     rows = list(files.rows(tmp_path / "transcripts.jsonl"))
@@ -323,33 +328,33 @@ def test_a_users_reward_scores_the_answers_and_sees_who_speaks(tiny, tmp_path):
 
 def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, evaluated):
     params = SamplingParams(2, max_tokens=6)
-    first, again, other = (evaluate.ask(*tiny, PROBLEMS, SPEAKERS, replace(params, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (evaluate.ask(*ready(tiny), PROBLEMS, SPEAKERS, replace(params, seed=seed)) for seed in (3, 3, 4))
     assert first == again and [r["answer"] for r in first] != [r["answer"] for r in other]
 
 
 def test_an_interrupted_evaluation_goes_on_and_samples_nothing_twice(tiny, tmp_path, monkeypatch):
-    asked, real, params = [], rollout.generate, evaluate.EvalParams(1, max_new_tokens=4, samples=2)
+    asked, real, params = [], Sampler.generate, evaluate.EvalParams(1, max_new_tokens=4, samples=2)
 
-    def interrupted(model, prompts, sampling, **more):
+    def interrupted(sampler, prompts, sampling, **more):
         several = sampling.n == 2
-        for done in itertools.islice(real(model, prompts, sampling, **more), 13 if several else None):
+        for done in itertools.islice(real(sampler, prompts, sampling, **more), 13 if several else None):
             asked.append((sampling.n, done.index))
             yield done
         if several:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollout, "generate", interrupted)
+    monkeypatch.setattr(Sampler, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
+        evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, params, tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["answers.jsonl.part"] and len(asked) == 20 + 13
     with (tmp_path / "answers.jsonl.part").open("a") as file:
         file.write('\n{"call": 1, "tok')  # as a kill in the middle of a write would leave it
     calls = []
-    monkeypatch.setattr(rollout, "generate", lambda model, prompts, sampling, **more:
-                        calls.append((sampling.n, len(prompts))) or real(model, prompts, sampling, **more))
-    resumed = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path)
+    monkeypatch.setattr(Sampler, "generate", lambda sampler, prompts, sampling, **more:
+                        calls.append((sampling.n, len(prompts))) or real(sampler, prompts, sampling, **more))
+    resumed = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, params, tmp_path)
     assert calls[0] == (1, 0) and calls[1][0] == 2 and 20 - 13 // 2 <= calls[1][1] < 20
-    whole = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, params, tmp_path / "whole")
+    whole = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, params, tmp_path / "whole")
     assert resumed | {"seconds": 0} == whole | {"seconds": 0} and not list(tmp_path.glob("*.part"))
     lines = [(folder / "transcripts.jsonl").read_text() for folder in (tmp_path, tmp_path / "whole")]
     assert lines[0] == lines[1]
@@ -362,7 +367,7 @@ def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny
     for seed, change in ((0, 0.0), (1, 0.0), (0, 1e-3)):
         with torch.no_grad():
             weight.add_(change)
-        answers.sample(model, tokenizer, prompts, SamplingParams(max_tokens=3, seed=seed), tmp_path / "log")
+        answers.sample(Sampler(model), tokenizer, prompts, SamplingParams(max_tokens=3, seed=seed), tmp_path / "log")
         seen.append(len(list(files.rows(tmp_path / "log"))))
     with torch.no_grad():
         weight.sub_(1e-3)
@@ -373,7 +378,7 @@ def test_answers_of_other_weights_or_other_settings_are_not_taken_for_these(tiny
                                                 (PROBLEMS, voices("none"))])
 def test_an_evaluation_of_nothing_or_of_two_personas_with_one_name_is_refused(tiny, problems, speakers):
     with pytest.raises(ValueError, match="personas with different names"):
-        evaluate.evaluate(*tiny, problems, speakers, SHORT)
+        evaluate.evaluate(*ready(tiny), problems, speakers, SHORT)
 
 
 def vote(*answers):
@@ -425,7 +430,7 @@ def test_candidates_are_k_different_personas_and_each_persona_is_asked_about_onc
 
 def played(model, tokenizer, speakers, questions, start_model, max_new_tokens=5):
     params = fidelity.Fidelity(questions, start_model, max_new_tokens=max_new_tokens)
-    return fidelity.fidelity(model, tokenizer, speakers, params)
+    return fidelity.fidelity(Sampler(model), tokenizer, speakers, params)
 
 
 def test_identification_is_exactly_chance_where_all_personas_read_alike(tiny):
@@ -438,10 +443,10 @@ def test_identification_is_exactly_chance_where_all_personas_read_alike(tiny):
 def test_identification_is_at_chance_on_answers_given_without_a_persona(tiny, monkeypatch):
     asked, real = [f"Question {i}?" for i in range(12)], answers.sample
 
-    def without_persona(model, tokenizer, prompts, *settings):
+    def without_persona(sampler, tokenizer, prompts, *settings):
         bare = [personas.prompt_ids(tokenizer, question, None) for question in asked for _ in range(8)]
         assert len(bare) == len(prompts)
-        return real(model, tokenizer, bare, *settings)
+        return real(sampler, tokenizer, bare, *settings)
 
     monkeypatch.setattr(answers, "sample", without_persona)
     speakers = voices(*"pirate nurse cook judge monk clown spy king".split())
@@ -518,8 +523,8 @@ def test_the_few_shot_examples_are_right_and_of_no_task_that_is_evaluated():
 def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny, tmp_path):
     asked = [{"persona": persona, "task": task, "question": "Well?"} for persona in ("A nurse", "A pirate")
              for task in judge.TASKS]
-    gym = judge.PersonaGym(asked, judge.local(*tiny), "tiny", tmp_path / "new", max_new_tokens=3)
-    got = judge.personagym(*tiny, gym)
+    gym = judge.PersonaGym(asked, judge.local(*ready(tiny)), "tiny", tmp_path / "new", max_new_tokens=3)
+    got = judge.personagym(*ready(tiny), gym)
     rows = list(files.rows(tmp_path / "new/personagym.jsonl"))
     assert [row["question"] for row in rows] == ["Well?"] * 10 and {row["score"] for row in rows} == {1}
     assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"
@@ -529,7 +534,7 @@ def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, monkeypatc
     """Rank 0 decides what is left to do: rank 1 has no log."""
     model, tokenizer = tiny
     prompts, params = [[3, 4, n] for n in range(5, 12)], SamplingParams(2, max_tokens=3)
-    alone = {(c.index, c.sample): c.tokens for c in answers.sampled(model, tokenizer, prompts, params, range(7))}
+    alone = {(c.index, c.sample): c.tokens for c in answers.sampled(Sampler(model), tokenizer, prompts, params, range(7))}
     shares = []
     monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(answers.dist, "get_world_size", lambda: 2)
@@ -542,7 +547,7 @@ def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, monkeypatc
     monkeypatch.setattr(answers.dist, "all_gather_object", gather)
     for rank in (0, 1):
         monkeypatch.setattr(answers.dist, "get_rank", lambda rank=rank: rank)
-        done = list(answers.sampled(model, tokenizer, prompts, params, [0, 2, 3, 5, 6] if rank == 0 else range(7)))
+        done = list(answers.sampled(Sampler(model), tokenizer, prompts, params, [0, 2, 3, 5, 6] if rank == 0 else range(7)))
     assert [sorted({c.index for c in share}) for share in shares] == [[0, 3, 6], [2, 5]]
     asked = {at: tokens for at, tokens in alone.items() if at[0] in (0, 2, 3, 5, 6)}
     assert {(c.index, c.sample): c.tokens for c in done} == asked

@@ -22,7 +22,7 @@ from kernels import attention, linear_logprob
 from kernels.attention import PrefixAttention
 from kernels.decode_attention import Rows, decode_attention
 from model import completion_logprobs, pack
-from rollout import SamplingParams, generate
+from rollout import Sampler, SamplingParams, generate
 from tests import test_decode_attention as decode_tests
 from tests.conftest import make_reference, stopping
 from tests.test_kernels import outputs_and_gradients, reference, relative_errors, sample
@@ -350,7 +350,7 @@ def test_p35_cuda_graphs_give_the_same_tokens(tiny_folder):
     model, found = loaded(tiny_folder, HALF), []
     model, params = stopping(model, range(3, 9)), SamplingParams(2, max_tokens=40, temperature=0)
     for on in (False, True):
-        done = generate(model, random_prompts(128, seed=7, high=120), params, slots=16, cuda_graphs=on)
+        done = Sampler(model, 16, on).generate(random_prompts(128, seed=7, high=120), params)
         found.append({(c.index, c.sample): c.tokens for c in done})
     assert found[0] == found[1]
 

@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 
 from evaluation import judge, replies, report
+from rollout import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 GYM = ROOT.parent / "shared/data/personagym_half.jsonl"
@@ -108,7 +109,8 @@ def model_replies(tmp_path_factory):
     """(judgement by the embedded model in this process, its reply to every prompt: what the server serves)."""
     import weights
 
-    ask, known = judge.local(*weights.load("smollm2-135m")), {}
+    model, tokenizer = weights.load("smollm2-135m")
+    ask, known = judge.local(Sampler(model), tokenizer), {}
 
     def recording(prompts):
         for index, text, tokens_in, tokens_out in ask(prompts):

@@ -481,7 +481,7 @@ def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
     sampler = Sampler(model, slots=16)
-    sampler.graphs = Graphs(sampler.cache, 16)
+    sampler.graphs = Graphs(sampler.cache)
     for tokens in (12, 40):                             # the second call needs wider entries
         done = sampler.generate(prompts, replace(params, max_tokens=tokens))
         replayed = {(c.index, c.sample): c for c in done}

@@ -13,6 +13,7 @@ import weights
 from evaluation import answers, fidelity, measures
 from personas import Persona
 from results import readers, transcripts
+from rollout import Sampler
 
 K = 6
 TEXTS = [f"You are w{i} w{i + 1} w{i + 2}." for i in range(10, 10 + 3 * K, 3)]
@@ -328,7 +329,7 @@ def test_rows_that_keep_no_candidates_get_those_of_the_evaluation(tiny, tmp_path
     monkeypatch.setattr(answers, "sample", lambda m, t, prompts, *_: [said for _ in prompts])
     people = list(PEOPLE.values())[:5]
     params = fidelity.Fidelity(["w40", "w41"], tiny[0], candidates=4)
-    _, rows = fidelity.fidelity(*tiny, people, params, seed=3)
+    _, rows = fidelity.fidelity(Sampler(tiny[0]), tiny[1], people, params, seed=3)
     want = [row.pop("candidates") for row in rows]
     (tmp_path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row["candidates"] for row in readers.answers(tmp_path, k=4, seed=3)] == want

@@ -18,7 +18,7 @@ import train
 from common import files
 from evaluation import answers, fidelity, lottery
 from results import curves, transcripts
-from rollout import Completion
+from rollout import Completion, Sampler
 from training import settings
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -114,7 +114,7 @@ def kept(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers, "sample", answered)
         params = evaluate.EvalParams(samples=2, fidelity=fidelity.Fidelity(["Who?", "Why?"], tiny[0]))
-        results = evaluate.evaluate(*tiny, problems, personas.load("test")[:8], params, folder)
+        results = evaluate.evaluate(Sampler(tiny[0]), tiny[1], problems, personas.load("test")[:8], params, folder)
     transcripts.keep(folder, target)
     return results, folder, target
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import rollout
 import weights
 from model import completion_logprobs, pack
 from rollout import Generation, Sampler, SamplingParams, generate
-from sampling.cache import prefilled, shared_openings
+from sampling.cache import prefilled, shared_openings, slots_for
 from sampling.draw import filtered, sample
 from tests.conftest import stopping
 
@@ -333,6 +334,23 @@ def test_a_broken_prompt_line_is_named(tiny_folder, tmp_path):
 def test_a_setting_that_cannot_work_is_refused_before_the_model_is_loaded(capsys):
     assert rollout.main(["--model", "/nowhere", "--max-new-tokens", "0"]) == 2
     assert "--max-new-tokens" in capsys.readouterr().err
+
+
+def test_a_row_longer_than_its_entry_is_an_error_not_a_write_beyond_it(tiny):
+    sampler = Sampler(tiny[0], slots=2)
+    list(sampler.generate([[3, 4]], SamplingParams(max_tokens=3)))
+    inputs = torch.tensor([[5], [0], [99], [0], [0]], dtype=torch.int32)        # 99 tokens long
+    with pytest.raises(RuntimeError, match="length"), torch.inference_mode():
+        sampler.decode(inputs)
+
+
+@pytest.mark.parametrize("tokens", [200, 2000])
+def test_rows_on_a_gpu_depend_on_its_memory_and_on_the_longest_row(tiny, monkeypatch, tokens):
+    model = SimpleNamespace(c=tiny[0].c, dtype=torch.bfloat16, device=torch.device("cuda"))
+    row = 2 * model.c.num_layers * model.c.num_kv_heads * model.c.head_dim * 2 * tokens
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=4 * row * 100))
+    assert slots_for(model, tokens) == 96 and slots_for(model, tokens // 100) == 512
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -13,16 +13,16 @@ from torch import Tensor
 
 import personas
 from model import Transformer, completion_hidden, pack
-from rollout import SamplingParams, generate
+from rollout import Sampler, SamplingParams
 
 
 class Anchor:
     """The start model's answers, and its hidden states on them: a function of the seed.
 
-    start: the start model itself. It is not needed afterwards.
+    start: of the start model. Neither is needed afterwards.
     """
 
-    def __init__(self, start: Transformer, tokenizer, pool: list[personas.Persona], args):
+    def __init__(self, start: Sampler, tokenizer, pool: list[personas.Persona], args):
         self.count = args.anchor_count
         questions = personas.load_roleplay("train")
         stride = 7 if len(pool) % 7 else 1              # through the strata, and every persona
@@ -32,11 +32,12 @@ class Anchor:
             question = questions[i % len(questions)]
             prompts.append(personas.prompt_ids(tokenizer, question, persona))
         params = SamplingParams(max_tokens=args.anchor_tokens, seed=args.seed)
-        answers = sorted(generate(start, prompts, params, slots=args.slots), key=lambda c: c.index)
+        answers = sorted(start.generate(prompts, params), key=lambda c: c.index)
         self.groups = [(prompts[c.index], [c.tokens]) for c in answers]
-        self.head = start.head_weight.detach().clone()
+        model = start.model
+        self.head = model.head_weight.detach().clone()
         with torch.no_grad():
-            self.hidden = [completion_hidden(start, pack([group], start)) for group in self.groups]
+            self.hidden = [completion_hidden(model, pack([group], model)) for group in self.groups]
 
     def kl(self, model: Transformer, step: int) -> Tensor:
         """Mean KL per token, in nats, on an optimizer step's answers; with gradient."""

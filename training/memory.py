@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import personas
 from model import Transformer, pack
-from sampling.cache import token_bytes
+from sampling.cache import slots_for, token_bytes
 from training.policy import Policy, ranks
 
 
@@ -51,7 +51,8 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
     shards = [m.to_local() if isinstance(m, DTensor) else m for m in policy.masters]
     local, on_cpu = sum(m.numel() for m in shards), model.device.type == "cpu"
-    rows = min(args.slots, args.prompts // ranks()[1] * args.group_size)
+    slots = args.slots or slots_for(model, row_tokens)
+    rows = min(slots, args.prompts // ranks()[1] * args.group_size)
     parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
              "gradients": count * (4 + size),           # their sum, and a micro-batch's
              "activations": activations,

@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from rollout import Sampler
-
 
 def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
     """(batch, lag) of each step from `first` on, as train.rollouts gives them; the lag is 1.
@@ -18,8 +16,7 @@ def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
     shorter run had ended, it samples one more batch that way.
     """
     args, device, ahead = job.args, job.model.device, None
-    author, earlier = (Sampler(model, args.slots, not args.no_cuda_graphs)
-                       for model in (job.author, copy.deepcopy(job.author)))
+    author, earlier = job.sampler(job.author), job.sampler(copy.deepcopy(job.author))
     on_gpu = device.type == "cuda"
     stream = torch.cuda.Stream(device) if on_gpu else None
 

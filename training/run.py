@@ -20,8 +20,7 @@ from common.files import commit, write_atomically
 from grpo import Loss
 from model import Transformer
 from rewards import CORRECTNESS, Rewarder
-from rollout import SamplingParams
-from sampling.cache import slots_for
+from rollout import Sampler, SamplingParams
 from training import monitor
 from training.anchor import Anchor
 from training.minibatches import micro_tokens_for
@@ -50,6 +49,9 @@ class Job:
         """sft and distill: another wrote what is correct, and it is learned by heart."""
         return self.author is not self.model
 
+    def sampler(self, model: Transformer) -> Sampler:
+        return Sampler(model, self.args.slots, not self.args.no_cuda_graphs)
+
 
 def read(args) -> Job:
     """Everything that the flags name. Raises ValueError or OSError in one line."""
@@ -57,7 +59,6 @@ def read(args) -> Job:
         wait()                          # until rank 0 has fetched what was not there
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
     model.checkpointing = args.recompute
-    args.slots = args.slots or slots_for(model)
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -104,7 +105,7 @@ def anchored(job: Job) -> Job:
     if not job.args.anchor_coef:
         return job
     start = job.reference or start_model(job.args, job.tokenizer)
-    return replace(job, anchor=Anchor(start, job.tokenizer, job.pool, job.args))
+    return replace(job, anchor=Anchor(job.sampler(start), job.tokenizer, job.pool, job.args))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     mine = None if args.reward == CORRECTNESS else args.reward
     params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
                                  reward_seconds=args.reward_seconds, stop=job.sampling.stop)
-    return evaluate.evaluate(job.model, job.tokenizer, problems, speakers, params,
+    return evaluate.evaluate(job.sampler(job.model), job.tokenizer, problems, speakers, params,
                              None if ranks()[0] else folder, info)
 
 

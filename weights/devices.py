@@ -50,7 +50,7 @@ def computes_bf16(device: str) -> bool:
 def pick_dtype(dtype: str, device: str, family: str = "") -> torch.dtype:
     """The torch dtype of `auto` or one of DTYPES. family: transformers' model_type.
 
-    `auto`: bf16 where the processor computes in it; else fp16 on a GPU (T4, V100), if the family
+    `auto`: bf16 where the processor computes in it; else fp16 on a GPU (T4), if the family
     can; else fp32. Raises ValueError for a bf16 that a GPU would only emulate.
     """
     gpu = device.startswith("cuda")
