@@ -20,7 +20,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -190,7 +190,7 @@ def endpoint(url, model, concurrency=4, max_tokens=16, retries=6, backoff=1.0, t
 
     def call(index, message):
         if stopped.is_set():
-            raise CancelledError
+            return None                                 # another call's failure follows
         given = room[0]
         text, cut, tokens = reply(message, given)
         if cut and replies.score(text) is None and given < ROOM:
@@ -206,7 +206,8 @@ def endpoint(url, model, concurrency=4, max_tokens=16, retries=6, backoff=1.0, t
         try:
             calls = [pool.submit(call, i, prompt) for i, prompt in enumerate(prompts)]
             for future in as_completed(calls):
-                yield future.result()
+                if got := future.result():
+                    yield got
         finally:
             stopped.set()                               # Ctrl-C
             pool.shutdown(cancel_futures=True)
