@@ -313,3 +313,26 @@ extern "C" void draw(const T* logits, const double* uniforms, int64_t* tokens, f
         logprobs[b] = float((load(z[token]) - top) * inverse - std::log(total));
     }
 }
+
+// ------------------------------------------------------------------------------------------------
+// fp32 masters in four bytes: training/adamw.py says how
+
+extern "C" void join(const bf16* weight, const int16_t* remainder, float* master, long N,
+                     long threads) {
+    #pragma omp parallel for simd num_threads(threads)
+    for (long i = 0; i < N; i++) {
+        uint32_t bits = (uint32_t(weight[i].bits) << 16) + uint32_t(int32_t(remainder[i]));
+        std::memcpy(master + i, &bits, 4);
+    }
+}
+
+extern "C" void split(const float* master, bf16* weight, int16_t* remainder, long N,
+                      long threads) {
+    #pragma omp parallel for simd num_threads(threads)
+    for (long i = 0; i < N; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, master + i, 4);
+        weight[i].bits = uint16_t((bits + 0x8000u) >> 16);
+        remainder[i] = int16_t(bits - (uint32_t(weight[i].bits) << 16));
+    }
+}

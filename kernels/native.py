@@ -31,7 +31,8 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 FUNCTIONS = {                                           # their pointers, integers and floats
     "rms_norm": "pppppp" "iiii" "ff", "rms_norm_backward": "ppppppp" "ii" "f",
     "rotate": "ppp" "iiii" "f", "gated": "ppp" "iiiii", "gated_backward": "ppppp" "iii",
-    "decode": "pppppppppppp" "iiiiiiiiiiii" "f", "draw": "pppp" "ii" "f"}
+    "decode": "pppppppppppp" "iiiiiiiiiiii" "f", "draw": "pppp" "ii" "f",
+    "join": "ppp" "i", "split": "ppp" "i"}
 WORTH_A_THREAD = 2 ** 14                                # numbers; for fewer, waking it takes longer
 
 

@@ -1,14 +1,15 @@
-"""What is trained: fp32 master weights and AdamW behind the model that samples and trains.
+"""What is trained: the model that samples and trains, with fp32 master weights and AdamW behind it.
 
 The policy is one model in the compute dtype, so its log-probs as sampler and as trainer agree up to
-rounding. AdamW steps on fp32 masters: bf16 has too few digits to take a step of 1e-5.
+rounding. AdamW steps on fp32 masters: bf16 has too few digits to take a step of 1e-5. What they
+take beside the model: training/adamw.py.
 
 Over ranks, every rank samples, so every rank needs the whole model in the compute dtype. It trains
-on that copy too. What is sharded (ZeRO, arXiv 1910.02054) is the rest. Masters and AdamW's moments
-are DTensors, split along their first dimension over `shard` ranks and replicated over the others.
-With P parameters in bf16 a rank holds 2P + 6P (gradients, and their sum in fp32) + 12P / shard
-bytes. Gradients meet once a step, as a reduce-scatter. No collective stands in a branch that ranks
-can take differently.
+on that copy too. What is sharded (ZeRO, arXiv 1910.02054) is the rest. Each of `shard` ranks keeps
+the masters and moments of its rows of every weight, and steps on them; further ranks repeat this.
+With P parameters in bf16 a rank holds 2P + 4P (gradients, summed in fp32) + 10P / shard bytes.
+Gradients meet once a step, as a reduce-scatter. No collective stands in a branch that ranks can
+take differently.
 
 Left out: FSDP2. It would gather each layer in each forward and backward, and the sampler holds the
 whole model anyway. So a model must fit a rank in the compute dtype.
@@ -19,20 +20,15 @@ import os
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Replicate,
-    Shard,
-    distribute_tensor,
-    init_device_mesh,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
 
 from model import Transformer
+from training.adamw import AdamW, master_of
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may save too
 
@@ -77,96 +73,117 @@ def summed(numbers: Iterable[float]) -> list[float]:
     return total.tolist()
 
 
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 # --------------------------------------------------------------------------------------------------
 # The weights
 
 GROWTH = 200        # steps without an overflow before fp16's loss scale doubles
 MAX_LOSS_SCALE = 2.0 ** 24
+SHARDED = Replicate(), Shard(0)
 
 
 class Policy:
-    """A model in the compute dtype with fp32 masters, fp32 gradients and AdamW behind it.
+    """A model in the compute dtype, its gradients summed in fp32, and AdamW.
 
-    In fp32 on one rank the masters are the model's own parameters and nothing is copied.
-    shard: ranks that share one copy of the masters (0: all).
+    shard: ranks that share one copy of masters and moments (0: all). eight_bit: moments.
 
     fp16 holds no number below 6e-8. So losses are scaled up before the backward pass and gradients
     down after it (Micikevicius et al., arXiv 1710.03740). A step whose gradients overflow is
     skipped and the scale halved; it doubles after GROWTH good steps.
     """
 
-    def __init__(self, model: Transformer, learning_rate: float, warmup: int, shard: int = 0):
-        self.model, self.learning_rate, self.warmup, self.steps = model, learning_rate, warmup, 0
+    def __init__(self, model: Transformer, learning_rate: float, warmup: int, shard: int = 0,
+                 eight_bit: bool = False):
+        self.model, self.learning_rate, self.warmup = model, learning_rate, warmup
         self.names, self.parameters = zip(*model.named_parameters(), strict=True)
         self.scaled = model.dtype == torch.float16
         self.loss_scale = 2.0 ** 16 if self.scaled else 1.0
         self.good_steps, self.skipped = 0, 0
-        world = ranks()[1]
-        self.copies = model.dtype != torch.float32 or world > 1
-        self.masters = list(self.parameters)
-        if self.copies:
-            self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
+        world, self.mesh = ranks()[1], None
         if world > 1:
             shard = shard or world
             self.mesh = init_device_mesh(model.device.type, (world // shard, shard),
                                          mesh_dim_names=("replicate", "shard"))
-            self.masters = [distribute_tensor(m, self.mesh, [Replicate(), Shard(0)],
-                                              src_data_rank=None) for m in self.masters]
-        self.gradients: list[Tensor | None] = [None] * len(self.masters)  # this rank's, whole, fp32
-        self.optimizer = torch.optim.AdamW(self.masters, learning_rate, (0.9, 0.95),
-                                           weight_decay=0.0, fused=True)
-        for m in self.masters:  # now, not at the first step: a checkpoint is loaded in place
-            self.optimizer.state[m] = {"step": torch.zeros((), device=m.device),
-                                       "exp_avg": torch.zeros_like(m),
-                                       "exp_avg_sq": torch.zeros_like(m)}
+        self.optimizer = AdamW([self.own(p) for p in self.parameters], eight_bit)
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)     # whole, fp32
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's rows, in fp32: copies, except of fp32 weights."""
+        return [master_of(*pair) for pair in
+                zip(self.optimizer.weights, self.optimizer.state, strict=True)]
+
+    def own(self, p: Tensor) -> Tensor:
+        """A view of the rows that this rank steps on: Shard(0)'s."""
+        p = p.detach()
+        if not self.mesh:
+            return p
+        rows = -(-len(p) // self.mesh.size(1))
+        first = self.mesh.get_local_rank("shard") * rows
+        return p[first:first + rows]
+
+    def over_ranks(self, x: Tensor, placements: tuple, like: Tensor) -> Tensor:
+        """This rank's part of a tensor with the rows of `like` as a DTensor; itself on one rank."""
+        if not self.mesh:
+            return x
+        shape = torch.Size([len(like), *x.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=shape,
+                                  stride=stride)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the loss's gradients up in fp32: bf16 would round each sum of micro-batches."""
-        (loss * self.loss_scale).backward()
-        for i, p in enumerate(self.parameters):
-            if p.grad is None:
-                continue
-            if self.gradients[i] is None:
-                self.gradients[i] = p.grad.float()
-            else:
-                self.gradients[i].add_(p.grad)
-            p.grad = None
+        """Adds each gradient to its sum as soon as it is there, so no two are kept.
 
-    def reduce(self) -> None:
-        """Gives the masters the gradient summed over ranks. A rank without one adds zeros."""
-        for i, (master, p) in enumerate(zip(self.masters, self.parameters, strict=True)):
-            master.grad, self.gradients[i] = self.gradients[i], None
-            if self.scaled and master.grad is not None:
-                master.grad.div_(self.loss_scale)
-            if isinstance(master, DTensor):
-                mine = master.grad
-                if mine is None:
-                    mine = torch.zeros_like(p, dtype=torch.float32)
-                total = DTensor.from_local(mine, self.mesh, [Partial(), Partial()], run_check=False)
-                master.grad = total.redistribute(placements=master.placements)
+        The sum is in fp32: bf16 would round each sum of micro-batches.
+        """
+        hooks = [p.register_post_accumulate_grad_hook(partial(self.add_up, i))
+                 for i, p in enumerate(self.parameters)]
+        try:
+            (loss * self.loss_scale).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add_up(self, i: int, p: Tensor) -> None:
+        if self.gradients[i] is None:
+            self.gradients[i] = p.grad.float()
+        else:
+            self.gradients[i].add_(p.grad)
+        p.grad = None
+
+    def reduced(self) -> list[Tensor | None]:
+        """This rank's rows of the gradients, summed over ranks. A rank without one adds zeros."""
+        summed_up, self.gradients = self.gradients, [None] * len(self.gradients)
+        if not self.mesh:
+            return summed_up
+        for i, p in enumerate(self.parameters):
+            mine = summed_up[i]
+            if mine is None:
+                mine = torch.zeros_like(p, dtype=torch.float32)
+            total = self.over_ranks(mine, (Partial(), Partial()), p)
+            summed_up[i] = total.redistribute(placements=SHARDED).to_local()
+        return summed_up
 
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
-        """Clips, steps, refreshes the model. Returns the gradient's norm.
+        """Clips, steps, gathers the model. Returns the gradient's norm.
 
         A norm that is not finite changes no weight. Nor does one of 0: a batch without a gradient
         must not step on momentum alone.
         """
-        self.reduce()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
+        gradients = self.reduced()
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        if self.mesh:
+            squares = norm.square()
+            dist.all_reduce(squares, group=self.mesh.get_group("shard"))
+            norm = squares.sqrt()
+        norm = norm.item() / self.loss_scale
         if math.isfinite(norm) and norm > 0:
-            self.steps += 1
-            warm = min(1.0, self.steps / max(1, self.warmup))
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate * warm
-            self.optimizer.step()
-            self.refresh()
+            warm = min(1.0, (self.optimizer.steps + 1) / max(1, self.warmup))
+            scale = min(1.0, max_norm / (norm + 1e-6)) / self.loss_scale
+            self.optimizer.step(gradients, self.learning_rate * warm, scale)
+            self.gather()
         if norm:  # a batch without a gradient says nothing about the scale
             self.rescale(math.isfinite(norm))
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def rescale(self, finite: bool) -> None:
@@ -179,27 +196,25 @@ class Policy:
             self.loss_scale = min(MAX_LOSS_SCALE, 2 * self.loss_scale)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copies the masters into the model, gathered in its dtype."""
-        if self.copies:
-            for p, master in zip(self.parameters, self.masters, strict=True):
-                p.copy_(whole(master.to(p.dtype)))
+    def gather(self) -> None:
+        """Each rank's rows to all."""
+        for p in self.parameters if self.mesh else ():
+            p.copy_(self.over_ranks(self.own(p), SHARDED, p).full_tensor())
 
     def state(self) -> dict:
         """Everything a step changes, by name: the tensors themselves, not copies."""
-        state = {"steps": self.steps, "masters": dict(zip(self.names, self.masters, strict=True))}
+        state = {"steps": self.optimizer.steps}
         if self.scaled:
             state |= {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments = (self.optimizer.state[m][key] for m in self.masters)
-            state[key] = dict(zip(self.names, moments, strict=True))
+        for name, p, own, more in zip(self.names, self.parameters, self.optimizer.weights,
+                                      self.optimizer.state, strict=True):
+            state[name] = {key: self.over_ranks(x, SHARDED, p)
+                           for key, x in {"weight": own, **more}.items()}
         return state
 
     def restored(self, state: dict) -> None:
         """After `state()` has been filled from a checkpoint."""
-        self.steps = state["steps"]
+        self.optimizer.steps = state["steps"]
         if self.scaled:
             self.loss_scale, self.good_steps = state["loss_scale"], state["good_steps"]
-        for m in self.masters:
-            self.optimizer.state[m]["step"].fill_(self.steps)
-        self.refresh()
+        self.gather()
