@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,10 +35,10 @@ import weights
 from common.command import one_line
 from common.files import numbered
 from kernels.decode_attention import Rows
-from model import Transformer, chunks
+from model import Config, Transformer, chunks
 from sampling.cache import Cache, KeyValues, Prefix, shared_openings, slots_for
 from sampling.draw import sample
-from sampling.flags import parser
+from sampling.flags import check, parser
 from sampling.graphs import Graphs, bucket
 from sampling.params import SamplingParams
 
@@ -85,7 +84,7 @@ class Sampler:
 
     def __init__(self, model: Transformer, slots: int = 0, cuda_graphs: bool = True):
         if slots < 0:
-            raise ValueError(f"slots must be at least 1, or 0 for the device's, not {slots}")
+            raise ValueError(f"--slots must be 0 (as suits the device) or more, not {slots}")
         self.model, self.slots, self.cache = model, slots or slots_for(model), Cache(model)
         self.graphs = self.current = None               # current: the Generation that has the cache
         if cuda_graphs and model.device.type == "cuda":
@@ -101,16 +100,10 @@ class Sampler:
         row's tokens after each new one. Raises ValueError, before anything runs, for what cannot
         work.
         """
-        room = self.model.c.max_positions - params.max_tokens
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need the tokenizer")
         for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty")
-            if len(prompt) > room:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens; with {params.max_tokens} new ones that "
-                    f"exceeds the model's {self.model.c.max_positions} positions")
+            params.check_prompt(f"prompt {i}", prompt, self.model.c)
         keys = keys or range(len(prompts))
         return Generation(self, prompts, params, keys, tokenizer).run(on_token)
 
@@ -317,26 +310,34 @@ class Generation:
 # Command line: batch sampling, and a chat in the terminal
 
 
-def read_prompts(path: str, tokenizer) -> list[list[int]]:
-    """Token ids of each line. Raises ValueError naming a line without `prompt` and `messages`."""
+def read_prompts(path: str, tokenizer, params: SamplingParams, c: Config) -> list[list[int]]:
+    """Token ids of each line. Raises ValueError naming the line that is no prompt for the model."""
     prompts = []
     for _, where, row in numbered(Path(path), "prompt or messages"):
-        try:
-            if "messages" in row:
-                ids = personas.chat_ids(tokenizer, row["messages"])
-            elif isinstance(row["prompt"], str):
-                ids = tokenizer(row["prompt"]).input_ids
-            else:
-                raise ValueError("prompt must be a string")
-        except Exception as error:                      # whatever is wrong, the line's number helps
-            message = f'{where}: needs "prompt" or "messages" ({one_line(error)})'
-            raise ValueError(message) from error
+        match row:
+            case {"prompt": str(text)} if "messages" not in row:
+                ids = tokenizer(text).input_ids
+            case {"messages": [_, *_] as chat} if "prompt" not in row and all(map(is_message, chat)):
+                try:
+                    ids = personas.chat_ids(tokenizer, chat)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {one_line(error)}") from error
+            case _:
+                raise ValueError(f'{where}: give either {{"prompt": "text"}} or {{"messages": '
+                                 '[{"role": "user", "content": "text"}]}')
+        params.check_prompt(f"{where}: the prompt", ids, c)
         prompts.append(ids)
+    if not prompts:
+        raise ValueError(f"{path} is empty: give lines with prompt or messages")
     return prompts
 
 
+def is_message(turn) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(x), str) for x in ("role", "content"))
+
+
 def batch(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
-    prompts = read_prompts(args.prompts, tokenizer)
+    prompts = read_prompts(args.prompts, tokenizer, params, model.c)
     sampler = Sampler(model, args.slots, not args.no_cuda_graphs)
     done = sampler.generate(prompts, params, tokenizer=tokenizer)
     silent = not (args.progress or sys.stderr.isatty())
@@ -377,17 +378,12 @@ def chat(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        if args.prompts and not Path(args.prompts).is_file():
-            raise ValueError(f"no file {args.prompts}")
-        if args.persona and args.prompts:
-            raise ValueError("--persona is for the chat; in --prompts put it into the messages")
-        if not args.prompts and (args.out or args.n != 1):
-            raise ValueError("--out and --n need --prompts")
+        check(args)
         params = SamplingParams(args.n, args.max_new_tokens, args.temperature, args.top_k,
                                 args.top_p, args.min_p, args.seed, tuple(args.stop))
         model, tokenizer = weights.load(args.model, args.dtype, args.device)
         (batch if args.prompts else chat)(model, tokenizer, params, args)
-    except (ValueError, OSError, TemplateError) as error:
+    except (ValueError, OSError) as error:
         print(f"rollout.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The flags of rollout.py."""
 
 import argparse
+from pathlib import Path
 
 import weights
 from common.command import Parser
@@ -13,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="smollm2-135m, a folder, a hub id or a .gguf file")
     add("--prompts", help='lines {"prompt"} or {"messages"}; without it: a chat in the terminal')
     add("--out", help="where the completions go, one JSON line each (default: stdout)")
-    add("--persona", help='system message of the chat, e.g. "You are a pirate."')
+    add("--persona", type=text, help='system message of the chat, e.g. "You are a pirate."')
     add("--n", type=int, default=1, help="completions per prompt")
     add("--max-new-tokens", type=int, default=128, help="length limit of a completion")
     add("--temperature", type=float, default=0.7, help="0: greedy")
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="sample within this probability mass")
     add("--min-p", type=float, default=0.0,
         help="drop tokens below this share of the likeliest one's")
-    add("--stop", action="append", default=[],
+    add("--stop", action="append", default=[], type=text,
         help="a string that ends a completion; may be repeated")
     add("--seed", type=int, default=0)
     add("--slots", type=int, default=0,
@@ -33,3 +34,27 @@ def parser() -> argparse.ArgumentParser:
         help="on a GPU: decode step by step, without recording")
     add("--progress", action="store_true", help="progress bar even without a terminal")
     return p
+
+
+def text(value: str) -> str:
+    """Raises ValueError, which argparse tells with the flag, for bytes that are not UTF-8."""
+    value.encode()
+    return value
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what can't work whatever the model is."""
+    out, prompts = Path(args.out or ""), Path(args.prompts or "")
+    checks = [
+        (args.slots < 0, f"--slots must be 0 (as suits the device) or more, not {args.slots}"),
+        (args.prompts and not prompts.is_file(), f"no file {prompts}"),
+        (args.prompts and args.persona,
+         "--persona is for the chat; in --prompts put it into the messages"),
+        (not args.prompts and (args.out or args.n != 1), "--out and --n need --prompts"),
+        (args.out and (out.is_dir() or not out.parent.is_dir()),
+         f"--out {out} must be a file in a folder that exists"),
+        (args.out and out.resolve() == prompts.resolve(),
+         "--out would overwrite --prompts: give another file")]
+    for wrong, message in checks:
+        if wrong:
+            raise ValueError(message)
