@@ -314,17 +314,17 @@ def read_prompts(path: str, tokenizer, params: SamplingParams, c: Config) -> lis
     """Token ids of each line. Raises ValueError naming the line that is no prompt for the model."""
     prompts = []
     for _, where, row in numbered(Path(path), "prompt or messages"):
-        match row:
-            case {"prompt": str(text)} if "messages" not in row:
-                ids = tokenizer(text).input_ids
-            case {"messages": [_, *_] as chat} if "prompt" not in row and all(map(is_message, chat)):
-                try:
-                    ids = personas.chat_ids(tokenizer, chat)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {one_line(error)}") from error
-            case _:
-                raise ValueError(f'{where}: give either {{"prompt": "text"}} or {{"messages": '
-                                 '[{"role": "user", "content": "text"}]}')
+        text, chat = row.get("prompt"), row.get("messages")
+        if isinstance(text, str) and chat is None:
+            ids = tokenizer(text).input_ids
+        elif isinstance(chat, list) and chat and all(map(is_message, chat)) and text is None:
+            try:
+                ids = personas.chat_ids(tokenizer, chat)
+            except ValueError as error:
+                raise ValueError(f"{where}: {one_line(error)}") from error
+        else:
+            raise ValueError(f'{where}: give either {{"prompt": "text"}} or {{"messages": '
+                             '[{"role": "user", "content": "text"}]}')
         params.check_prompt(f"{where}: the prompt", ids, c)
         prompts.append(ids)
     if not prompts:

@@ -38,8 +38,9 @@ class SamplingParams:
         if not ids:
             raise ValueError(f"{name} is empty")
         if max(ids) >= c.vocab_size:
-            raise ValueError(f"{name} has the token id {max(ids)}, but the model has embeddings for "
-                             f"{c.vocab_size} tokens: its tokenizer is another's")
+            raise ValueError(f"{name} has the token id {max(ids)}, but the model has embeddings "
+                             f"for {c.vocab_size} tokens: its tokenizer is another's")
         if len(ids) + self.max_tokens > c.max_positions:
-            raise ValueError(f"{name} has {len(ids)} tokens; with {self.max_tokens} new ones "
-                             f"(--max-new-tokens) that exceeds the model's {c.max_positions} positions")
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; with {self.max_tokens} new ones "
+                f"(--max-new-tokens) that exceeds the model's {c.max_positions} positions")

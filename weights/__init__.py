@@ -147,7 +147,8 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
                                  "tie_word_embeddings to false in config.json")
             del tensor                                  # before the next one is read
     if waiting:
-        raise ValueError(f"{len(waiting)} weights are missing, first {next(iter(waiting.values()))}")
+        first = next(iter(waiting.values()))
+        raise ValueError(f"{len(waiting)} weights are missing, first {first}")
 
 
 def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
