@@ -36,7 +36,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from common.command import Parser
+from common.command import Parser, one_line
 from common.files import numbered
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -200,15 +200,20 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     Text is never encoded again: that would put a second BOS in front. Where a template has no
     system role, the system message goes before the first question, a blank line between. Models
     that can think before they answer (Qwen3, SmolLM3) are asked not to: short answers would be cut
-    off while they think. Raises ValueError if the tokenizer has no chat template.
+    off while they think. Raises ValueError if the tokenizer has no chat template, or one that
+    refuses the chat.
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
+        raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or "
+                         "put its chat_template.jinja into the model's folder")
     if len(chat) > 1 and chat[0]["role"] == "system" and not has_system_role(tokenizer):
         (system, first), rest = chat[:2], chat[2:]
         chat = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
-                                         enable_thinking=False)
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
+                                             enable_thinking=False)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template cannot render this chat: {one_line(error)}") from error
 
 
 @lru_cache(maxsize=8)

@@ -75,7 +75,8 @@ def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:                     # broken JSON, or not UTF-8
+            json.dumps(row, ensure_ascii=False).encode()        # a lone surrogate has no bytes
+        except (ValueError, RecursionError) as error:   # broken JSON, or not UTF-8
             message = f"{where}: not JSON ({error}); give an object with {wanted}"
             raise ValueError(message) from error
         if not isinstance(row, dict):

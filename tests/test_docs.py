@@ -36,7 +36,7 @@ def test_every_file_that_the_readme_lists_exists():
 def test_every_flag_of_the_readmes_commands_exists():
     sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
     sources["train.py"] += (ROOT / "training" / "settings.py").read_text()
-    sources["rollout.py"] += (ROOT / "sampling" / "flags.py").read_text()
+    sources["rollout.py"] += (ROOT / "sampling" / "command.py").read_text()
     commands = re.findall(r"^(?:python|torchrun .*?) ?(\w+\.py)(.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, flags in commands:

@@ -42,7 +42,8 @@ def test_a_log_torn_in_the_middle_of_a_line_goes_on_behind_it(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "says"), [("{", "line 3: not JSON"), ("[1]", "line 3: not an object"),
-                                            ('"\u2028"', "line 3: not an object")])
+                                            ('"\u2028"', "line 3: not an object"), ("[" * 100_000, "line 3: not JSON"),
+                                            ('{"text": "\\ud800"}', "line 3: ")])
 def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, says):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "one\u2028line"}}\n\n{line}\n', encoding="utf-8")

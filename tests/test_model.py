@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -217,6 +218,20 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
         after = logits_of(model, ids)
     assert torch.equal(before, after) and not model.reordered
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
+
+
+def test_small_batch_weights_are_gone_after_an_exception_and_after_a_generation_closed_early(tiny):
+    model = Transformer(tiny[0].c).to(torch.bfloat16).eval()
+    with pytest.raises(RuntimeError), model.reordered_weights():
+        raise RuntimeError
+    assert not model.reordered
+    for end in ("close", "throw"):
+        tokens = generate(model, [[3, 4], [5, 6]], SamplingParams(max_tokens=4))
+        next(tokens)
+        assert model.reordered or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        with suppress(RuntimeError):
+            tokens.close() if end == "close" else tokens.throw(RuntimeError)
+        assert not model.reordered
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------

@@ -357,6 +357,12 @@ def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line():
         personas.prompt_ids(tokenizer_with(None), "2 + 2?", None)
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'x' + 3 }}", "{% if %}"])
+def test_a_template_that_cannot_render_a_chat_is_told_in_one_line(template):
+    with pytest.raises(ValueError, match="^the chat template cannot render this chat: .+$"):
+        personas.prompt_ids(tokenizer_with(template), "2 + 2?", None)
+
+
 def test_p27_the_prompt_of_a_group_includes_its_persona():
     tokenizer = tokenizer_with(LLAMA)
     prompts = {tuple(personas.prompt_ids(tokenizer, "2 + 2?", persona)) for persona in [None, *POOL]}
