@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLAT = 1e-6  # rewards of a group that differ by no more are equal: that much is float noise
+FLAT = 1e-5  # rewards of a group that differ by no more, of 1 or of the largest, are equal: noise
 LOG_RATIO_LIMIT = 20.0  # log ratios are cut here: exp overflows further out, and inf * 0 is NaN
 
 # What each paper means by its name. Every entry can be changed; `Loss` refuses what makes no sense.
@@ -129,7 +129,8 @@ def group_advantages(rewards: Tensor, kind: str = "mean") -> Tensor:
     mean: r_i minus the group's mean (Dr. GRPO; unbiased up to the factor (G - 1) / G).
     std: that, divided by the group's standard deviation (GRPO; over G - 1, as in TRL and verl).
     rloo: r_i minus the mean of the others (arXiv 2402.14740).
-    A group whose rewards are all equal gets exactly 0, float noise or not.
+    A group whose rewards are all equal gets exactly 0, rounding or not (`FLAT`): over a standard
+    deviation of 1e-7, the rounding of a KL in the reward would count as much as a verdict.
     Raises ValueError on an unknown kind, a group of one, or a reward that is not finite.
     """
     if not rewards.isfinite().all():
@@ -157,7 +158,8 @@ def informative(rewards: Tensor) -> Tensor:
     DAPO's dynamic sampling keeps them and samples further prompts in place of the others. Give it
     the verifier's rewards: with a KL or length penalty added, every group would look informative.
     """
-    return rewards.amax(-1) - rewards.amin(-1) > FLAT
+    size = rewards.abs().amax(-1).clamp(min=1)
+    return rewards.amax(-1) - rewards.amin(-1) > FLAT * size
 
 
 def truncation(rewards: Tensor, truncated: Tensor, policy: str = "zero") -> tuple[Tensor, Tensor]:

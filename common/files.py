@@ -98,9 +98,13 @@ def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
 
 
 def commit() -> str:
-    """The git commit of this checkout, or "" outside one, or without git."""
+    """The git commit of this checkout, with "-dirty" where its files have been changed since.
+
+    "" outside a checkout, or without git.
+    """
     with suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True)
         return done.stdout.strip()
     return ""

@@ -690,6 +690,14 @@ def test_p28_memory_is_estimated_and_micro_batches_are_sized_to_fit(tiny_folder,
     assert "--recompute" in capsys.readouterr().err
 
 
+def test_p28_where_sampling_takes_most_the_micro_batches_still_fill_what_training_may_take(tiny_folder, capsys):
+    job = train.read(arguments(tiny_folder, "--memory", "0.2"))
+    policy, job.model.c.vocab_size = Policy(job.model, 1e-3, 0), 1_000_000
+    train.plan(policy, job)
+    parts = {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d+)", capsys.readouterr().err)}
+    assert parts["logits"] > 0.09 and parts["activations"] > 0.19 and parts["peak"] == 0.2
+
+
 def test_p28_activations_are_counted_as_they_are(tiny_folder):
     """What a forward keeps: in 4 layers some 8 to 40 vectors of the hidden size; recomputing keeps little of it."""
     model = weights.load(str(tiny_folder), "float32")[0]
