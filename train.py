@@ -317,7 +317,7 @@ def run(args) -> None:
     except OSError as error:                            # a full disk, say
         raise OSError(f"{one_line(error)}; once that is mended, {goes_on(out)}") from error
     except RuntimeError as error:
-        if not (dist.is_initialized() and "gloo" in str(error)):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise OSError(f"another rank has died, its own last lines say of what; {goes_on(out)}",
                       ) from error

@@ -385,9 +385,11 @@ def test_the_start_model_is_that_of_the_model_flag_whatever_a_checkpoint_holds(t
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path):
+def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path, capsys):
     for name in ("a", "b"):
         assert run(tiny_folder, tmp_path / name) == 0
+    lines = re.findall(r"^step (\d)/4: reward [\d.]+, accuracy [\d.]+, [\d.]+ s$", capsys.readouterr().err, re.M)
+    assert "".join(lines) == "12341234"
     a, b = tmp_path / "a", tmp_path / "b"
     assert metrics(a) == metrics(b) and same(tensors(a), tensors(b))
     assert [m["step"] for m in metrics(a)] == [0, 1, 2, 3]
@@ -560,8 +562,9 @@ def test_sampling_ahead_changes_nothing_where_the_weights_stand_still(tiny_folde
 
 
 def test_the_profile_names_phases_floors_and_operators(tiny_folder, tmp_path, capsys):
-    assert run(tiny_folder, tmp_path / "run", "--profile") == 0
+    assert run(tiny_folder, tmp_path / "run", "--profile", "--progress") == 0
     said = capsys.readouterr().err
+    assert "4/4" in said and "4/4: reward" not in said  # the bar takes the place of the lines
     assert "operators of one step:" in said and "aten::" in said
     for phase in ("sample", "train", "step"):
         seconds, floor, ratio = map(float, re.search(rf"  {phase} +([\d.]+) +([\d.]+) +([\d.]+)x", said).groups())
@@ -622,7 +625,22 @@ def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming after step" in done.stderr          # it did begin twice
+    assert re.search(r"train.py: another rank has died.* goes on after step \d\n", done.stderr)
     assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3] and (out / "model" / "config.json").is_file()
+
+
+def told_to_stop(problem, text: str, *, persona=None) -> float:
+    """Rank 1 alone gets SIGTERM, in the second of its 4 rewards of the third step."""
+    SPEAKERS.append(persona)
+    if torch.distributed.get_rank() and len(SPEAKERS) == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return word_reward(problem, text)
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(tiny_folder, tmp_path):
+    done = torchrun(tiny_folder, tmp_path / "run", "--save-every", "100", reward="tests.test_train:told_to_stop")
+    assert done.returncode == 1 and f"--resume {tmp_path / 'run'} goes on after step 2\n" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
 
 
 def rank_1_only(problem, text: str, *, persona=None) -> float:

@@ -44,8 +44,8 @@ FLAGS = [
      "them teach)", {"type": int}),
     ("group-size", None, "completions per problem, G (default: 8; sft has one gold answer)",
      {"type": int}),
-    ("max-new-tokens", None, "tokens of the longest completion (default: 32 for generated tasks, else "
-     "48)", {"type": int}),
+    ("max-new-tokens", None, "tokens of the longest completion (default: 32 for generated tasks, "
+     "else 48)", {"type": int}),
     ("temperature", 0.6, "of sampling, and of the log-probs trained on", {}),
     ("stop", [], "a string that ends a completion; may be repeated", {"action": "append"}),
     ("prompt", None, "how a problem is asked (default: plain for generated tasks, else short)",
