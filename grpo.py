@@ -20,8 +20,9 @@ Completions are packed: `logprobs` [N] holds the tokens of all R completions one
 
 **The loss is a weighted sum, never a mean.** The weights come from counts over the *global* batch
 (all micro-batches, all ranks), known before the first forward. So gradients add up: they are the
-same for any micro-batch size, packing or number of ranks. Where a wrapper averages gradients over
-ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too: add, then `summarise`.
+same, but for rounding, for any micro-batch size, packing or number of ranks. Where a wrapper
+averages gradients over ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too:
+add, then `summarise`.
 
 **A new loss** is a row of `RECIPES` and a case in `policy_loss`. Its surrogate must vanish where
 the advantage is 0, since such groups are left out of the forward. A new knob is a field of `Loss`

@@ -143,7 +143,7 @@ class Rewarder:
     def close(self) -> None:
         """Takes no more calls. It does not wait for those of a user's reward; they get results."""
         if self._verifier:
-            self._verifier.close()
+            self._verifier.close(self._dropped.done())
         with self._lock:
             self._closed = True
             self._queue.put(None)

@@ -162,7 +162,7 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     """Advantages, losses and optimizer steps on one batch -> the step's metrics over all ranks.
 
     Each of `--inner-epochs` takes the batch in `--minibatches` parts, an optimizer step each.
-    The loss is a sum over micro-batches of whole groups, so their size changes nothing.
+    The loss is a sum over micro-batches of whole groups, so their size changes only rounding.
     """
     args, kept, skipped = job.args, batch.kept, policy.skipped
     if job.imitates:                                    # what was rewarded is learned
