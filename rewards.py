@@ -108,7 +108,7 @@ class Rewarder:
         self.spec, self.time_limit_s = spec, min(time_limit_s, threading.TIMEOUT_MAX)
         self._function = load_reward(spec)
         self._lock, self._queue = threading.Lock(), queue.SimpleQueue()
-        self._closed, self._dropped = False, Future()       # dropped: its result, once calls are
+        self._closed, self._dropped = False, Future()   # the latter is done once calls are dropped
         self._verifier = None
         if spec == CORRECTNESS:
             self._verifier = Verifier(timeout_s=min(TIMEOUT_S, time_limit_s))
