@@ -274,7 +274,7 @@ def parse(argv):
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int,
-        help="longest answer (default: that of the model's run, else 32)")
+        help="longest answer, in tokens (default: that of the model's run, else 32)")
     add("--prompt", choices=sorted(tasks.PROMPTS),
         help="how a problem is put (default: as in the model's run)")
     add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
@@ -287,7 +287,8 @@ def parse(argv):
         help="the arm's role, for --compare (default: of the model's run, else start)")
     add("--reward", metavar="MODULE:FUNCTION",
         help="also score the answers with a reward of yours, as train.py --reward would")
-    add("--reward-seconds", type=float, default=30.0, help="time limit of one call of --reward")
+    add("--reward-seconds", type=float, default=30.0,
+        help="time limit of one call of --reward, in seconds")
     add("--samples", type=int, default=0, help="answers per prompt, for pass@k")
     add("--noise-floor", action="store_true",
         help="rerun the prompt without persona, sampled, once per persona")

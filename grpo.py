@@ -20,8 +20,9 @@ Completions are packed: `logprobs` [N] holds the tokens of all R completions one
 
 **The loss is a weighted sum, never a mean.** The weights come from counts over the *global* batch
 (all micro-batches, all ranks), known before the first forward. So gradients add up: they are the
-same for any micro-batch size, packing or number of ranks. Where a wrapper averages gradients over
-ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too: add, then `summarise`.
+same, but for rounding, for any micro-batch size, packing or number of ranks. Where a wrapper
+averages gradients over ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too:
+add, then `summarise`.
 
 **A new loss** is a row of `RECIPES` and a case in `policy_loss`. Its surrogate must vanish where
 the advantage is 0, since such groups are left out of the forward. A new knob is a field of `Loss`
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLAT = 1e-6  # rewards of a group that differ by no more are equal: that much is float noise
+FLAT = 1e-5  # rewards of a group that differ by no more, of 1 or of the largest, are equal: noise
 LOG_RATIO_LIMIT = 20.0  # log ratios are cut here: exp overflows further out, and inf * 0 is NaN
 
 # What each paper means by its name. Every entry can be changed; `Loss` refuses what makes no sense.
@@ -129,7 +130,8 @@ def group_advantages(rewards: Tensor, kind: str = "mean") -> Tensor:
     mean: r_i minus the group's mean (Dr. GRPO; unbiased up to the factor (G - 1) / G).
     std: that, divided by the group's standard deviation (GRPO; over G - 1, as in TRL and verl).
     rloo: r_i minus the mean of the others (arXiv 2402.14740).
-    A group whose rewards are all equal gets exactly 0, float noise or not.
+    A group whose rewards are all equal gets exactly 0, rounding or not (`FLAT`): over a standard
+    deviation of 1e-7, the rounding of a KL in the reward would count as much as a verdict.
     Raises ValueError on an unknown kind, a group of one, or a reward that is not finite.
     """
     if not rewards.isfinite().all():
@@ -157,7 +159,8 @@ def informative(rewards: Tensor) -> Tensor:
     DAPO's dynamic sampling keeps them and samples further prompts in place of the others. Give it
     the verifier's rewards: with a KL or length penalty added, every group would look informative.
     """
-    return rewards.amax(-1) - rewards.amin(-1) > FLAT
+    size = rewards.abs().amax(-1).clamp(min=1)
+    return rewards.amax(-1) - rewards.amin(-1) > FLAT * size
 
 
 def truncation(rewards: Tensor, truncated: Tensor, policy: str = "zero") -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ a waiting prompt takes its place. Live rows stay contiguous: the last one moves 
 **A prompt is computed once.** Prompts that open alike (a persona's system message) share one
 *prefix* in the cache, and so do the n samples of a prompt. See sampling/cache.py.
 
-**A sample depends on (seed, key, sample index), not on the batch around it** (in half precision: up
-to the rounding of its matmuls). Each row has its own counter-based stream of uniform numbers
-(Philox). See sampling/draw.py.
+**A sample depends on (seed, key, sample index), not on the batch around it** (but for the rounding
+of its matmuls, which in half precision may turn a near tie). Each row has its own counter-based
+stream of uniform numbers (Philox). See sampling/draw.py.
 
 On a CPU in bf16 the weights are rearranged for small batches while a generation runs
 (`Transformer.reordered_weights`).

@@ -21,6 +21,7 @@ a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more t
 """
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from common.command import one_line
 from grpo import Loss
 from model import Transformer, completion_logprobs, pack
 from rollout import Completion, Sampler
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, newest
 from training.memory import plan
 from training.minibatches import MicroBatch, minibatches, runs
 from training.monitor import Monitor, batch_metrics
@@ -48,13 +49,12 @@ from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
 from training.run import (
     Job,
-    Terminated,
+    Stopped,
     anchored,
     before_after,
     evaluated,
     read,
     run_folder,
-    terminated,
 )
 from training.settings import settings
 
@@ -146,11 +146,11 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
         return
     author = job.author and job.sampler(job.author)
     for step in range(first, args.steps):
-        batch = roll_out(author, job, step * rounds)
+        batch = job.stop.agreed(roll_out, author, job, step * rounds)
         for turn in range(step * rounds + 1, (step + 1) * rounds):
             if summed([grpo.informative(batch.rewards).sum()])[0] >= args.prompts:
                 break
-            batch = batch.joined(roll_out(author, job, turn))
+            batch = batch.joined(job.stop.agreed(roll_out, author, job, turn))
         yield batch, 0
 
 
@@ -162,7 +162,7 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     """Advantages, losses and optimizer steps on one batch -> the step's metrics over all ranks.
 
     Each of `--inner-epochs` takes the batch in `--minibatches` parts, an optimizer step each.
-    The loss is a sum over micro-batches of whole groups, so their size changes nothing.
+    The loss is a sum over micro-batches of whole groups, so their size changes only rounding.
     """
     args, kept, skipped = job.args, batch.kept, policy.skipped
     if job.imitates:                                    # what was rewarded is learned
@@ -265,25 +265,29 @@ def train(job: Job, out: Path) -> None:
     checkpoints.check_disk(sum(p.numel() for p in policy.parameters))
     if args.memory:
         plan(policy, job)
-    stopped = False
+    done = saved = first
     monitor = Monitor(out, first, args, policy)
-    with job.rewarder, terminated() as signals:
-        batches = rollouts(job, first)
-        for step in range(first, args.steps):
-            with monitor.phase("step", step):
-                with monitor.phase("sample"):
-                    batch, lag = next(batches)
-                with monitor.phase("train"):
-                    metrics = learn(policy, batch, job, step)
-            monitor.log(step, batch, metrics, lag)
-            stopped = summed([len(signals)])[0] > 0             # SIGTERM, on whichever rank
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                checkpoints.save(policy, step + 1)
-            if stopped:
-                break
+    try:
+        with job.rewarder:
+            batches = rollouts(job, first)
+            for step in range(first, args.steps):
+                with monitor.phase("step", step):
+                    with monitor.phase("sample"):
+                        batch, lag = next(batches)
+                    with monitor.phase("train"):
+                        metrics = learn(policy, batch, job, step)
+                monitor.log(step, batch, metrics, lag)
+                done = step + 1
+                if done % args.save_every == 0 or done == args.steps:
+                    checkpoints.save(policy, done)
+                    saved = done
+                job.stop.agree()
+    except Stopped:
+        if done > saved:
+            checkpoints.save(policy, done)
         checkpoints.finish()
-    if stopped and step + 1 < args.steps:
-        raise Terminated
+        raise
+    checkpoints.finish()
     if ranks()[0] == 0:
         monitor.finish(samples=not job.imitates)
         weights.save(job.model, job.tokenizer, out / "model")
@@ -294,21 +298,36 @@ def run(args) -> None:
     began, job = time.time(), read(args)
     out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
     try:
-        if evaluates:
-            if talks:
-                print(f"run folder {out}; evaluating before training", file=sys.stderr)
-            before = evaluated(job, out / "evaluation" / "before", 0)
-        train(anchored(job), out)
-        if evaluates:
-            after = evaluated(job, out / "evaluation" / "after", args.steps)
-            if talks:
-                print(before_after(before, after))
-    except (KeyboardInterrupt, Terminated):
-        print(f"\ntrain.py: stopped; go on with --resume {out}", file=sys.stderr)
+        with job.stop.heard():
+            if evaluates:
+                if talks:
+                    print(f"run folder {out}; evaluating before training", file=sys.stderr)
+                before = evaluated(job, out / "evaluation" / "before", 0)
+            job = anchored(job)
+            with job.stop.hold():
+                train(job, out)
+            if evaluates:
+                after = evaluated(job, out / "evaluation" / "after", args.steps)
+                if talks:
+                    print(before_after(before, after))
+    except KeyboardInterrupt:
+        if talks:
+            print(f"\ntrain.py: stopped; {goes_on(out)}", file=sys.stderr)
         raise
+    except OSError as error:                            # a full disk, say
+        raise OSError(f"{one_line(error)}; once that is mended, {goes_on(out)}") from error
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise OSError(f"another rank has died, its own last lines say of what; {goes_on(out)}",
+                      ) from error
     if talks:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
     wait()                                              # others may still need this rank
+
+
+def goes_on(out: Path) -> str:
+    return f"--resume {out} goes on after step {newest(out / 'checkpoints')}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -319,10 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except Terminated:
-        return 143
+    except KeyboardInterrupt as stopped:
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

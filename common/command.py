@@ -5,7 +5,11 @@ import difflib
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is told in one line, with the flag that was probably meant."""
+    """argparse, but a flag is written out, and a wrong one is told in one line, with the flag that
+    was probably meant."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message: str):
         _, _, unknown = message.partition("unrecognized arguments: ")

@@ -22,7 +22,18 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a file beside its name, then renames it."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, would outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -37,18 +48,21 @@ def whole_folder(target: Path):
     part.mkdir()
     try:
         yield part
+        for file in (*part.rglob("*"), part):
+            sync(file)
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         part.rename(target)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def append(file, row: dict) -> None:
-    """One more line at the end of an open .jsonl file, on disk before anything else happens."""
+    """One more line at the end of an open .jsonl file. It outlives this process, whatever comes."""
     file.write("\n" + json.dumps(row))                  # newline first: it also ends a torn line
     file.flush()
 
@@ -85,9 +99,13 @@ def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
 
 
 def commit() -> str:
-    """The git commit of this checkout, or "" outside one, or without git."""
+    """The git commit of this checkout, with "-dirty" where its files have been changed since.
+
+    "" outside a checkout, or without git.
+    """
     with suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True)
         return done.stdout.strip()
     return ""

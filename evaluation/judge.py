@@ -8,7 +8,7 @@ own sampler. It sees one answer a call and never the arm.
 The mistakes of a judge are measured. Planted controls are answers graded under another persona: a
 judge that does not score them lower is reported as unusable. A reply without a score is asked for
 once more. If there is still no score, it counts as 1, the lowest, and is reported. Every reply is
-on disk before it is used. So an evaluation that was interrupted pays for nothing twice.
+written before it is used. So an evaluation that was interrupted pays for nothing twice.
 
 Left out: the paper's two-judge ensemble, and its search for questions that suit a persona. The
 questions are read from a file instead.

@@ -262,7 +262,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     solved = [panel for panel in every if "correct" in panel[0][1]]
     footer = (f"{first['task']}, {len(first['items'])} problems, {len(first['personas']) - 1} "
               f"personas, greedy; training seeds: {seeds}. "
-              f"{first['command']} {first['commit'][:12]}")
+              f"{first['command']} {first['commit']}")
     write_atomically(folder / "report.html", PAGE.substitute(
         title=html.escape(title), lead=html.escape(finding(arms, comparison)), tables=tables,
         plots="".join(image(fig, folder / f"{name}.png") for name, fig in figures.items()),

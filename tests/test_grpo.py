@@ -75,7 +75,7 @@ def test_advantages_equal_their_formula(kind, binary):
 
 @pytest.mark.parametrize("kind", KINDS["advantage"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("noise", [0.0, 1e-9])
+@pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-6])
 @pytest.mark.parametrize("level", [0.0, 0.1, 1.0])
 def test_p8_equal_rewards_give_exactly_zero_gradient_also_with_float_noise(
         kind, dtype, noise, level):
@@ -127,6 +127,8 @@ def test_dynamic_sampling_keeps_the_groups_that_have_a_gradient():
     rewards = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]).double()
     rewards[3, 1] = 1.0 - 1e-9
     assert grpo.informative(rewards).tolist() == [False, True, False, False]
+    large = torch.tensor([[1e6, 1e6 + 1], [1e6, 1e6 + 100]])  # a float32 there has steps of 1/16
+    assert grpo.informative(large).tolist() == [False, True]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Code is everything but tests, benchmarks, results and docs.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,12 @@ def test_a_file_has_at_most_400_lines_of_at_most_100_columns(name):
     lines = TEXTS[name].splitlines()
     assert len(lines) <= 400
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]
+
+
+def test_no_parser_takes_a_part_of_a_flag_for_the_flag():
+    """Else a flag that is added can change what an old command means."""
+    made = re.compile(r"\bArgumentParser\((?!allow_abbrev=False)")
+    assert not [name for name in python_files() if made.search((ROOT / name).read_text(encoding="utf-8"))]
 
 
 def functions(name: str) -> list[ast.FunctionDef]:

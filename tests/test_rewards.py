@@ -480,9 +480,18 @@ def test_after_an_error_in_the_block_no_further_reward_is_computed(free):
     with pytest.raises(ZeroDivisionError), Rewarder("tests.test_rewards:moody") as rewarder:
         first, second = (rewarder.submit(SEVEN, text) for text in ("stuck", "fine"))
         raise ZeroDivisionError
-    STUCK.set()
-    with pytest.raises(RuntimeError, match="closed"):
-        second.result(10)
+    for future in (first, second):                      # nor is one waited for that hangs
+        with pytest.raises(RuntimeError, match="closed"):
+            future.result(10)
+
+
+def test_after_an_error_in_the_block_the_hard_pairs_that_wait_for_the_verifier_are_dropped():
+    hard, start = SimpleNamespace(answer=r"\ln(-x^2)", question=""), time.perf_counter()
+    with pytest.raises(ZeroDivisionError), Rewarder() as rewarder:
+        futures = [rewarder.submit(hard, r"\ln(-x^4)-\ln(x^2)") for _ in range(40)]
+        raise ZeroDivisionError
+    assert {future.result(0).verdict for future in futures} == {"unverifiable"}
+    assert time.perf_counter() - start < 30             # all of them take a minute
 
 
 @pytest.mark.parametrize("spec", ["rewards:correctness", "tests.test_rewards:moody"])

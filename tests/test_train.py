@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 import grpo
 import train
@@ -383,9 +385,11 @@ def test_the_start_model_is_that_of_the_model_flag_whatever_a_checkpoint_holds(t
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path):
+def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path, capsys):
     for name in ("a", "b"):
         assert run(tiny_folder, tmp_path / name) == 0
+    lines = re.findall(r"^step (\d)/4: reward [\d.]+, accuracy [\d.]+, [\d.]+ s$", capsys.readouterr().err, re.M)
+    assert "".join(lines) == "12341234"
     a, b = tmp_path / "a", tmp_path / "b"
     assert metrics(a) == metrics(b) and same(tensors(a), tensors(b))
     assert [m["step"] for m in metrics(a)] == [0, 1, 2, 3]
@@ -421,24 +425,77 @@ def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tiny_folder, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step-000020"]
 
 
-def interrupt(folder, out, how, *more) -> tuple[int, str]:
-    """Runs in another process until two checkpoints stand, then sends the signal: (exit code, stderr).
+def interrupt(folder, out, how, *more, until=None) -> tuple[int, str]:
+    """Runs in another process until two checkpoints stand, or `until()`, then sends the signal: (exit code, stderr).
 
     SIGINT is set back first: a test suite that a shell runs in the background inherits it as ignored."""
+    until = until or (lambda: len(list((out / "checkpoints").glob("step-*"))) > 1)
     command = [sys.executable, "train.py", "--model", folder, "--out", out, *FAST, *REWARD, *more]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while process.poll() is None and len(list((out / "checkpoints").glob("step-*"))) < 2:
+    while process.poll() is None and not until():
         time.sleep(0.01)
     process.send_signal(how)
     return process.wait(), process.stderr.read()
 
 
-@pytest.mark.parametrize("more", [[], ["--async-save", "--overlap", "--save-every", "2"]])
-def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_path, more):
-    code, errors = interrupt(tiny_folder, tmp_path / "run", signal.SIGINT, "--steps", "2000", *more)
-    assert code == 130 and f"--resume {tmp_path / 'run'}" in errors and "Traceback" not in errors
-    assert len(metrics(tmp_path / "run")) >= 2 and (tmp_path / "run" / "config.json").stat().st_size > 0
+def late_reward(problem, text: str, *, persona=None) -> float:
+    """The 25th call, in the fourth step of FAST, hangs."""
+    SPEAKERS.append(persona)
+    if len(SPEAKERS) == 25:
+        Path(os.environ["HANGS"]).touch()
+        time.sleep(100)
+    return word_reward(problem, text)
+
+
+@pytest.mark.parametrize("how, code, more", [(signal.SIGTERM, 143, ["--dynamic-sampling", "1"]),
+                                             (signal.SIGINT, 130, ["--overlap", "--async-save"])])
+def test_a_signal_waits_for_no_hanging_reward_and_saves_the_steps_that_are_done(tiny_folder, tmp_path, monkeypatch,
+                                                                                how, code, more):
+    monkeypatch.setenv("HANGS", str(tmp_path / "hangs"))
+    flags = ["--steps", "2000", "--save-every", "1000", "--reward", "tests.test_train:late_reward",
+             "--reward-seconds", "100", *more]
+    start, (found, errors) = time.time(), interrupt(tiny_folder, tmp_path / "run", how, *flags,
+                                                    until=(tmp_path / "hangs").exists)
+    done = len(metrics(tmp_path / "run"))
+    assert found == code and done >= 1 and "Traceback" not in errors and time.time() - start < 60
+    assert f"--resume {tmp_path / 'run'} goes on after step {done}\n" in errors
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done:06d}").is_dir()
+
+
+@pytest.mark.parametrize("signals, done", [(1, 2), (2, 1)])
+def test_ctrl_c_lets_a_checkpoint_end_and_a_second_one_does_not(tiny_folder, tmp_path, monkeypatch, capsys, signals,
+                                                                done):
+    to_send = [signal.SIGINT] * signals
+
+    def write(*args):
+        while "step-000002" in args[1].name and to_send:
+            os.kill(os.getpid(), to_send.pop())
+        return write_item(*args)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)            # pytest in the background ignores it
+    write_item = filesystem._write_item
+    monkeypatch.setattr(filesystem, "_write_item", write)
+    assert run(tiny_folder, tmp_path / "run") == 130
+    assert f"goes on after step {done}\n" in capsys.readouterr().err
+    kept = [f"step-{step:06d}" for step in range(1, done + 1)]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize("more", [[], ["--async-save"]])
+def test_a_disk_that_fills_is_one_line_and_leaves_the_last_checkpoint(tiny_folder, tmp_path, capsys, more):
+    """A limit on the size of files stands for the disk: a resumed run's checkpoint would be larger."""
+    assert run(tiny_folder, tmp_path / "run", "--steps", "2") == 0
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4", *more]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: ") and "File too large" in said and said.endswith("goes on after step 2")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
 @pytest.mark.parametrize("more", [[], ["--async-save"]])
@@ -467,12 +524,14 @@ def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_fol
     assert (out / shards).read_bytes() == (tmp_path / "whole" / shards).read_bytes()
 
 
-@pytest.mark.parametrize("more", [[], ["--async-save"]])
-def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(tiny_folder, tmp_path, more):
+@pytest.mark.parametrize("how, number, more", [(signal.SIGTERM, 143, []), (signal.SIGINT, 130, []),
+                                               (signal.SIGTERM, 143, ["--async-save", "--save-every", "3"])])
+def test_p20_a_signal_saves_the_steps_that_are_done_and_the_run_goes_on_from_there(tiny_folder, tmp_path, how,
+                                                                                   number, more):
     assert run(tiny_folder, tmp_path / "whole", "--steps", "30") == 0
     out = tmp_path / "terminated"
-    code, errors = interrupt(tiny_folder, out, signal.SIGTERM, "--steps", "30", *more)
-    assert code == 143 and f"--resume {out}" in errors and "Traceback" not in errors
+    code, errors = interrupt(tiny_folder, out, how, "--steps", "30", *more)
+    assert code == number and f"--resume {out}" in errors and "Traceback" not in errors
     done = len(metrics(out))
     assert 2 <= done < 30 and (out / "checkpoints" / f"step-{done:06d}").is_dir()
     assert train.main(["--resume", str(out)]) == 0
@@ -503,8 +562,9 @@ def test_sampling_ahead_changes_nothing_where_the_weights_stand_still(tiny_folde
 
 
 def test_the_profile_names_phases_floors_and_operators(tiny_folder, tmp_path, capsys):
-    assert run(tiny_folder, tmp_path / "run", "--profile") == 0
+    assert run(tiny_folder, tmp_path / "run", "--profile", "--progress") == 0
     said = capsys.readouterr().err
+    assert "4/4" in said and "4/4: reward" not in said  # the bar takes the place of the lines
     assert "operators of one step:" in said and "aten::" in said
     for phase in ("sample", "train", "step"):
         seconds, floor, ratio = map(float, re.search(rf"  {phase} +([\d.]+) +([\d.]+) +([\d.]+)x", said).groups())
@@ -565,7 +625,22 @@ def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming after step" in done.stderr          # it did begin twice
+    assert re.search(r"train.py: another rank has died.* goes on after step \d\n", done.stderr)
     assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3] and (out / "model" / "config.json").is_file()
+
+
+def told_to_stop(problem, text: str, *, persona=None) -> float:
+    """Rank 1 alone gets SIGTERM, in the second of its 4 rewards of the third step."""
+    SPEAKERS.append(persona)
+    if torch.distributed.get_rank() and len(SPEAKERS) == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return word_reward(problem, text)
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(tiny_folder, tmp_path):
+    done = torchrun(tiny_folder, tmp_path / "run", "--save-every", "100", reward="tests.test_train:told_to_stop")
+    assert done.returncode == 1 and f"--resume {tmp_path / 'run'} goes on after step 2\n" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
 
 
 def rank_1_only(problem, text: str, *, persona=None) -> float:
@@ -631,6 +706,14 @@ def test_p28_memory_is_estimated_and_micro_batches_are_sized_to_fit(tiny_folder,
     assert 0 < float(parts["peak"]) <= 0.02
     assert run(tiny_folder, tmp_path / "none", "--memory", "0.0001") == 2
     assert "--recompute" in capsys.readouterr().err
+
+
+def test_p28_where_sampling_takes_most_the_micro_batches_still_fill_what_training_may_take(tiny_folder, capsys):
+    job = train.read(arguments(tiny_folder, "--memory", "0.2"))
+    policy, job.model.c.vocab_size = Policy(job.model, 1e-3, 0), 1_000_000
+    train.plan(policy, job)
+    parts = {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d+)", capsys.readouterr().err)}
+    assert parts["logits"] > 0.09 and parts["activations"] > 0.19 and parts["peak"] == 0.2
 
 
 def test_p28_activations_are_counted_as_they_are(tiny_folder):

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -348,3 +349,14 @@ def test_a_half_written_model_in_the_cache_is_not_trusted(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="cannot fetch"):
         weights.embedded_model()
     assert sorted(p.name for p in tmp_path.iterdir()) == [sources.GGUF_FILE]
+
+
+def test_a_model_that_a_full_disk_cuts_off_is_an_oserror_and_leaves_nothing(tiny, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="model could not be written"):
+            weights.save(*tiny, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

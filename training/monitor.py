@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 
@@ -42,7 +43,7 @@ class Monitor:
         self.broken = 0                                 # gradients in a row that were not finite
         self.track = None
         if args.tracker and self.speaks:
-            self.track = tracker(args.tracker, out, vars(args))
+            self.track = tracker(args.tracker, out, vars(args), first)
         hidden = not self.speaks or not (args.progress or sys.stderr.isatty())
         self.bar = tqdm(total=args.steps, initial=first, unit="step", disable=hidden)
 
@@ -86,6 +87,10 @@ class Monitor:
             self.bar.set_postfix(reward=f"{metrics['reward']:.2f}",
                                  tok_s=f"{metrics['tokens_per_second']:.0f}")
             self.bar.update()
+            if self.bar.disable:
+                print(f"step {step + 1}/{self.args.steps}: reward {metrics['reward']:.3f}, "
+                      f"accuracy {metrics['accuracy']:.3f}, {metrics['seconds']['step']:.1f} s",
+                      file=sys.stderr)
         if self.broken == MAX_BROKEN:
             raise ValueError(f"{self.broken} gradients in a row were not finite: lower "
                              "--learning-rate, and go on from the last checkpoint with "
@@ -120,6 +125,7 @@ def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
     own = {"rewards": batch.rewards.sum(), "completions": batch.rewards.numel(),
            "truncated": sum(c.truncated for c in completions),
            "errors": sum(c.error is not None for c in completions),
+           "correct": verdicts.count("correct"),
            "unverifiable": verdicts.count("unverifiable"), "tokens_sampled": batch.lengths.sum(),
            "groups": len(batch.rewards), "informative": grpo.informative(batch.rewards).sum(),
            "prefilled": prefilled([prompt for prompt, _ in batch.groups])} | sums
@@ -128,7 +134,8 @@ def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
     means = {name: own[name] / tokens if tokens else None for name in ("entropy", "kl", "gap")}
     flat = 1 - own["informative"] / own["groups"]
     return {
-        "reward": own["rewards"] / count, "entropy": means["entropy"], "kl": means["kl"],
+        "reward": own["rewards"] / count, "accuracy": own["correct"] / count,
+        "entropy": means["entropy"], "kl": means["kl"],
         **grpo.summarise({name: own[name] for name in grpo.SUMS}),
         "completion_length": own["tokens_sampled"] / count,
         "truncated_fraction": own["truncated"] / count,
@@ -160,11 +167,10 @@ def record(out: Path, step: int, batch, metrics: dict) -> None:
 
 
 def strata(batch) -> dict[str, float]:
-    """Mean reward by persona stratum, of this rank's completions."""
-    values = defaultdict(list)
-    for speakers, row in zip(batch.personas, batch.rewards.tolist(), strict=True):
-        for persona, value in zip(speakers, row, strict=True):
-            values[persona.stratum if persona else "none"].append(value)
+    """Share of correct completions by persona stratum, of this rank's."""
+    values, speakers = defaultdict(list), chain(*batch.personas)
+    for persona, verdict in zip(speakers, batch.verdicts, strict=True):
+        values[persona.stratum if persona else "none"].append(verdict == "correct")
     return {name: sum(v) / len(v) for name, v in sorted(values.items())}
 
 
@@ -303,18 +309,21 @@ def tracker_package(name: str):
         raise ValueError(f"--tracker {name} needs its package: pip install {name}") from error
 
 
-def tracker(name: str, out: Path, config: dict):
-    """log(metrics) for `--tracker`."""
+def tracker(name: str, out: Path, config: dict, first: int):
+    """log(metrics) for `--tracker`. A resumed run goes on as the same one, from step `first`."""
     module = tracker_package(name)
     if name == "tensorboard":
-        writer = module.SummaryWriter(str(out / "tensorboard"))
+        writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
         def log(metrics: dict) -> None:
             for key, value in flat(metrics).items():
                 writer.add_scalar(key, value, metrics["step"])
 
         return log
-    module.init(project="permix-rlvr", name=out.name, config=config)
+    kept = out / "wandb-id"
+    run = module.init(project="permix-rlvr", name=out.name, config=config, resume="allow",
+                      id=kept.read_text() if kept.exists() else None)
+    write_atomically(kept, run.id)
     return lambda metrics: module.log(flat(metrics), step=metrics["step"])
 
 

@@ -4,8 +4,9 @@ import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,8 +25,80 @@ from rollout import Sampler, SamplingParams
 from training import monitor
 from training.anchor import Anchor
 from training.minibatches import micro_tokens_for
-from training.policy import ranks, wait
+from training.policy import ranks, summed, wait
 from training.settings import loss_of
+
+
+# --------------------------------------------------------------------------------------------------
+# Being stopped
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C came; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+class Stop:
+    """Hears SIGTERM and Ctrl-C, and raises Stopped in the main thread.
+
+    It does so at once, but not while `held`: a step or a checkpoint that has begun is finished. A
+    second Ctrl-C ends a run of one process where it stands. (torchrun sends every signal twice.)
+    """
+
+    def __init__(self):
+        self.number, self.held = 0, False
+
+    def __call__(self, number: int, frame) -> None:
+        again, self.number = self.number, number
+        if again and number == signal.SIGINT and ranks()[1] == 1:
+            raise KeyboardInterrupt
+        if not (self.held or again):
+            self.held = True
+            raise Stopped(number)
+
+    @contextmanager
+    def heard(self):
+        """Hears the signals, but none that is ignored (a job in a shell's background)."""
+        before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, self)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def hold(self):
+        """Within it only what goes through `agreed` is cut short."""
+        self.held = True
+        yield
+        self.held = False
+        self.agree()
+
+    def agree(self) -> None:
+        """Raises Stopped on all ranks if one of them has heard a signal."""
+        if summed([self.number])[0]:
+            raise Stopped(self.number or signal.SIGTERM)
+
+    def agreed(self, sample: Callable, *arguments):
+        """sample(*arguments), which a signal cuts short; all ranks then raise Stopped together."""
+        result = None
+        with suppress(Stopped):
+            self.held = False
+            if not self.number:
+                result = sample(*arguments)
+            self.held = True
+        self.agree()
+        return result
+
+
+# --------------------------------------------------------------------------------------------------
+# The job
 
 
 @dataclass(frozen=True)
@@ -43,6 +116,7 @@ class Job:
     rewarder: Rewarder
     held_out: tuple[list, list] | None  # problems and personas of the evaluation
     anchor: Anchor | None = None        # see `anchored`
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def imitates(self) -> bool:
@@ -199,22 +273,3 @@ def before_after(before: dict, after: dict) -> str:
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {old:6.3f}  {new:6.3f}" for name, old, new in rows]
     return "\n".join([f"{'':{width}}  before   after", *lines])
-
-
-# --------------------------------------------------------------------------------------------------
-# Being stopped
-
-
-class Terminated(Exception):
-    """SIGTERM came, and the step that it came in has been saved."""
-
-
-@contextmanager
-def terminated():
-    """Yields a list that is no longer empty once SIGTERM has come."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)

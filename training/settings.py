@@ -44,8 +44,8 @@ FLAGS = [
      "them teach)", {"type": int}),
     ("group-size", None, "completions per problem, G (default: 8; sft has one gold answer)",
      {"type": int}),
-    ("max-new-tokens", None, "length limit of a completion (default: 32 for generated tasks, else "
-     "48)", {"type": int}),
+    ("max-new-tokens", None, "tokens of the longest completion (default: 32 for generated tasks, "
+     "else 48)", {"type": int}),
     ("temperature", 0.6, "of sampling, and of the log-probs trained on", {}),
     ("stop", [], "a string that ends a completion; may be repeated", {"action": "append"}),
     ("prompt", None, "how a problem is asked (default: plain for generated tasks, else short)",
@@ -57,7 +57,8 @@ FLAGS = [
     # reward
     ("reward", "rewards:correctness", "module:function, called with (problem, text, persona=...)",
      {}),
-    ("reward-seconds", 30.0, "time limit of one call of it; what is late earns nothing", {}),
+    ("reward-seconds", 30.0, "time limit of one call of it, in seconds; what is late earns nothing",
+     {}),
     ("truncated", "zero", "completions cut off: no reward, no loss, or kept",
      {"choices": ["zero", "mask", "keep"]}),
     ("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the "
@@ -82,12 +83,12 @@ FLAGS = [
      "answers", {}),
     ("anchor-count", 4, "role-play answers an optimizer step", {}),
     ("anchor-answers", 80, "role-play answers prepared before training", {}),
-    ("anchor-tokens", 40, "their length limit", {}),
+    ("anchor-tokens", 40, "their length limit, in tokens", {}),
     # step
     ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)",
      {"type": float}),
-    ("warmup", 2, "steps of linear warm-up", {}),
-    ("max-grad-norm", 1.0, "gradient clipping", {}),
+    ("warmup", 2, "optimizer steps of linear warm-up", {}),
+    ("max-grad-norm", 1.0, "norm that a step's whole gradient is cut down to; inf: none", {}),
     ("inner-epochs", 1, "how often a batch is gone through", {}),
     ("minibatches", 1, "optimizer steps each time: the batch's groups in so many parts (PPO)", {}),
     # where it computes
@@ -113,7 +114,7 @@ FLAGS = [
     ("async-save", False, "write checkpoints while training goes on, from a copy of the state", {}),
     ("profile", False, "say where a step's time goes, beside the time of its matmuls alone", {}),
     ("tracker", None, "also log there", {"choices": list(TRACKERS)}),
-    ("progress", False, "progress bar even without a terminal", {}),
+    ("progress", False, "progress bar even without a terminal, in place of a line a step", {}),
 ]
 
 

@@ -154,6 +154,7 @@ def state(model: Transformer) -> dict[str, Tensor]:
 def save(model: Transformer, tokenizer, folder: str | Path) -> None:
     """Writes a plain Hugging Face folder in the model's dtype: config, generation config,
     safetensors, tokenizer with its template. It appears whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_folder(Path(folder)) as part:
@@ -162,7 +163,10 @@ def save(model: Transformer, tokenizer, folder: str | Path) -> None:
         model.hf_config.eos_token_id = ends
         model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type]]
         model.hf_config.save_pretrained(part)
-        save_file(state(model), part / "model.safetensors", {"format": "pt"})
+        try:
+            save_file(state(model), part / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:                # a full disk
+            raise OSError(f"{folder} could not be written ({error})") from error
         tokenizer.save_pretrained(part)
         generation = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
         (part / "generation_config.json").write_text(json.dumps(generation))
