@@ -98,11 +98,14 @@ class Checkpoints:
             self.writing.result()
             self.writing = None
 
-    def check_disk(self, parameters: int) -> None:
+    def check_disk(self, policy: Policy) -> None:
         """Raises ValueError where the run's checkpoints and its model would not fit on the disk."""
         there = sum(finished(checkpoint) is not None for checkpoint in self.folder.glob("step-*"))
         more = self.keep + 1 - min(self.keep, there)  # one more while it is written
-        needed, free = (12 * more + 4) * parameters, shutil.disk_usage(self.folder.parent).free
+        weights = sum(p.nbytes for p in policy.parameters)
+        beside = sum(x.nbytes for state in policy.optimizer.state for x in state.values())
+        needed = more * (weights + beside * self.sharing) + 2 * weights     # the model is saved too
+        free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise ValueError(f"{self.folder.parent}: its checkpoints and model need "
                              f"{needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free: "

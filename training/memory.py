@@ -1,10 +1,10 @@
 """How much memory a run takes: an estimate by part, and micro-batches sized to fit (`--memory`)."""
 
 import sys
+from collections import defaultdict
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import personas
 from model import Transformer, pack
@@ -49,16 +49,19 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     """
     args, model = job.args, policy.model
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
-    shards = [m.to_local() if isinstance(m, DTensor) else m for m in policy.masters]
-    local, on_cpu = sum(m.numel() for m in shards), model.device.type == "cpu"
+    on_cpu, kept = model.device.type == "cpu", defaultdict(int)
+    for state in policy.optimizer.state:
+        for name, x in state.items():
+            kept["moments" if name.startswith("exp_avg") else "masters"] += x.nbytes
     slots = args.slots or slots_for(model, row_tokens)
     rows = min(slots, args.prompts // ranks()[1] * args.group_size)
-    parts = {"weights": count * size, "masters": 4 * local * policy.copies, "AdamW": 8 * local,
-             "gradients": count * (4 + size),           # their sum, and a micro-batch's
+    widest = max(p.numel() for p in policy.parameters)
+    parts = {"weights": count * size, **kept,
+             "gradients": count * 4 + widest * size,    # their sum, and one of a micro-batch's
              "activations": activations,
              "cache": rows * row_tokens * token_bytes(model) * (1 + args.overlap)}
     if args.async_save and on_cpu:
-        parts["checkpoint"] = 12 * local
+        parts["checkpoint"] = kept["moments"] + kept["masters"] + parts["weights"]
     if args.overlap:
         parts["copy"] = parts["weights"]
     others = {m for m in (job.reference, job.author) if m is not None and m is not model}
@@ -67,7 +70,7 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     parts["logits"] = rows * model.c.vocab_size * (size + 8)    # also in fp32, and their exp
     sampling = parts["logits"] + on_cpu * parts["weights"]      # rearranged, for the CPU's matmuls
     training = parts["gradients"] + parts["activations"]
-    held = ("weights", "masters", "AdamW", "cache", "checkpoint", "copy", "others")
+    held = ("weights", "masters", "moments", "cache", "checkpoint", "copy", "others")
     always = sum(parts.get(name, 0) for name in held)
     together = sampling + training if args.overlap else max(sampling, training)
     return parts | {"peak": always + together}

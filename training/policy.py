@@ -112,6 +112,10 @@ class Policy:
         return [master_of(*pair) for pair in
                 zip(self.optimizer.weights, self.optimizer.state, strict=True)]
 
+    @property
+    def steps(self) -> int:
+        return self.optimizer.steps
+
     def own(self, p: Tensor) -> Tensor:
         """A view of the rows that this rank steps on: Shard(0)'s."""
         p = p.detach()
