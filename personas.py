@@ -221,6 +221,22 @@ def has_system_role(tokenizer) -> bool:
         return False
 
 
+def turn_end(tokenizer, stop_ids: list[int]) -> int:
+    """The stop id that the chat template closes an answer with; the tokenizer's EOS if it has none.
+
+    Llama 3's template ends a turn with <|eot_id|>, Gemma's with <end_of_turn>. Raises ValueError
+    where neither is among `stop_ids`.
+    """
+    answer = {"role": "assistant", "content": "xyzzy"}
+    text = tokenizer.apply_chat_template([*messages("Hello", None), answer], tokenize=False)
+    behind = tokenizer(text.rpartition("xyzzy")[2], add_special_tokens=False).input_ids
+    for token in [*behind, tokenizer.eos_token_id]:
+        if token in stop_ids:
+            return token
+    raise ValueError("neither the chat template's end of a turn nor the tokenizer's EOS stops this "
+                     "model: use one whose generation config names it")
+
+
 # --------------------------------------------------------------------------------------------------
 # A short lesson
 

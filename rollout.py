@@ -151,15 +151,15 @@ class Generation:
         """Empties the cache, and makes room for the longest row and the longest prefix."""
         n, openings = self.params.n, {p.prefix for p in self.waiting if p.prefix.ids}
         own = shared = 0
-        prefixes = len(openings) + (self.slots // n if n > 1 else 0)
+        rows = min(self.slots, n * len(self.waiting))
+        prefixes = len(openings) + (rows // n if n > 1 else 0)
         for p in self.waiting:
             prompt, opening = len(p.ids), len(p.prefix.ids)
             own = max(own, prompt - opening if n == 1 else 0)           # tokens in the row's entry
             shared = max(shared, opening if n == 1 else prompt)         # in the prefix's
         self.cache.clear()
-        rows = min(self.slots, n * len(self.waiting)) + 1
-        self.cache.row_kv.reserve(rows, own + self.params.max_tokens)
-        self.cache.prefix_kv.reserve(min(prefixes, self.slots) + 1, shared)
+        self.cache.row_kv.reserve(rows + 1, own + self.params.max_tokens)
+        self.cache.prefix_kv.reserve(min(prefixes, rows) + 1, shared)
         self.sampler.current = self
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
