@@ -154,12 +154,11 @@ def test_sft_learns_from_one_gold_answer_what_it_learns_from_several(tiny_folder
 def test_p32_sft_is_cross_entropy_of_the_plain_logits_at_any_temperature(tiny_folder):
     job, batch = one_batch(tiny_folder, "--method", "sft", "--temperature", "0.3",
                            "--reward", "tests.test_train:flat_reward")
-    (micro,), = train.minibatches(batch, batch.rewards, batch.kept, job)
-    loss, _ = train.micro_loss(job.model, micro, job.loss, job.temperature)
-    packed = train.pack(batch.groups, job.model)
+    packed, found = train.pack(batch.groups, job.model), gradient_of(job, batch)
     logits = job.model.logits(completion_hidden(job.model, packed))
-    plain = torch.nn.functional.cross_entropy(logits, packed.targets)
-    assert abs(loss - plain) <= 1e-6
+    plain = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, packed.targets), job.model.parameters())
+    plain = torch.cat([g.flatten() for g in plain])
+    assert (found - plain).norm() <= 1e-6 * plain.norm() > 0
 
 
 def test_distillation_learns_a_teachers_text_at_the_temperature_it_was_sampled_at(tiny_folder):
@@ -747,7 +746,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_a_folder_that_can_be_used
     (out / "mine.txt").write_text("kept")
     CALLS.clear()
     assert run(tiny_folder, out, "--reward", "tests.test_train:reward_that_breaks_later") == 2
-    assert f"failed on problem {CALLS[1]}" in capsys.readouterr().err
+    assert "reward_that_breaks_later failed on problem" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert run(tiny_folder, out, "--steps", "1") == 0
 
@@ -839,7 +838,7 @@ def test_a_run_without_one_finite_step_does_not_end_well(tiny_folder, tmp_path, 
 
 
 def test_weights_that_have_become_infinite_are_not_saved(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Policy, "step", lambda self, max_norm: self.parameters[0].data.fill_(math.inf) and 1.0)
+    monkeypatch.setattr(Policy, "step", lambda self, max_norm: self.parameters[0].data.fill_(math.inf).sum().sign().item())
     assert run(tiny_folder, tmp_path / "run") == 2
     assert "no longer finite" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
 
