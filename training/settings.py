@@ -143,7 +143,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     first, _ = p.parse_known_args(argv)
     told = {name for name, value in vars(first).items() if value != p.get_default(name)}
     if empty := [name for name in told if getattr(first, name) == ""]:
-        raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it out")
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a value, or leave it out")
     before = settings_before(first) if first.resume else {}
     unset = {flag.strip("-").replace("-", "_") for flag in first.unset}
     if before and (unknown := unset - vars(first).keys()):
