@@ -768,8 +768,9 @@ def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
     weights.save(model, tokenizer, tmp_path / "broken")
-    assert run(tmp_path / "broken", tmp_path / "run") == 2
-    assert "not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for start, more in ((tmp_path / "broken", []), (tiny_folder, ["--method", "distill", "--teacher"])):
+        assert run(start, tmp_path / "run", *more, *[str(tmp_path / "broken")][:len(more)]) == 2
+        assert "broken are not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_disk_too_full_for_the_checkpoints_is_refused(tiny_folder, tmp_path, capsys, monkeypatch):
@@ -811,6 +812,9 @@ def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
     assert train.main(["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--steps", "2"]) == 2
     assert "its own folder" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "resuming after step 0" in capsys.readouterr().err
 
 
 def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tiny_folder, tmp_path, capsys,
