@@ -407,6 +407,12 @@ def test_a_prefix_is_dropped_with_its_last_user(tiny, n):
         assert sorted(kv.free) == list(range(count))[:count - (kv is sampler.cache.row_kv)]
 
 
+def test_more_slots_than_completions_take_no_more_memory(tiny):
+    sampler = Sampler(tiny[0], slots=10**9)
+    list(sampler.generate(random_prompts(3), SamplingParams(n=2, max_tokens=2)))
+    assert [len(kv.layers[0][0]) for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv)] == [6 + 1, 3 + 1]
+
+
 def test_two_calls_of_one_sampler_at_once_are_refused_and_an_abandoned_one_does_no_harm(tiny):
     sampler, params = Sampler(tiny[0], slots=4), SamplingParams(max_tokens=6)
     prompts = random_prompts(9)

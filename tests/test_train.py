@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import filesystem
 import grpo
 import train
 import weights
+from model import completion_hidden
 from rollout import Sampler
 from training import monitor
 from training.checkpoints import Checkpoints
@@ -47,6 +48,19 @@ def flat_reward(problem, text: str, *, persona=None) -> float:
 
 def nan_reward(problem, text: str, *, persona=None) -> float:
     return float("nan")
+
+
+def no_reward(problem, text: str, *, persona=None) -> None:
+    """A reward that forgets to return."""
+
+
+CALLS = []
+
+
+def reward_that_breaks_later(problem, text: str, *, persona=None) -> float:
+    """Well at the call that tries it, and not at the next one."""
+    CALLS.append(problem.id)
+    return 1.0 if len(CALLS) == 1 else [1.0]
 
 
 def run(folder, out, *more) -> int:
@@ -137,6 +151,38 @@ def test_sft_learns_from_one_gold_answer_what_it_learns_from_several(tiny_folder
     flags = "--method", "sft", "--reward", "tests.test_train:flat_reward", "--group-size"
     one, several = (gradient_of(*one_batch(tiny_folder, *flags, n)) for n in "14")
     assert (one - several).norm() <= 1e-6 * one.norm() > 0
+
+
+def test_p32_sft_is_cross_entropy_of_the_plain_logits_at_any_temperature(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--method", "sft", "--temperature", "0.3",
+                           "--reward", "tests.test_train:flat_reward")
+    packed, found = train.pack(batch.groups, job.model), gradient_of(job, batch)
+    logits = job.model.logits(completion_hidden(job.model, packed))
+    plain = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, packed.targets), job.model.parameters())
+    plain = torch.cat([g.flatten() for g in plain])
+    assert (found - plain).norm() <= 1e-6 * plain.norm() > 0
+
+
+def test_distillation_learns_a_teachers_text_at_the_temperature_it_was_sampled_at(tiny_folder):
+    """So the start model, its own teacher, is where it should be: its sampler and its trainer agree."""
+    job, batch = one_batch(tiny_folder, "--method", "distill", "--temperature", "0.3",
+                           "--reward", "tests.test_train:flat_reward")
+    (micro,), = train.minibatches(batch, batch.rewards, batch.kept, job)
+    _, sums = train.micro_loss(job.model, micro, job.loss, job.temperature)
+    assert sums["gap"] / sums["trained_tokens"] <= 1e-5
+
+
+def test_a_gold_answer_ends_as_the_chat_template_ends_a_turn(tiny_folder):
+    """Not with the tokenizer's EOS, if the template has a stop id of its own; with the EOS if it has none."""
+    job = train.read(arguments(tiny_folder, "--method", "sft"))
+    assert next(train.gold_completions(job, job.problems, 1)).tokens[-1] == 2
+    job.tokenizer.chat_template = "{% for m in messages %}{{ '<s> ' + m['content'] + ' w7 w8 ' }}{% endfor %}"
+    assert next(train.gold_completions(job, job.problems, 1)).tokens[-1] == 2
+    job.model.c.stop_ids = [2, 7]
+    assert next(train.gold_completions(job, job.problems, 1)).tokens[-1] == 7
+    job.model.c.stop_ids = [9]
+    with pytest.raises(ValueError, match="stops this model"):
+        next(train.gold_completions(job, job.problems, 1))
 
 
 def write_gradient(folder: str, out: str) -> None:
@@ -252,7 +298,7 @@ def test_the_reward_is_told_who_speaks_in_each_completion(tiny_folder):
     job, batch = one_batch(tiny_folder, "--mix", "rollout", "--persona-prob", "0.6", "--slots", "1",
                          "--reward", "tests.test_train:listening_reward")
     spoken = [persona for row in batch.personas for persona in row]
-    assert Counter(SPEAKERS) == Counter(spoken) and len(set(spoken)) > 4
+    assert Counter(SPEAKERS[1:]) == Counter(spoken) and len(set(spoken)) > 4         # the first call tries it
     for persona, (prompt, _), problem in zip(spoken, batch.groups, [p for p in batch.problems for _ in range(4)],
                                              strict=True):
         assert prompt == train.personas.prompt_ids(job.tokenizer, problem.question, persona)
@@ -732,17 +778,15 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
 @pytest.mark.parametrize("flags, message", [
     (["--model", "/nowhere/model"], "no model at"), (["--task", "gsm9k"], "did you mean gsm8k"),
     (["--persona-prob", "1.5"], "between 0 and 1"), (["--group-size", "1"], "siblings"),
-    (["--steps", "0"], "at least 1"), (["--resume", "/nowhere/run"], "not a run folder"),
+    (["--steps", "0"], "between 1 and"), (["--resume", "/nowhere/run"], "not a run folder"),
     (["--reward", "nothing"], "module:function"), (["--reward", "tests.test_train:nan_reward"], "finite"),
-    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "finite"),
-    (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
+    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--resume", ""], "empty"),
+    (["--personas", "/nowhere.jsonl"], "nowhere"), (["--prompts", "200000", "--group-size", "8"], "million"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"),
     (["--dual-clip", "1", "--minibatches", "2"], "above 1 + clip_high"),
-    (["--memory", "inf"], "finite"), (["--learning-rate", "inf"], "finite"),
     (["--clip-high", "0.28"], "the ratio is 1"), (["--dual-clip", "3"], "--minibatches 2"),
     (["--loss", "reinforce", "--minibatches", "2"], "no ratio"), (["--minibatches", "3"], "2 groups"),
     (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--profile"], "choose one"),
-    (["--max-grad-norm", "-1"], "above 0"), (["--seed", "-1"], "at least 0"),
     (["--personas", "test"], "of the evaluation"), (["--method", "sft", "--dynamic-sampling", "1"], "unequal"),
     (["--overlap", "--method", "sft"], "imitates"), (["--method", "sft", "--correction", "truncate"], "cross-entropy"),
     (["--method", "distill", "--inner-epochs", "2"], "cross-entropy"), (["--teacher", "smollm2-135m"], "distill")])
@@ -759,13 +803,47 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     (teacher / "tokenizer.json").write_text(text.replace('"w50"', '"other"'))
     (tmp_path / "mine.jsonl").write_text(json.dumps(vars(train.personas.load("test")[3])))
     monkeypatch.setitem(sys.modules, "wandb", None)
+    long, unread = tmp_path / "long.jsonl", tmp_path / "unread.jsonl"
+    ask = json.dumps({"question": "w3", "answer": "7"}) + "\n"
+    long.write_text(6 * ask + ask.replace("w3", "w3 " * 600) + ask)
+    unread.write_text(3 * ask.replace("7", r"\\frac{1}{"))
     for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
                         (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
                         (["--personas", "conflict-test"], "30 of the evaluation's personas"),
                         (["--personas", "paraphrases-test"], "24 of the evaluation's personas"),
-                        (["--tracker", "wandb"], "pip install wandb")):
+                        (["--tracker", "wandb"], "pip install wandb"),
+                        (["--max-new-tokens", "500"], "--max-new-tokens 500 that exceeds the model's 512"),
+                        (["--eval-task", str(long), "--eval-problems", "2"], "problem 7 has up to 6"),
+                        (["--anchor-coef", "0.1", "--anchor-tokens", "500"], "--anchor-tokens 500"),
+                        (["--task", str(unread), "--reward", "rewards:correctness"], "can be correct"),
+                        (["--reward", "tests.test_train:no_reward"], "no_reward failed on problem"),
+                        (["--eval-problems", "3", "--eval-personas", "25"], "there are 24"),
+                        (["--memory", "1e-9"], "too little")):
         assert run(tiny_folder, tmp_path / "run", *flags) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_a_folder_that_can_be_used_again(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    CALLS.clear()
+    assert run(tiny_folder, out, "--reward", "tests.test_train:reward_that_breaks_later") == 2
+    assert "reward_that_breaks_later failed on problem" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert run(tiny_folder, out, "--steps", "1") == 0
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "-inf", "1000000000000000000000"])
+@pytest.mark.parametrize("flag", [a.option_strings[0] for a in parser()._actions if a.type in (int, float)])
+def test_a_number_that_no_run_can_mean_is_refused_by_the_name_of_its_flag(capsys, flag, value):
+    """At once: only what means "no limit" may be as large as it likes."""
+    if value[0] == "1" and flag in ("--max-grad-norm", "--reward-seconds"):
+        return
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        train.settings([f"{flag}={value}"])
+    said = capsys.readouterr().err + str(refusal.value)
+    assert flag in said and (isinstance(refusal.value, ValueError) or refusal.value.code == 2)
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
@@ -773,8 +851,9 @@ def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
     weights.save(model, tokenizer, tmp_path / "broken")
-    assert run(tmp_path / "broken", tmp_path / "run") == 2
-    assert "not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for start, more in ((tmp_path / "broken", []), (tiny_folder, ["--method", "distill", "--teacher"])):
+        assert run(start, tmp_path / "run", *more, *[str(tmp_path / "broken")][:len(more)]) == 2
+        assert "broken are not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_disk_too_full_for_the_checkpoints_is_refused(tiny_folder, tmp_path, capsys, monkeypatch):
@@ -816,6 +895,9 @@ def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
     assert train.main(["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--steps", "2"]) == 2
     assert "its own folder" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "resuming after step 0" in capsys.readouterr().err
 
 
 def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tiny_folder, tmp_path, capsys,
@@ -827,6 +909,42 @@ def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tin
     assert "5 gradients in a row" in errors and errors.count("was skipped") == 5
     assert len(metrics(tmp_path / "run")) == 7
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("more", [[], ["--method", "distill"]])
+def test_a_run_without_one_finite_step_does_not_end_well(tiny_folder, tmp_path, capsys, more):
+    """However short it is. The weights are finite, their logits are not: no completion can be sampled."""
+    model, tokenizer = weights.load(str(tiny_folder), "float32")
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    weights.save(model, tokenizer, tmp_path / "broken")
+    assert run(tmp_path / "broken", tmp_path / "run", "--steps", "2", *more) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "2 steps in a row had no finite logits" in errors[-1] and "8 completions were given up" in errors[1]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_have_become_infinite_are_not_saved(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Policy, "step", lambda self, max_norm: self.parameters[0].data.fill_(math.inf).sum().sign().item())
+    assert run(tiny_folder, tmp_path / "run") == 2
+    assert "no longer finite" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_resumed_run_records_what_was_changed_and_takes_flags_back(tiny_folder, tmp_path, capsys):
+    out, more = tmp_path / "run", ["--recompute", "--stop", "w9", "--entropy-coef", "0.01"]
+    assert run(tiny_folder, out, "--steps", "1", *more) == 0
+    unset = [flag for name in ("recompute", "stop", "reward") for flag in ("--unset", name)]
+    assert train.main(["--resume", str(out), "--steps", "2", *unset, "--entropy-coef", "0"]) == 0
+    assert "resuming after step 1" in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    (entry,) = config["resumed"]
+    assert entry["after"] == 1 and entry["changed"] == {
+        "steps": [1, 2], "recompute": [True, False], "stop": [["w9"], []], "entropy_coef": [0.01, 0.0],
+        "reward": ["tests.test_train:word_reward", "rewards:correctness"]}
+    assert config["settings"]["entropy_coef"] == 0 and config["settings"]["unset"] == []
+    for name, said in (("recompile", "no such flag"), ("model", "--model of a resumed run")):
+        assert train.main(["--resume", str(out), "--unset", name]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
@@ -869,3 +987,31 @@ def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
     train.settings(["--loss", "gspo", "--minibatches", "2"])
     train.settings([])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flags, work", [
+    (["--kl", "k1"], ["--kl-coef", "0.1"]), (["--kl-in", "reward", "--kl", "k1"], ["--kl-coef", "0.1"]),
+    (["--method", "rlvr", "--mix", "rollout"], ["--method", "permix"]),
+    (["--method", "rlvr", "--personas", "conflict-train"], ["--anchor-coef", "0.1"]),
+    (["--method", "sft", "--temperature", "1"], ["--method", "distill"]),
+    (["--method", "sft", "--truncated", "keep"], ["--method", "rlvr"]),
+    (["--method", "sft", "--stop", "x", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--anchor-count", "2"], ["--anchor-coef", "0.1"]), (["--anchor-answers", "9"], ["--anchor-coef", "0.1"]),
+    (["--anchor-tokens", "9"], ["--anchor-coef", "0.1"]), (["--micro-tokens", "9", "--memory", "1"], ["--memory", "0"]),
+    (["--shard", "1"], ["--shard", "0"]), (["--no-cuda-graphs", "--device", "cpu"], ["--device", "auto"]),
+    (["--overlap", "--save-every", "1"], ["--save-every", "2"]), (["--profile", "--steps", "2"], ["--steps", "3"]),
+    (["--eval-personas", "3", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--eval-task", "facts", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--unset", "kl"], None), (["--warmup", "50"], ["--steps", "50"])])
+def test_p31_a_flag_without_work_is_named_at_the_start(capsys, flags, work):
+    train.settings(flags)
+    said = re.findall(r"--[\w-]+(?= does nothing| 50 is longer)", capsys.readouterr().err)
+    assert said and set(said) <= set(flags)
+    if work:
+        train.settings([*flags, *work])
+        assert capsys.readouterr().err == ""
+
+
+def test_no_flags_help_tells_its_default_twice():
+    for action in parser()._actions:
+        assert (action.help or "").count("(default") <= 1 and "None" not in (action.help or ""), action.dest

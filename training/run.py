@@ -2,10 +2,7 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,81 +21,12 @@ from rewards import CORRECTNESS, Rewarder
 from rollout import Sampler, SamplingParams
 from training import monitor
 from training.anchor import Anchor
+from training.checkpoints import finished
 from training.minibatches import micro_tokens_for
-from training.policy import ranks, summed, wait
+from training.policy import ranks, wait
 from training.settings import loss_of
-
-
-# --------------------------------------------------------------------------------------------------
-# Being stopped
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C came; `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
-
-class Stop:
-    """Hears SIGTERM and Ctrl-C, and raises Stopped in the main thread.
-
-    It does so at once, but not while `held`: a step or a checkpoint that has begun is finished. A
-    second Ctrl-C ends a run of one process where it stands. (torchrun sends every signal twice.)
-    """
-
-    def __init__(self):
-        self.number, self.held = 0, False
-
-    def __call__(self, number: int, frame) -> None:
-        again, self.number = self.number, number
-        if again and number == signal.SIGINT and ranks()[1] == 1:
-            raise KeyboardInterrupt
-        if not (self.held or again):
-            self.held = True
-            raise Stopped(number)
-
-    @contextmanager
-    def heard(self):
-        """Hears the signals, but none that is ignored (a job in a shell's background)."""
-        before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, self)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def hold(self):
-        """Within it only what goes through `agreed` is cut short."""
-        self.held = True
-        yield
-        self.held = False
-        self.agree()
-
-    def agree(self) -> None:
-        """Raises Stopped on all ranks if one of them has heard a signal."""
-        if summed([self.number])[0]:
-            raise Stopped(self.number or signal.SIGTERM)
-
-    def agreed(self, sample: Callable, *arguments):
-        """sample(*arguments), which a signal cuts short; all ranks then raise Stopped together."""
-        result = None
-        with suppress(Stopped):
-            self.held = False
-            if not self.number:
-                result = sample(*arguments)
-            self.held = True
-        self.agree()
-        return result
-
-
-# --------------------------------------------------------------------------------------------------
-# The job
+from training.stop import Stop
+from verifier.verdict import gold_kind
 
 
 @dataclass(frozen=True)
@@ -126,6 +54,15 @@ class Job:
     def sampler(self, model: Transformer) -> Sampler:
         return Sampler(model, self.args.slots, not self.args.no_cuda_graphs)
 
+    @property
+    def temperature(self) -> float:
+        """Of the log-probs trained on: the one that the text was sampled at, also a teacher's.
+
+        At 1 a teacher's text, sampled at 0.6, would teach a policy that is sharper than its
+        teacher. Gold answers come from no sampler: they are learned by plain cross-entropy.
+        """
+        return self.args.temperature if self.author else 1.0
+
 
 def read(args) -> Job:
     """Everything that the flags name. Raises ValueError or OSError in one line."""
@@ -135,9 +72,7 @@ def read(args) -> Job:
     model.checkpointing = args.recompute
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
-                         "take another copy")
+    check_weights(args.model, model)
     problems = tasks.put(tasks.load(args.task, "train", args.seed), args.prompt)
     pool = personas.load(args.personas)
     if tested := {p.text for p in pool} & personas.held_out_texts():
@@ -154,16 +89,63 @@ def read(args) -> Job:
     match args.method:
         case "sft":
             author = None
+            weights.turn_end(tokenizer, model.c.stop_ids)      # refused now if there is none
         case "distill" if args.teacher:
             author = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device)
+            check_weights(args.teacher, author)
         case "distill":
             author = reference or start_model(args, tokenizer)
         case _:
             author = model
+    job = Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
+              rewarder, held_out)
+    check(job)
     if not ranks()[0]:
         wait()
-    return Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
-               rewarder, held_out)
+    return job
+
+
+def check_weights(name: str, model: Transformer) -> None:
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"the weights of {name} are not all finite: it is broken, "
+                         "take another copy")
+
+
+def check(job: Job) -> None:
+    """Raises ValueError for what would only be found at some step: prompts that are too long, golds
+    that nothing matches, a reward of the user's that fails on its first call."""
+    args, speakers = job.args, job.pool if job.args.persona_prob else []
+    check_room(job, job.problems, speakers, "max_new_tokens")
+    if job.held_out:
+        check_room(job, *job.held_out, "max_new_tokens")
+    if args.anchor_coef:
+        questions = [tasks.Problem(text, "", repr(text), "")
+                     for text in personas.load_roleplay("train")]
+        check_room(job, questions, job.pool, "anchor_tokens")
+    if args.reward != CORRECTNESS:
+        first = job.problems[0]
+        job.rewarder.submit(first, first.answer, speakers[0] if speakers else None).result()
+    elif all(gold_kind(p.answer)[0] == "unreadable" for p in job.problems):
+        raise ValueError(f"no answer to {args.task} can be correct: none of its golds can be read, "
+                         f"like {job.problems[0].answer[:60]!r} of problem {job.problems[0].id}")
+
+
+def check_room(job: Job, problems: list, speakers: list, limit: str) -> None:
+    """Raises ValueError where a question under the longest persona leaves no room for an answer.
+
+    limit: the setting that says how long an answer may be.
+    """
+    persona = max(speakers, key=lambda p: len(p.text), default=None)
+    new_tokens, positions = getattr(job.args, limit), job.model.c.max_positions
+    around = len(personas.prompt_ids(job.tokenizer, "", persona))
+    for problem in problems:
+        if around + len(problem.question.encode()) + new_tokens <= positions:
+            continue                                    # a token is at least a byte
+        count = len(personas.prompt_ids(job.tokenizer, problem.question, persona))
+        if count + new_tokens > positions:
+            raise ValueError(f"the prompt of problem {problem.id} has up to {count} tokens; with "
+                             f"--{limit.replace('_', '-')} {new_tokens} that exceeds the model's "
+                             f"{positions} positions: shorten either")
 
 
 def start_model(args, tokenizer) -> Transformer:
@@ -206,17 +188,34 @@ def run_folder(args) -> Path:
         if (out / "config.json").exists() and not goes_on:
             raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or "
                              "choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         versions["python"] = sys.version.split()[0]
-        settings = vars(args) | {"resume": None, "out": str(out)}
+        settings = vars(args) | {"resume": None, "unset": [], "out": str(out)}
         config = {"settings": settings, "method": args.method, "command": " ".join(sys.argv),
-                  "commit": commit(), "versions": versions}
+                  "commit": commit(), "versions": versions, "resumed": resumed(out, settings)}
         write_atomically(out / "config.json", json.dumps(config, indent=1))
         folder = [out]
     if dist.is_initialized():
         dist.broadcast_object_list(folder)
     return folder[0]
+
+
+def resumed(out: Path, settings: dict) -> list[dict]:
+    """What config.json keeps of the run so far: for each time it was resumed, after which step, and
+    the command, commit and changed settings [old, new] of before."""
+    path = out / "config.json"
+    if not path.is_file():
+        return []
+    old = json.loads(path.read_text())
+    steps = [finished(checkpoint) or 0 for checkpoint in out.glob("checkpoints/step-*")]
+    changed = {name: [value, settings.get(name)] for name, value in old["settings"].items()
+               if value != settings.get(name)}
+    return [*old.get("resumed", []), {"after": max(steps, default=0), "command": old.get("command"),
+                                      "commit": old.get("commit"), "changed": changed}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,8 +226,10 @@ def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
     training."""
     problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
-    speakers = personas.few(personas.load("test"), args.eval_personas)
-    return tasks.put(problems, args.prompt), speakers
+    pool = personas.load("test")
+    if args.eval_personas > len(pool):
+        raise ValueError(f"--eval-personas {args.eval_personas}: there are {len(pool)}")
+    return tasks.put(problems, args.prompt), personas.few(pool, args.eval_personas)
 
 
 def evaluated(job: Job, folder: Path, steps: int) -> dict:
