@@ -25,7 +25,9 @@ Left out: multiple choice by log-likelihood, and tasks without one verifiable an
 """
 
 import argparse
+import hashlib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -38,7 +40,7 @@ import rewards
 import tasks
 import weights
 from common import files
-from common.command import Parser
+from common.command import Parser, note
 from evaluation import answers, compare, judge, lottery, measures, report, rivals
 from evaluation.fidelity import Fidelity, fidelity
 from evaluation.report import table_text
@@ -49,10 +51,7 @@ NONE = "none"  # the name of the prompt without a persona in every result
 
 @dataclass(frozen=True)
 class EvalParams:
-    """How an evaluation samples, and what it measures beside greedy accuracy.
-
-    ValueError for a number that cannot work.
-    """
+    """How an evaluation samples, and what it measures beside greedy accuracy."""
     seed: int = 0                                       # of sampling and of the bootstrap
     max_new_tokens: int = 32
     samples: int = 0                                    # answers per prompt, for pass@k
@@ -63,11 +62,6 @@ class EvalParams:
     reward: str | None = None                           # a user's module:function, see rewards.py
     reward_seconds: float = 30.0                        # time limit of one call of it
     stop: tuple[str, ...] = ()                          # strings that end an answer
-
-    def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("samples", 0), ("temperature", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
 
 def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
@@ -89,10 +83,12 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv),
                "commit": files.commit()} | (info or {})
     results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
-                "stop": list(params.stop)}
+                "stop": list(params.stop),
+                "problems": digest([[problem.question, problem.answer] for problem in problems]),
+                "pool": digest([[persona.name, persona.text] for persona in personas])}
     table = measures.correct_table(rows, n_items)
-    results |= summary(table, problems, personas, params.seed) | totals(rows)
-    for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
+    results |= summary(table, problems, personas, params.seed) | measures.totals(rows)
+    for row, more in zip(results["personas"], measures.lengths(rows, n_items), strict=True):
         row |= more
     if params.reward:
         results |= rewarded(rows, results["personas"], problems, everyone, params)
@@ -124,6 +120,11 @@ def evaluate(model, tokenizer, problems, personas, params, out=None, info=None):
 
 # --------------------------------------------------------------------------------------------------
 # Ask and grade
+
+
+def digest(texts):
+    """12 hexadecimal digits that tell two lists of texts apart."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def answers_file(out):
@@ -216,28 +217,6 @@ def lottery_scores(correct, personas, seed):
     return out | {"pss_without_one": lottery.leave_one_out([correct], names)}
 
 
-def totals(rows):
-    """Mean tokens of an answer, the share that was cut off, and how many were given up."""
-    return {"tokens_per_answer": sum(row["tokens"] for row in rows) / len(rows),
-            "truncated_fraction": sum(row["truncated"] for row in rows) / len(rows),
-            "errors": sum(row["error"] is not None for row in rows)}
-
-
-def lengths(rows, n_items):
-    """How long each persona's answers are -> a dict each, from one answer per prompt.
-
-    `tokens` an answer, `truncated` (the share that was cut off), and `accuracy_finished` among the
-    others (None where all were cut off). A lottery of lengths is no lottery of competence.
-    """
-    table = np.array([[row["tokens"], row["truncated"], row["correct"]] for row in rows], float)
-    out = []
-    for tokens, cut, right in table.reshape(-1, n_items, 3).transpose(0, 2, 1):
-        finished = float(right[cut == 0].mean()) if not cut.all() else None
-        out.append({"tokens": float(tokens.mean()), "truncated": float(cut.mean()),
-                    "accuracy_finished": finished})
-    return out
-
-
 # --------------------------------------------------------------------------------------------------
 # Write
 
@@ -250,7 +229,7 @@ def write(results, transcripts, folder):
     lines = "".join(json.dumps(row) + "\n" for row in transcripts)
     files.write_atomically(folder / "transcripts.jsonl", lines)
     label = results["method"] or results["model"] or "model"
-    metrics = compare.run_of(folder)[1]
+    metrics = compare.run_of(folder)[1] if results.get("steps") != 0 else []
     report.write({label: results}, [transcripts], folder, {label: metrics} if metrics else {})
     files.write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
@@ -307,12 +286,42 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+LEAST = {"limit": 1, "seed": 0, "max_new_tokens": 1, "samples": 0, "fidelity": 0,
+         "judge_concurrency": 1, "judge_tokens": 1, "judge_price": 0}
+BESIDE = {  # flags that are read only beside another
+    "roles": ["compare"], "reward_seconds": ["reward"], "start_model": ["fidelity"],
+    "temperature": ["samples", "noise_floor"], "judge_concurrency": ["judge"],
+    **dict.fromkeys(("judge", "judge_model", "judge_tokens", "judge_price"), ["personagym"])}
+
+
+def check(args):
+    """ValueError for flags that cannot mean what they say, or that nothing would read."""
+    usual = vars(parse([]))
+    given = {name: value for name, value in vars(args).items() if value != usual[name]}
+    for name, value in given.items():
+        flag, least = f"--{name.replace('_', '-')}", LEAST.get(name)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and not one.strip():
+                raise ValueError(f"{flag} is empty: give it a value, or leave it out")
+            if least is not None and not least <= one < math.inf:
+                raise ValueError(f"{flag} must be at least {least}, not {one}")
+        if args.compare and name not in ("compare", "roles", "out", "seed"):
+            raise ValueError(f"--compare does not read {flag}: leave it out")
+        beside = BESIDE.get(name, given)
+        if not given.keys() & beside:
+            others = " or ".join(f"--{other.replace('_', '-')}" for other in beside)
+            raise ValueError(f"{flag} does nothing without {others}")
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature must be a finite number above 0, not {args.temperature}")
+    if args.judge and not args.judge.startswith(("http://", "https://")):
+        raise ValueError(f"--judge must be a URL (http://localhost:8000/v1), not {args.judge}")
+    out = Path(args.out).absolute()
+    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
+        raise ValueError(f"--out {args.out} is, or lies in, a file: give a folder")
+
+
 def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
-    if args.fidelity < 0:
-        raise ValueError(f"--fidelity must be at least 0, not {args.fidelity}")
-    if args.judge_tokens < 1:
-        raise ValueError(f"--judge-tokens must be at least 1, not {args.judge_tokens}")
     run = compare.run_of(args.model)[0]
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
@@ -320,29 +329,36 @@ def one_arm(args):
     params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature,
                         reward=args.reward, reward_seconds=args.reward_seconds,
                         stop=tuple(trained.get("stop", ())))
-    if args.reward:
-        rewards.load_reward(args.reward)    # refused before anything is spent
-    problems = tasks.put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
-    personas = pool.load(args.personas)
+    if args.reward:                                     # refused before anything is spent
+        rewards.Rewarder(args.reward, args.reward_seconds).close()
+    personas = pool.load(args.personas, "test")
+    trained_on = tasks.is_file_of(args.task, trained.get("task"))
+    problems = tasks.load(args.task, "test", args.seed, args.limit, whole=not trained_on)
+    problems, open_questions = tasks.put(problems, prompt), pool.load_roleplay("test")
+    if args.fidelity > len(open_questions):
+        raise ValueError(f"--fidelity must be at most {len(open_questions)}, not {args.fidelity}")
+    sheets = judge.questions(args.personagym) if args.personagym else []
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    if limit >= model.c.max_positions:
+        raise ValueError(f"--max-new-tokens {limit} leaves no room for a prompt: the model has "
+                         f"{model.c.max_positions} positions")
     if args.fidelity:
         start, reader = args.start_model or trained.get("model", args.model), model
         if start != args.model:
             reader = weights.load_beside(start, tokenizer, args.dtype, args.device)
-        asked = Fidelity(pool.load_roleplay("test")[:args.fidelity], reader)
-        params = replace(params, fidelity=asked)
-    if args.personagym:
-        params = replace(params, personagym=personagym_of(args))
+        params = replace(params, fidelity=Fidelity(open_questions[:args.fidelity], reader))
+    if sheets:
+        params = replace(params, personagym=personagym_of(args, sheets))
     info = {"model": args.model, "task": args.task, "prompt": prompt, "method": "start",
             "training_seed": None} | compare.arm_of(run)
     if args.method:
         info["method"] = args.method
+    note(f"{tasks.counts(args.task, problems)}; {pool.counts(args.personas, personas)}")
     return evaluate(model, tokenizer, problems, personas, params, args.out, info)
 
 
-def personagym_of(args):
+def personagym_of(args, questions):
     """PersonaGym's questions and the judge that the flags name."""
-    questions = judge.questions(args.personagym)
     if args.judge:
         ask_judge = judge.endpoint(args.judge, args.judge_model, args.judge_concurrency,
                                    args.judge_tokens)
@@ -357,6 +373,7 @@ def main(argv=None):
     """The command line. A user's mistake is one line on stderr and exit 2, Ctrl-C exit 130."""
     args = parse(argv)
     try:
+        check(args)
         if args.compare:
             found = compare.folders(args.compare, args.out, args.roles, args.seed)
             print(compare.text(found))

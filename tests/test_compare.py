@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import compare, lottery, measures
+from evaluation import compare, lottery, measures, plots
 from tests.test_evaluate import persona_tables
 
 
@@ -249,4 +249,4 @@ def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
 
 def test_learning_curves_of_several_seeds_are_averaged_step_by_step():
     runs = [[{"step": i, "reward": base + i, "entropy": None} for i in range(n)] for base, n in ((0, 3), (1, 2))]
-    assert compare.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]
+    assert plots.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]

@@ -182,7 +182,7 @@ def test_p26_no_text_to_test_shares_its_word_trigrams_with_a_text_to_train_on(na
 
 
 def test_p26_no_text_of_any_test_pool_can_be_trained_on():
-    held_out = personas.held_out_texts()
+    held_out = {p.text for p in personas.held_out()}
     assert len(held_out) == 24 + 30 + 24
     assert all({p.text for p in personas.load(name)} <= held_out for name in TEST)
     assert not any({p.text for p in personas.load(name)} & held_out for name in TRAIN)

@@ -16,6 +16,7 @@ import evaluate
 import personas
 import tasks
 import weights
+from common.command import note
 from common.files import commit, write_atomically
 from grpo import Loss
 from model import Transformer
@@ -63,16 +64,20 @@ def read(args) -> Job:
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
                          "take another copy")
-    problems = tasks.put(tasks.load(args.task, "train", args.seed), args.prompt)
-    pool = personas.load(args.personas)
-    if tested := {p.text for p in pool} & personas.held_out_texts():
-        raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the "
-                         "evaluation's personas: give train, conflict-train, paraphrases-train, "
-                         "or a file without them")
+    problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args))
+    problems = tasks.put(problems, args.prompt)
+    pool = personas.load(args.personas, "train")
+    held_out = held_out_of(args) if args.eval_problems else None
+    tested = personas.held_out() + (held_out[1] if held_out else [])
+    if copies := personas.copies(pool, tested):
+        raise ValueError(f"--personas {args.personas} would train on {len(copies)} of the "
+                         f"evaluation's personas, such as {copies[0].name}: give train, "
+                         "conflict-train, paraphrases-train, or a file without them")
+    if held_out and (args.task + (args.eval_task or "")).endswith(".jsonl"):
+        tasks.check_disjoint(problems, held_out[0])
     n = args.group_size if personas.shares_prompt(args.mix) else 1
     sampling = SamplingParams(n, args.max_new_tokens, args.temperature, stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
-    held_out = held_out_of(args) if args.eval_problems else None
     if args.tracker:
         monitor.tracker_package(args.tracker)
     reference = start_model(args, tokenizer) if args.kl_coef else None
@@ -87,6 +92,10 @@ def read(args) -> Job:
             author = model
     if not ranks()[0]:
         wait()
+    note(f"{tasks.counts(args.task, problems)}; {personas.counts(args.personas, pool)}")
+    if held_out:
+        note(f"evaluation: {tasks.counts(args.eval_task or args.task, held_out[0])}; "
+             f"{personas.counts(args.eval_pool, held_out[1])}")
     return Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
                rewarder, held_out)
 
@@ -151,9 +160,15 @@ def run_folder(args) -> Path:
 def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
     training."""
-    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
-    speakers = personas.few(personas.load("test"), args.eval_personas)
+    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems,
+                          whole=not split_between(args))
+    speakers = personas.few(personas.load(args.eval_pool, "test"), args.eval_personas)
     return tasks.put(problems, args.prompt), speakers
+
+
+def split_between(args) -> bool:
+    """Whether one file is trained and evaluated on."""
+    return tasks.is_file_of(args.task, args.eval_task or args.task)
 
 
 def evaluated(job: Job, folder: Path, steps: int) -> dict:
@@ -171,6 +186,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
         if names == [p.name for p in speakers] and wanted.items() <= done.items():
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
+    if not steps:
+        info["method"] = "start"
     mine = None if args.reward == CORRECTNESS else args.reward
     params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
                                  reward_seconds=args.reward_seconds, stop=job.sampling.stop)

@@ -107,7 +107,9 @@ FLAGS = [
     # what is kept and said
     ("eval-task", None, "task to evaluate on (default: --task's test split)", {}),
     ("eval-problems", 50, "held-out problems before and after; 0: no evaluation", {}),
-    ("eval-personas", 9, "how many test personas, evenly from the strata", {}),
+    ("eval-pool", "test", "who speaks in the evaluation: test, conflict-test, paraphrases-test, or "
+     "a .jsonl file", {}),
+    ("eval-personas", 9, "how many of them, evenly from the strata", {}),
     ("save-every", 20, "steps between checkpoints", {}),
     ("keep", 2, "checkpoints kept", {}),
     ("async-save", False, "write checkpoints while training goes on, from a copy of the state", {}),
