@@ -68,11 +68,11 @@ def read(args) -> Job:
     problems = tasks.put(problems, args.prompt)
     pool = personas.load(args.personas, "train")
     held_out = held_out_of(args) if args.eval_problems else None
-    tested = personas.held_out() + (held_out[1] if held_out else [])
+    tested = personas.held_out() + personas.load(args.eval_pool, "test")
     if copies := personas.copies(pool, tested):
         raise ValueError(f"--personas {args.personas} would train on {len(copies)} of the "
-                         f"evaluation's personas, such as {copies[0].name}: give train, "
-                         "conflict-train, paraphrases-train, or a file without them")
+                         f"evaluation's personas, such as {copies[0].name}: give a pool without "
+                         "them (train, conflict-train, paraphrases-train), or another --eval-pool")
     if held_out and (args.task + (args.eval_task or "")).endswith(".jsonl"):
         tasks.check_disjoint(problems, held_out[0])
     n = args.group_size if personas.shares_prompt(args.mix) else 1
