@@ -65,16 +65,14 @@ def read(args) -> Job:
         raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
                          "take another copy")
     problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args))
+    held_out = held_out_of(args, problems) if args.eval_problems else None
     problems = tasks.put(problems, args.prompt)
     pool = personas.load(args.personas, "train")
-    held_out = held_out_of(args) if args.eval_problems else None
     tested = personas.held_out() + personas.load(args.eval_pool, "test")
     if copies := personas.copies(pool, tested):
         raise ValueError(f"--personas {args.personas} would train on {len(copies)} of the "
                          f"evaluation's personas, such as {copies[0].name}: give a pool without "
                          "them (train, conflict-train, paraphrases-train), or another --eval-pool")
-    if held_out and (args.task + (args.eval_task or "")).endswith(".jsonl"):
-        tasks.check_disjoint(problems, held_out[0])
     n = args.group_size if personas.shares_prompt(args.mix) else 1
     sampling = SamplingParams(n, args.max_new_tokens, args.temperature, stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
@@ -157,11 +155,14 @@ def run_folder(args) -> Path:
 # Evaluation before and after
 
 
-def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
+def held_out_of(args, trained: list[tasks.Problem],
+                ) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
-    training."""
+    training. Raises ValueError where a file asks what is trained on."""
     problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems,
                           whole=not split_between(args))
+    if ".jsonl" in f"{args.task} {args.eval_task}":
+        tasks.check_disjoint(trained, problems)
     speakers = personas.few(personas.load(args.eval_pool, "test"), args.eval_personas)
     return tasks.put(problems, args.prompt), speakers
 
