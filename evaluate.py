@@ -19,7 +19,8 @@ Behind this door, in evaluation/:
     report.py     the HTML page; plots.py draws its plots
 
 Out come `results.json` (the scores and the table of right and wrong, from which any other score can
-be computed), `transcripts.jsonl` (the answers), `report.html` and its plots as PNG.
+be computed), `transcripts.jsonl` (the answers), `report.html` and its plots as PNG. All fields are
+defined in docs/formats.md.
 
 Left out: multiple choice by log-likelihood, and tasks without one verifiable answer.
 """
@@ -334,6 +335,8 @@ def one_arm(args):
     personas = pool.load(args.personas, "test")
     trained_on = tasks.is_file_of(args.task, trained.get("task"))
     problems = tasks.load(args.task, "test", args.seed, args.limit, whole=not trained_on)
+    if trained_on and not tasks.is_file_of(args.task, trained.get("eval_task") or args.task):
+        note(f"warning: the model was trained on all of {args.task}")
     problems, open_questions = tasks.put(problems, prompt), pool.load_roleplay("test")
     if args.fidelity > len(open_questions):
         raise ValueError(f"--fidelity must be at most {len(open_questions)}, not {args.fidelity}")

@@ -142,7 +142,8 @@ def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"task": "u"}, r"differ in 'task' \(t and u\)$"), ({"items": []}, "in 'items'$"), ({"personas": []}, "'personas'$"),
+    ({"task": "u"}, r"differ in 'task' \(t and u\)$"), ({"items": []}, "in 'items'$"),
+    ({"personas": []}, "in 'personas'$"),
     ({"max_new_tokens": 9}, r"'max_new_tokens' \(8 and 9\)"), ({"reward": "a:b"}, r"'reward' \(None and a:b\)"),
     ({"problems": "1"}, "'problems'"), ({"pool": "1"}, "'pool'"), ({"stop": ["\n"]}, "'stop'"),
     ({"trained": {"reward": "a:b"}}, "training's 'reward'"), ({"trained": {"task": "u"}}, "training's 'task'"),

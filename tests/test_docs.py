@@ -122,13 +122,13 @@ def made(tiny_folder, tmp_path_factory):
     assert train.main(["--model", model, "--out", str(top / "run"), *reward, *short, *few]) == 0
     sheets = [{"persona": who, "questions": {"Toxicity": ["w3"], "Expected Action": ["w4"]}} for who in ("w5", "w6")]
     (top / "gym.jsonl").write_text("".join(json.dumps(sheet) + "\n" for sheet in sheets))
-    assert evaluate.main(["--model", str(top / "run/model"), "--out", str(top / "all"), "--limit", "3", "--samples", "2",
-                          "--noise-floor", "--fidelity", "1", "--personagym", str(top / "gym.jsonl"), "--judge-model",
-                          model, *reward, *short]) == 0
+    whole = ["--samples", "2", "--noise-floor", "--fidelity", "1", "--personagym", str(top / "gym.jsonl")]
+    assert evaluate.main(["--model", str(top / "run/model"), "--out", str(top / "all"), "--limit", "3", *whole,
+                          "--judge-model", model, *reward, *short]) == 0
     (top / "pairs.jsonl").write_text('{"gold": "1", "answer": "1", "question": "?"}')
     with rewards.Verifier() as verifier:
         pairs = list(rewards.judged_rows(str(top / "pairs.jsonl"), verifier))
-    results = [json.loads((folder / "results.json").read_text()) for folder in (top / "run/evaluation/after", top / "all")]
+    results = [json.loads((top / folder / "results.json").read_text()) for folder in ("run/evaluation/after", "all")]
     assert results[0]["trained"]["personas"] == "train"
     read = inspect.getsource(tasks.from_row) + inspect.getsource(tasks.from_file)
     return {"Problems": set(re.findall(r'row\.get\("(\w+)"', read)),

@@ -487,8 +487,9 @@ def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(em
     (["--seed", "-1"], "at least 0"), (["--fidelity", "65"], "at most 64"), (["--start-model", "x"], "--fidelity"),
     (["--model", ""], "--model is empty"), (["--method", " "], "--method is empty"), (["--reward", ""], "is empty"),
     (["--reward", "nothing"], "module:function"), (["--reward-seconds", "5"], "without --reward"),
-    (["--reward", "rewards:correctness", "--reward-seconds", "nan"], "above 0"), (["--judge-price", "0", "nan"], "price"),
-    (["--judge-concurrency", "0"], "at least 1"), (["--judge", "http://x"], "--judge does nothing without --personagym"),
+    (["--reward", "rewards:correctness", "--reward-seconds", "nan"], "above 0"),
+    (["--judge-price", "0", "nan"], "--judge-price must be"),
+    (["--judge-concurrency", "0"], "at least 1"), (["--judge", "http://x"], "--judge does nothing without"),
     (["--judge-model", "x"], "--personagym"), (["--judge", "x", "--personagym", "no.jsonl"], "must be a URL"),
     (["--personagym", "no.jsonl"], "no file no.jsonl"), (["--personagym", ""], "--personagym is empty"),
     (["--task", "aritmetic"], "did you mean arithmetic"), (["--personas", "tset"], "no personas called 'tset'"),
@@ -520,15 +521,17 @@ def test_a_users_files_are_evaluated_whole_and_the_file_of_the_run_only_where_it
                            for i, split in ((7, "train"), (8, "test"), (9, "test"))))
     held_out = [problem.id for problem in tasks.load(str(task), "test")]
     assert 0 < len(held_out) < 20
-    for trained, ids in (("arithmetic", [str(i) for i in range(1, 21)]), (str(task), held_out)):
-        settings = {"method": "permix", "seed": 0, "task": trained}
+    warning = f"warning: the model was trained on all of {task}\n"
+    for trained, other, ids, said in (("arithmetic", None, [str(i) for i in range(1, 21)], ""),
+                                      (str(task), None, held_out, ""), (str(task), "x.jsonl", held_out, warning)):
+        settings = {"method": "permix", "seed": 0, "task": trained, "eval_task": other}
         (tmp_path / "run/config.json").write_text(json.dumps({"settings": settings}))
         (tmp_path / "run/metrics.jsonl").touch()
-        assert evaluate.main(["--model", str(tmp_path / "run/model"), "--task", str(task), "--personas", str(who), "--out",
-                              str(tmp_path / "out"), "--max-new-tokens", "2", "--dtype", "float32"]) == 0
+        assert evaluate.main(["--model", str(tmp_path / "run/model"), "--task", str(task), "--personas", str(who),
+                              "--out", str(tmp_path / "out"), "--max-new-tokens", "2", "--dtype", "float32"]) == 0
         results = json.loads((tmp_path / "out/results.json").read_text())
         assert [item["id"] for item in results["items"]] == ids and list(results["correct"]) == ["none", "w8", "w9"]
-        assert capsys.readouterr().err == (f"{task}: {len(ids)} problems, golds: {len(ids)} text; "
+        assert capsys.readouterr().err == (f"{said}{task}: {len(ids)} problems, golds: {len(ids)} text; "
                                            f"{who}: 2 personas, 2 x\n")
 
 

@@ -747,7 +747,8 @@ def test_files_of_ones_own_are_trained_and_evaluated_on_whole_or_split_between_t
     for more, sizes in ((["--eval-task", b], (20, 20)), ([], (15, 5)), (["--eval-task", a], (15, 5))):
         job = train.read(arguments(tiny_folder, *flags, *more))
         assert (len(job.problems), len(job.held_out[0])) == sizes
-        assert [p.name for p in job.pool] == ["w4", "w6", "w8"] and [p.name for p in job.held_out[1]] == ["w3", "w5", "w7"]
+        assert [[p.name for p in pool] for pool in (job.pool, job.held_out[1])] == [["w4", "w6", "w8"],
+                                                                                   ["w3", "w5", "w7"]]
         said = capsys.readouterr().err
         assert f"{a}: {sizes[0]} problems, golds: {sizes[0]} text; {who}: 3 personas, 3 x\nevaluation: " in said
 

@@ -105,7 +105,8 @@ FLAGS = [
     ("overlap", False, "sample a step's batch while the one before is trained on, with a copy of "
      "the weights: one step off-policy, corrected", {}),
     # what is kept and said
-    ("eval-task", None, "task to evaluate on (default: --task's test split)", {}),
+    ("eval-task", None, "task to evaluate on; a file is used whole (default: --task's test split)",
+     {}),
     ("eval-problems", 50, "held-out problems before and after; 0: no evaluation", {}),
     ("eval-pool", "test", "who speaks in the evaluation: test, conflict-test, paraphrases-test, or "
      "a .jsonl file", {}),
