@@ -613,11 +613,21 @@ def test_personagym_is_read_in_both_of_its_forms(tmp_path):
         assert [(r["persona"], r["task"], r["question"]) for r in judge.questions(path)] == want
     less = json.dumps({"persona": "x", "questions": {"Toxicity": ["q"]}}) + "\n" + json.dumps(
         {"persona": "y", "questions": sheet})
-    for bad, said in ((json.dumps({"persona": "x", "questions": {"Chess": ["q"]}}), "Chess"), ('{"name": "x"}', "1:"),
-                      ("[1]", "1:"), (less, "'x' has no question of Expected Action")):
+    for bad, said in ((json.dumps({"persona": "x", "questions": {"Chess": ["q"]}}), "Chess"), ("", "holds no question"),
+                      ('{"name": "x"}', "line 1: no questions"), ('{"questions": {}}', "line 1: no name"),
+                      ("[1]", "line 1: not an object"),
+                      ('{"persona": 3, "questions": {}}', "line 1: no name"),
+                      ('{"persona": "x", "questions": ["q"]}', "line 1: no questions"),
+                      ('{"persona": "x", "questions": {"Toxicity": [" "]}}', "line 1: Toxicity must be a list"),
+                      ('{"persona": "x", "questions": {"Toxicity": "q"}}', "line 1: Toxicity must be a list"),
+                      ('{"persona": "x", "questions": {"Toxicity": ["\\udc00"]}}', "line 1: half a character"),
+                      (less, "'x' has no question of Expected Action")):
         (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(ValueError, match=said):
             judge.questions(tmp_path / "bad.jsonl")
+    (tmp_path / "a cook.json").write_text("{")
+    with pytest.raises(ValueError, match="a cook.json: not JSON"):
+        judge.questions(tmp_path)
 
 
 @pytest.mark.skipif(not GYM.exists(), reason="shared/data is absent")

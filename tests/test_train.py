@@ -627,7 +627,8 @@ def torchrun(folder, out, *more, reward="tests.test_train:word_reward", nproc=2)
 def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
     flags = ["--steps", "1", "--max-grad-norm", "1e9", "--prompts", "4", "--eval-problems", "3", "--eval-personas", "3"]
     assert run(tiny_folder, tmp_path / "one", *flags) == 0
-    assert torchrun(tiny_folder, tmp_path / "two", *flags, nproc=nproc).returncode == 0
+    done = torchrun(tiny_folder, tmp_path / "two", *flags, nproc=nproc)
+    assert done.returncode == 0 and done.stderr.count("golds: ") == 2       # of rank 0 alone
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert one["reward"] == two["reward"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
     for name, tensor in tensors(tmp_path / "one").items():
@@ -801,7 +802,12 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     teacher = shutil.copytree(tiny_folder, tmp_path / "teacher")
     text = (teacher / "tokenizer.json").read_text()
     (teacher / "tokenizer.json").write_text(text.replace('"w50"', '"other"'))
-    (tmp_path / "mine.jsonl").write_text(json.dumps(vars(train.personas.load("test")[3])))
+    near = vars(train.personas.load("test")[3]) | {"split": "train"}
+    near["text"] = near["text"].upper().replace(" ", "  ").rstrip(".")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(near))
+    (tmp_path / "a.jsonl").write_text('{"question": "w3 w4?", "answer": "w5"}')
+    (tmp_path / "b.jsonl").write_text('{"question": " W3 w4", "answer": "w5"}')
+    evaluates = ["--eval-problems", "1"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     long, unread = tmp_path / "long.jsonl", tmp_path / "unread.jsonl"
     ask = json.dumps({"question": "w3", "answer": "7"}) + "\n"
@@ -809,6 +815,9 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     unread.write_text(3 * ask.replace("7", r"\\frac{1}{"))
     for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
                         (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
+                        ([*evaluates, "--eval-pool", "train"], "144 of the evaluation's personas, such as"),
+                        ([*evaluates, "--task", str(tmp_path / "a.jsonl"), "--eval-task", str(tmp_path / "b.jsonl")],
+                         "1 of the evaluation's 1 questions are trained on"),
                         (["--personas", "conflict-test"], "30 of the evaluation's personas"),
                         (["--personas", "paraphrases-test"], "24 of the evaluation's personas"),
                         (["--tracker", "wandb"], "pip install wandb"),
@@ -817,7 +826,7 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
                         (["--anchor-coef", "0.1", "--anchor-tokens", "500"], "--anchor-tokens 500"),
                         (["--task", str(unread), "--reward", "rewards:correctness"], "can be correct"),
                         (["--reward", "tests.test_train:no_reward"], "no_reward failed on problem"),
-                        (["--eval-problems", "3", "--eval-personas", "25"], "there are 24"),
+                        (["--eval-problems", "3", "--eval-personas", "25"], "test has 24"),
                         (["--memory", "1e-9"], "too little")):
         assert run(tiny_folder, tmp_path / "run", *flags) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -881,6 +890,29 @@ def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(ti
                      for when in ("before", "after"))
     assert before["items"] == after["items"] and len(after["items"]) == 3 and before["steps"] == 0
     assert before["max_new_tokens"] == after["max_new_tokens"] == 5
+    assert (before["method"], after["method"]) == ("start", "permix")
+    for when, title in (("before", "before training: "), ("after", "permix after 2 steps: ")):
+        page = (tmp_path / "run" / "evaluation" / when / "report.html").read_text()
+        assert f"<title>{title}" in page and ("permix" in page.split("<footer>")[0]) == (when == "after")
+        assert "no system prompt" not in page and "own system prompt, if any" in page
+
+
+def test_files_of_ones_own_are_trained_and_evaluated_on_whole_or_split_between_them(tiny_folder, tmp_path, capsys):
+    for name, first in (("a", 3), ("b", 23)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"question": f"w{i} w{i + 1}?", "answer": f"w{i}"}) + "\n" for i in range(first, first + 20)))
+    (tmp_path / "who.jsonl").write_text("".join(
+        json.dumps({"name": f"w{i}", "text": f"w{i}.", "stratum": "x", "split": ("train", "test")[i % 2]}) + "\n"
+        for i in range(3, 9)))
+    a, b, who = (str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "who"))
+    flags = ["--task", a, "--personas", who, "--eval-pool", who, "--eval-problems", "50"]
+    for more, sizes in ((["--eval-task", b], (20, 20)), ([], (15, 5)), (["--eval-task", a], (15, 5))):
+        job = train.read(arguments(tiny_folder, *flags, *more))
+        assert (len(job.problems), len(job.held_out[0])) == sizes
+        assert [[p.name for p in pool] for pool in (job.pool, job.held_out[1])] == [["w4", "w6", "w8"],
+                                                                                   ["w3", "w5", "w7"]]
+        said = capsys.readouterr().err
+        assert f"{a}: {sizes[0]} problems, golds: {sizes[0]} text; {who}: 3 personas, 3 x\nevaluation: " in said
 
 
 def test_a_resumed_run_takes_no_step_back_and_samples_ahead_only_corrected(tiny_folder, tmp_path, capsys):
@@ -925,7 +957,8 @@ def test_a_run_without_one_finite_step_does_not_end_well(tiny_folder, tmp_path, 
 
 
 def test_weights_that_have_become_infinite_are_not_saved(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Policy, "step", lambda self, max_norm: self.parameters[0].data.fill_(math.inf).sum().sign().item())
+    monkeypatch.setattr(Policy, "step", lambda self, max_norm:
+                        self.parameters[0].data.fill_(math.inf).sum().sign().item())
     assert run(tiny_folder, tmp_path / "run") == 2
     assert "no longer finite" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
 

@@ -1,7 +1,7 @@
 """What a run says of itself: metrics, samples to read, where its time goes, warnings, trackers.
 
-metrics.jsonl comes first: a line a step, written before anything else looks at it. Left out:
-dashboards.
+metrics.jsonl comes first: a line a step, written before anything else looks at it. Its keys are
+defined in docs/formats.md. Left out: dashboards.
 """
 
 import importlib

@@ -14,6 +14,7 @@ import evaluate
 import personas
 import tasks
 import weights
+from common.command import note
 from common.files import commit, write_atomically
 from grpo import Loss
 from model import Transformer
@@ -22,11 +23,11 @@ from rollout import Sampler, SamplingParams
 from training import monitor
 from training.anchor import Anchor
 from training.checkpoints import finished
+from training.checks import check, check_weights
 from training.minibatches import micro_tokens_for
 from training.policy import ranks, wait
 from training.settings import loss_of
 from training.stop import Stop
-from verifier.verdict import gold_kind
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,18 @@ def read(args) -> Job:
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     check_weights(args.model, model)
-    problems = tasks.put(tasks.load(args.task, "train", args.seed), args.prompt)
-    pool = personas.load(args.personas)
-    if tested := {p.text for p in pool} & personas.held_out_texts():
-        raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the "
-                         "evaluation's personas: give train, conflict-train, paraphrases-train, "
-                         "or a file without them")
+    problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args))
+    held_out = held_out_of(args, problems) if args.eval_problems else None
+    problems = tasks.put(problems, args.prompt)
+    pool = personas.load(args.personas, "train")
+    tested = personas.held_out() + personas.load(args.eval_pool, "test")
+    if copies := personas.copies(pool, tested):
+        raise ValueError(f"--personas {args.personas} would train on {len(copies)} of the "
+                         f"evaluation's personas, such as {copies[0].name}: give a pool without "
+                         "them (train, conflict-train, paraphrases-train), or another --eval-pool")
     n = args.group_size if personas.shares_prompt(args.mix) else 1
     sampling = SamplingParams(n, args.max_new_tokens, args.temperature, stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
-    held_out = held_out_of(args) if args.eval_problems else None
     if args.tracker:
         monitor.tracker_package(args.tracker)
     reference = start_model(args, tokenizer) if args.kl_coef else None
@@ -102,50 +105,11 @@ def read(args) -> Job:
     check(job)
     if not ranks()[0]:
         wait()
+    note(f"{tasks.counts(args.task, problems)}; {personas.counts(args.personas, pool)}")
+    if held_out:
+        note(f"evaluation: {tasks.counts(args.eval_task or args.task, held_out[0])}; "
+             f"{personas.counts(args.eval_pool, held_out[1])}")
     return job
-
-
-def check_weights(name: str, model: Transformer) -> None:
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"the weights of {name} are not all finite: it is broken, "
-                         "take another copy")
-
-
-def check(job: Job) -> None:
-    """Raises ValueError for what would only be found at some step: prompts that are too long, golds
-    that nothing matches, a reward of the user's that fails on its first call."""
-    args, speakers = job.args, job.pool if job.args.persona_prob else []
-    check_room(job, job.problems, speakers, "max_new_tokens")
-    if job.held_out:
-        check_room(job, *job.held_out, "max_new_tokens")
-    if args.anchor_coef:
-        questions = [tasks.Problem(text, "", repr(text), "")
-                     for text in personas.load_roleplay("train")]
-        check_room(job, questions, job.pool, "anchor_tokens")
-    if args.reward != CORRECTNESS:
-        first = job.problems[0]
-        job.rewarder.submit(first, first.answer, speakers[0] if speakers else None).result()
-    elif all(gold_kind(p.answer)[0] == "unreadable" for p in job.problems):
-        raise ValueError(f"no answer to {args.task} can be correct: none of its golds can be read, "
-                         f"like {job.problems[0].answer[:60]!r} of problem {job.problems[0].id}")
-
-
-def check_room(job: Job, problems: list, speakers: list, limit: str) -> None:
-    """Raises ValueError where a question under the longest persona leaves no room for an answer.
-
-    limit: the setting that says how long an answer may be.
-    """
-    persona = max(speakers, key=lambda p: len(p.text), default=None)
-    new_tokens, positions = getattr(job.args, limit), job.model.c.max_positions
-    around = len(personas.prompt_ids(job.tokenizer, "", persona))
-    for problem in problems:
-        if around + len(problem.question.encode()) + new_tokens <= positions:
-            continue                                    # a token is at least a byte
-        count = len(personas.prompt_ids(job.tokenizer, problem.question, persona))
-        if count + new_tokens > positions:
-            raise ValueError(f"the prompt of problem {problem.id} has up to {count} tokens; with "
-                             f"--{limit.replace('_', '-')} {new_tokens} that exceeds the model's "
-                             f"{positions} positions: shorten either")
 
 
 def start_model(args, tokenizer) -> Transformer:
@@ -222,14 +186,24 @@ def resumed(out: Path, settings: dict) -> list[dict]:
 # Evaluation before and after
 
 
-def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
+def held_out_of(args, trained: list[tasks.Problem],
+                ) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
-    training."""
-    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
-    pool = personas.load("test")
-    if args.eval_personas > len(pool):
-        raise ValueError(f"--eval-personas {args.eval_personas}: there are {len(pool)}")
-    return tasks.put(problems, args.prompt), personas.few(pool, args.eval_personas)
+    training. Raises ValueError where a file asks what is trained on."""
+    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems,
+                          whole=not split_between(args))
+    if ".jsonl" in f"{args.task} {args.eval_task}":
+        tasks.check_disjoint(trained, problems)
+    pool = personas.load(args.eval_pool, "test")
+    count = args.eval_personas or min(9, len(pool))
+    if count > len(pool):
+        raise ValueError(f"--eval-personas {count}: {args.eval_pool} has {len(pool)}")
+    return tasks.put(problems, args.prompt), personas.few(pool, count)
+
+
+def split_between(args) -> bool:
+    """Whether one file is trained and evaluated on."""
+    return tasks.is_file_of(args.task, args.eval_task or args.task)
 
 
 def evaluated(job: Job, folder: Path, steps: int) -> dict:
@@ -247,6 +221,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
         if names == [p.name for p in speakers] and wanted.items() <= done.items():
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
+    if not steps:
+        info["method"] = "start"
     mine = None if args.reward == CORRECTNESS else args.reward
     params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
                                  reward_seconds=args.reward_seconds, stop=job.sampling.stop)

@@ -111,9 +111,13 @@ FLAGS = [
     ("overlap", False, "sample a step's batch while the one before is trained on, with a copy of "
      "the weights: one step off-policy, corrected", {}),
     # what is kept and said
-    ("eval-task", None, "task to evaluate on (default: --task's test split)", {}),
+    ("eval-task", None, "task to evaluate on; a file is used whole (default: --task's test split)",
+     {}),
     ("eval-problems", 50, "held-out problems before and after; 0: no evaluation", {}),
-    ("eval-personas", 9, "how many test personas, evenly from the strata", {}),
+    ("eval-pool", "test", "who speaks in the evaluation: test, conflict-test, paraphrases-test, or "
+     "a .jsonl file", {}),
+    ("eval-personas", None, "how many of them, evenly from the strata (default: 9, or all)",
+     {"type": int}),
     ("save-every", 20, "steps between checkpoints", {}),
     ("keep", 2, "checkpoints kept", {}),
     ("async-save", False, "write checkpoints while training goes on, from a copy of the state", {}),
