@@ -75,7 +75,7 @@ def arguments(folder, *more):
 
 def one_batch(folder, *more):
     """A job and a batch with unlike rewards, as the loop makes them: 4 problems, over all ranks."""
-    job = train.read(arguments(folder, "--prompts", "4", *more))
+    job = train.anchored(train.read(arguments(folder, "--prompts", "4", *more)))
     with job.rewarder:
         return job, next(train.rollouts(job, 0))[0]
 
@@ -85,8 +85,10 @@ def step_on(job, batch, learning_rate=1e-3) -> dict:
     return train.learn(Policy(job.model, learning_rate, 0), batch, job, 0)
 
 
-def gradients_of(job, batch) -> list[torch.Tensor]:
-    """The whole gradient of each optimizer step on a batch, as the optimizer would meet it; no weight moves."""
+def gradients_of(job, batch, scale: float = 1.0) -> list[torch.Tensor]:
+    """The whole gradient of each optimizer step on a batch, as the optimizer would meet it.
+
+    In place of such a step the last norm's weight is multiplied by `scale`."""
     policy, found = Policy(job.model, 1e-3, 0), []
 
     def step(max_norm):
@@ -94,6 +96,7 @@ def gradients_of(job, batch) -> list[torch.Tensor]:
         found.append(torch.cat([whole(m.grad).flatten() for m in policy.masters]).double())
         for m in policy.masters:
             m.grad = None
+        policy.model.norm.weight.detach().mul_(scale)
         return 0.0
 
     policy.step = step
