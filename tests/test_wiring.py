@@ -6,10 +6,8 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import replace
 from functools import cache
 from operator import attrgetter
-from pathlib import Path
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -22,14 +20,14 @@ import grpo
 import personas
 import tasks
 import train
-import training.overlap
+import training.minibatches
 import training.run
 import weights
 from evaluation import fidelity
 from model import completion_hidden, pack
 from rollout import Sampler
 from tests.conftest import SIZES
-from tests.test_train import FAST, REWARD, arguments, gradients_of, one_batch, step_on
+from tests.test_train import arguments, gradients_of, one_batch, step_on
 from training import anchor, monitor
 from training.policy import Policy
 from training.settings import FLAGS
@@ -75,7 +73,7 @@ def plain(folder, scale: float = 1.0):
 
 
 def read_out(model, rows, temperature):
-    """[(log-probs [L], entropies [L])] of each (prompt, completion): right-padded, which a causal model does not see."""
+    """[(log-probs [L], entropies [L])] of each (prompt, completion): right-padded, where a causal model does not look."""
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.tensor([prompt + completion + [0] * (longest - len(prompt) - len(completion))
                         for prompt, completion in rows])
@@ -192,3 +190,342 @@ def test_the_gradient_of_each_optimizer_step_is_that_of_the_papers_formula(tiny_
                                     [parameters[f"model.{name}"] for name in names])
         exact = torch.cat([g.flatten() for g in exact])
         assert (gradient - exact).norm() <= DISTANCE * exact.norm() > 0
+
+
+def test_the_gap_that_is_logged_is_the_mean_distance_of_both_log_probs(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--temperature", "0.6")
+    for completion in batch.completions:
+        completion.logprobs = [x + (-0.1) ** (t % 2) * 0.1 ** ((t + 1) % 2) for t, x in enumerate(completion.logprobs)]
+    assert step_on(job, batch)["sampler_trainer_gap"] == pytest.approx(0.1, abs=1e-5)
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+def zero_reward(problem, text: str, *, persona=None) -> float:
+    return 0.0
+
+
+# a flag: its value here, where it acts (what is called, with which argument), and what it is there
+ARRIVALS = {
+    "method": ("permix", "learn", "job.imitates", False), "seed": ("3", "batch", "seed", 3),
+    "task": ("facts", "load_task", "task", "facts"), "steps": ("2", "learn", "step", 1),
+    "persona-prob": ("0.9", "mix", "prob", 0.9), "mix": ("rollout", "mix", "mode", "rollout"),
+    "personas": ("conflict-train", "load_personas", "which", "conflict-train"), "prompts": ("3", "batch", "size", 3),
+    "group-size": ("2", "mix", "group_size", 2), "max-new-tokens": ("5", "generate", "params.max_tokens", 5),
+    "temperature": ("0.9", "micro_loss", "temperature", 0.9), "stop": ("w9", "generate", "params.stop", ("w9",)),
+    "prompt": ("cot", "put", "prompt", "cot"), "dynamic-sampling": ("1", "batch", "rounds", 2),
+    "reward": ("tests.test_wiring:zero_reward", "Rewarder", "spec", "tests.test_wiring:zero_reward"),
+    "reward-seconds": ("7", "Rewarder", "time_limit_s", 7), "truncated": ("mask", "truncation", "policy", "mask"),
+    "overlong-buffer": ("2", "overlong_penalty", "buffer", 2), "loss": ("cispo", "micro_loss", "loss.name", "cispo"),
+    "advantage": ("rloo", "group_advantages", "kind", "rloo"), "clip-low": ("0.9", "micro_loss", "loss.clip_low", 0.9),
+    "normaliser": ("constant", "token_weights", "kind", "constant"), "kl": ("k2", "kl", "kind", "k2"),
+    "clip-high": ("3", "micro_loss", "loss.clip_high", 3), "correction": ("mask", "sampler_correction", "kind", "mask"),
+    "kl-coef": ("0.1", "micro_loss", "loss.kl_coef", 0.1), "warmup": ("3", "Policy", "warmup", 3),
+    "entropy-coef": ("0.02", "micro_loss", "loss.entropy_coef", 0.02), "shard": ("1", "Policy", "shard", 1),
+    "anchor-coef": ("0.3", "learn", "job.args.anchor_coef", 0.3), "anchor-count": ("2", "packed", "answers", 2),
+    "anchor-answers": ("3", "generate", "answers", 3), "anchor-tokens": ("4", "generate", "params.max_tokens", 4),
+    "learning-rate": ("2e-3", "Policy", "learning_rate", 2e-3), "max-grad-norm": ("0.5", "optimize", "max_norm", 0.5),
+    "inner-epochs": ("2", "optimize", "number", 8), "minibatches": ("2", "optimize", "number", 8),
+    "dtype": ("bfloat16", "Policy", "model.dtype", torch.bfloat16), "device": ("cpu", "load_model", "device", "cpu"),
+    "micro-tokens": ("300", "chunks", "limit", 300), "recompute": (None, "Policy", "model.checkpointing", True),
+    "slots": ("5", "Sampler", "slots", 5), "no-cuda-graphs": (None, "Sampler", "cuda_graphs", False),
+    "eval-task": ("arithmetic", "load_task", "task", "arithmetic"), "eval-problems": ("4", "load_task", "limit", 4),
+    "eval-personas": ("3", "few", "count", 3), "save-every": ("1", "save", "step", 1),
+    "keep": ("7", "Checkpoints", "keep", 7), "async-save": (None, "Checkpoints", "background", True),
+    "progress": (None, "tqdm", "disable", False),
+}
+ELSEWHERE = {"model", "out", "resume", "overlap", "teacher", "memory", "tracker", "profile", "kl-in", "dual-clip"}
+
+
+def spy(monkeypatch, seen, owner, name, known_as=None):
+    """Keeps the arguments of each call by name; the calls go through."""
+    original = getattr(owner, name)
+    signature = inspect.signature(original)
+
+    def call(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls = seen[known_as or name]
+        told = bound.arguments | bound.kwargs
+        calls.append(SimpleNamespace(**told, number=len(calls) + 1))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_folder, tmp_path_factory):
+    """All calls of a run with a distinct value of each flag that goes with the others."""
+    seen = defaultdict(list)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in ((train, ("learn", "micro_loss", "Policy", "Checkpoints")), (tasks, ("batch", "put")),
+                             (personas, ("mix", "few")), (training.run, ("Rewarder",)),
+                             (monitor, ("tqdm",)),
+                             (grpo, ("truncation", "overlong_penalty", "group_advantages", "token_weights", "kl",
+                                     "sampler_correction")), (train.Checkpoints, ("save",))):
+            for name in names:
+                spy(patch, seen, owner, name)
+        spy(patch, seen, tasks, "load", "load_task")
+        spy(patch, seen, personas, "load", "load_personas")
+        spy(patch, seen, weights, "load", "load_model")
+        spy(patch, seen, Sampler, "generate")
+        spy(patch, seen, Sampler, "__init__", "Sampler")
+        spy(patch, seen, Policy, "step", "optimize")
+        spy(patch, seen, training.minibatches, "chunks")
+        spy(patch, seen, anchor, "pack", "packed")
+        flags = [x for name, (value, *_) in ARRIVALS.items() for x in (f"--{name}", value) if x is not None]
+        out = tmp_path_factory.mktemp("seen") / "run"
+        assert train.main(["--model", str(tiny_folder), "--out", str(out), *flags]) == 0
+    for call in seen["generate"]:
+        call.answers = len(call.prompts)
+    for call in seen["packed"]:
+        call.answers = len(call.groups)
+    return seen
+
+
+@pytest.mark.parametrize("flag", ARRIVALS)
+def test_p29_a_flag_arrives_where_it_acts(seen, flag):
+    _, where, argument, value = ARRIVALS[flag]
+    assert value in [attrgetter(argument)(call) for call in seen[where]]
+
+
+def test_p29_every_flag_is_one_whose_arrival_is_tested():
+    """Those of ELSEWHERE by the cases above (kl-in, dual-clip), by the test below, or by what they do."""
+    assert {name for name, *_ in FLAGS} == ARRIVALS.keys() | ELSEWHERE
+
+
+def test_the_teacher_writes_what_distill_learns(tiny_folder, tmp_path):
+    model, tokenizer = weights.load(str(tiny_folder), "float32")
+    model.norm.weight.detach().mul_(0.5)
+    weights.save(model, tokenizer, tmp_path / "teacher")
+    job, batch = one_batch(tiny_folder, "--method", "distill", "--teacher", str(tmp_path / "teacher"), "--temperature",
+                           "1", "--kl-coef", "0.1")
+    assert torch.equal(job.author.norm.weight, model.norm.weight) and job.reference is not job.author
+    for group, written in zip(batch.groups, batch.completions[::4], strict=True):
+        logprobs = train.completion_logprobs(model, pack([group], model))[0].tolist()
+        assert logprobs[:len(written.tokens)] == pytest.approx(written.logprobs, abs=1e-4)
+
+
+# -- the rows of a roll-out ------------------------------------------------------------------------------------------
+
+
+def name_reward(problem, text: str, *, persona=None) -> float:
+    """Another number for each problem, text and persona."""
+    return crc32(f"{problem.id}|{text}|{persona and persona.name}".encode()) % 1000 / 1000
+
+
+@pytest.fixture(scope="session")
+def wordy(embedded, tmp_path_factory):
+    """The folder of a tiny random model behind the embedded model's tokenizer: prompts that can be read."""
+    folder, tokenizer = tmp_path_factory.mktemp("wordy"), embedded[1]
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model("llama", **sizes | {"tie_word_embeddings": True})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("more", [["--mix", "prompt"], ["--mix", "rollout", "--prompt", "cot"], ["--prompt", "short"],
+                                  ["--method", "sft", "--temperature", "1"], ["--dynamic-sampling", "1"]])
+def test_p16_p27_each_row_has_its_own_question_persona_text_and_reward(wordy, more):
+    """Few slots: completions finish out of order."""
+    rho = ["--persona-prob", "0.5"]
+    job, batch = one_batch(wordy, "--slots", "3", *rho, *more, "--reward", "tests.test_wiring:name_reward")
+    style = more[more.index("--prompt") + 1] if "--prompt" in more else "plain"
+    asked = {p.id: p for p in tasks.load("arithmetic", "train", 0)}
+    B, G = batch.rewards.shape
+    prompts = [prompt for prompt, group in batch.groups for _ in group]
+    texts = [job.tokenizer.decode(ids, skip_special_tokens=True) for _, group in batch.groups for ids in group]
+    assert B == len(batch.problems) == len(batch.personas) and len(prompts) == B * G
+    assert texts == batch.texts and [c.tokens for c in batch.completions] == [c for _, g in batch.groups for c in g]
+    speakers = [persona for row in batch.personas for persona in row]
+    assert None in speakers and any(speakers)
+    for i, persona in enumerate(speakers):
+        problem, prompt = batch.problems[i // G], job.tokenizer.decode(prompts[i])
+        question = tasks.PROMPTS[style].format(question=asked[problem.id].question)
+        assert problem.answer == asked[problem.id].answer and question in prompt
+        assert [p for p in personas.load("train") if p.text in prompt] == ([persona] if persona else [])
+        assert batch.rewards[i // G, i % G].item() == pytest.approx(name_reward(problem, texts[i], persona=persona))
+        if job.imitates:                                # the gold answer, and where it ends
+            assert texts[i] == f"The answer is {problem.answer}."
+            assert batch.completions[i].tokens[-1] == job.tokenizer.eos_token_id
+
+
+def test_p26_the_evaluation_asks_test_problems_of_test_personas_as_training_asks_its_own(tiny_folder):
+    job = train.read(arguments(tiny_folder, "--eval-problems", "7", "--eval-personas", "5", "--prompt", "cot"))
+    problems, speakers = job.held_out
+    assert problems == tasks.put(tasks.load("arithmetic", "test", 0, 7), "cot")
+    assert len(speakers) == 5 and {p.text for p in speakers} < {p.text for p in personas.load("test")}
+    assert not {p.id for p in problems} & {p.id for p in job.problems}
+    assert not {p.text for p in speakers} & {p.text for p in job.pool}
+
+
+def test_the_sampler_gets_the_temperature_and_another_seed_in_each_step_round_and_run(tiny_folder, monkeypatch):
+    calls = defaultdict(list)
+    spy(monkeypatch, calls, Sampler, "generate")
+    for seed in ("0", "1"):
+        args = arguments(tiny_folder, "--dynamic-sampling", "2", "--temperature", "0.6", "--seed", seed, "--steps", "3",
+                         "--reward", "tests.test_train:flat_reward")
+        job = train.read(args)
+        with job.rewarder:
+            list(train.rollouts(job, 0))
+    calls = calls["generate"]
+    assert len(calls) == len({call.params.seed for call in calls}) == 2 * 3 * 3
+    for call in calls:
+        assert call.params.temperature == 0.6 and call.params.n == 4 and call.params.top_p == 1
+        assert len(set(call.keys)) == len(call.prompts)
+
+
+def test_p15_a_step_samples_from_the_weights_that_the_step_before_has_left(tiny_folder):
+    """On one problem, at the lengths of bf16: its log-probs are those of the new weights, not of the old."""
+    for dtype, close in (("float32", 1e-4), ("bfloat16", 0.1)):
+        job = train.read(arguments(tiny_folder, "--dtype", dtype, "--steps", "2"))
+        policy = Policy(job.model, 0.05, 0)
+        with job.rewarder:
+            batches = train.rollouts(job, 0)
+            for step in (0, 1):
+                batch, lag = next(batches)
+                assert lag == 0 and train.learn(policy, batch, job, step)["sampler_trainer_gap"] <= close
+
+
+# -- the anchor ------------------------------------------------------------------------------------------------------
+
+
+def anchored(folder, *more):
+    """A job whose anchor is prepared and whose model has then moved, and the model as it was."""
+    job = train.anchored(train.read(arguments(folder, "--anchor-coef", "0.5", *more)))
+    start = copy.deepcopy(job.model)
+    job.model.norm.weight.detach().mul_(1.3)
+    return job, start
+
+
+def test_the_anchor_is_the_exact_kl_from_the_start_model_with_its_gradient(tiny_folder):
+    job, start = anchored(tiny_folder, "--anchor-answers", "6", "--anchor-tokens", "5")
+    for step in (0, 1):                                 # 4 answers, then the other 2 and the first 2 again
+        groups = [job.anchor.groups[i % 6] for i in range(4 * step, 4 * step + 4)]
+        log_p, log_q = (torch.cat([model.logits(completion_hidden(model, pack([group], model))) for group in groups])
+                        .double().log_softmax(-1) for model in (start, job.model))
+        exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        found = job.anchor.kl(job.model, step)
+        assert found.item() == pytest.approx(exact.item(), rel=1e-4) and exact > 1e-3
+        for a, b in zip(*(torch.autograd.grad(x, list(job.model.parameters())) for x in (found, exact)), strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_the_anchor_alone_moves_the_weights_where_rewards_are_flat_by_its_coefficient(tiny_folder):
+    job, _ = anchored(tiny_folder, "--prompts", "2", "--anchor-answers", "6", "--anchor-tokens", "5")
+    with job.rewarder:
+        batch = next(train.rollouts(job, 0))[0]
+    batch.rewards[:] = 1.0
+    exact = torch.autograd.grad(0.5 * job.anchor.kl(job.model, 0), list(job.model.parameters()))
+    exact = torch.cat([g.flatten() for g in exact])
+    assert (gradients_of(job, batch)[0] - exact).norm() <= 1e-5 * exact.norm() > 0
+
+
+def test_the_anchors_prompts_are_training_questions_under_training_personas_and_every_answer_has_its_turn(
+        wordy, monkeypatch):
+    calls = defaultdict(list)
+    spy(monkeypatch, calls, anchor, "pack")
+    job, _ = anchored(wordy, "--anchor-tokens", "2")
+    prompts = [job.tokenizer.decode(prompt) for prompt, _ in job.anchor.groups]
+    asked, who = [[[text for text in texts if text in prompt] for prompt in prompts] for texts in (
+        personas.load_roleplay("train"), [p.text for p in personas.load("train")])]
+    assert len(prompts) == len(set(prompts)) == 80
+    assert all(len(found) == 1 for found in asked + who) and len({*map(tuple, who)}) == 80
+    calls.clear()
+    for step in range(20):
+        job.anchor.kl(job.model, step)
+    packed = [group for call in calls["pack"] for group in call.groups]
+    assert packed == job.anchor.groups
+
+
+# -- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def small(seed=0):
+    """A policy in fp32 and random gradients for it."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(5, 3)
+    model.dtype, model.device = torch.float32, torch.device("cpu")
+    return Policy(model, 1e-2, 2), [[torch.randn_like(p) for p in model.parameters()] for _ in range(4)]
+
+
+def test_the_optimizer_takes_adamws_steps_by_hand_with_warmup_clipping_and_no_decay():
+    policy, gradients = small()
+    x, m, v = (torch.cat([p.detach().flatten().double() * k for p in policy.masters]) for k in (1, 0, 0))
+    for t, (gradient, limit) in enumerate(zip(gradients, (math.inf, 1.0, 0.5, math.inf), strict=True), 1):
+        policy.gradients = [g.clone() for g in gradient]
+        norm = policy.step(limit)
+        g = torch.cat([g.flatten().double() for g in gradient])
+        assert norm == pytest.approx(g.norm().item(), rel=1e-5) and norm > 1
+        g = g * min(1.0, limit / g.norm().item())
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        rate = 1e-2 * min(1.0, t / 2)
+        x = x - rate * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8)
+        assert torch.cat([p.detach().flatten() for p in policy.parameters]).double() == pytest.approx(x, abs=1e-6)
+
+
+def test_p8_a_batch_without_a_gradient_moves_nothing_after_a_real_step_either():
+    policy, gradients = small()
+    policy.gradients = gradients[0]
+    policy.step(1.0)
+    before = [p.detach().clone() for p in policy.parameters]
+    policy.gradients = [torch.zeros_like(p) for p in policy.parameters]
+    assert policy.step(1.0) == 0 and policy.steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
+
+
+def test_p30_gradients_of_many_bf16_micro_batches_are_summed_in_fp32(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--dtype", "bfloat16")
+    policy = Policy(job.model, 1e-3, 0)
+    exact = [torch.zeros_like(p, dtype=torch.float64) for p in policy.parameters]
+    for i in range(32):
+        loss = train.completion_logprobs(job.model, pack([batch.groups[i % 4]], job.model))[0].mean() * (1 + i / 7)
+        for total, gradient in zip(exact, torch.autograd.grad(loss, policy.parameters, retain_graph=True), strict=True):
+            total += gradient.double()
+        policy.backward(loss)
+    for total, found in zip(exact, policy.gradients, strict=True):
+        assert found.dtype == torch.float32 and (found - total).norm() <= 1e-5 * total.norm()
+
+
+# -- the readers of fidelity -----------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_start_model_is_what_it_reads_itself(tiny, tiny_folder, monkeypatch):
+    """The policy has drifted; the two readings of the same answers, each by hand."""
+    start, (drifted, tokenizer) = tiny[0], weights.load(str(tiny_folder), "float32", "cpu")
+    drifted.norm.weight.detach().mul_(1.5)
+    outs, sample = [], fidelity.answers.sample
+    monkeypatch.setattr(fidelity.answers, "sample", lambda *args: outs.extend(sample(*args)) or outs)
+    speakers = [personas.Persona(f"p{i}", f"w{i} w{i + 40}", "x", "test") for i in (10, 20, 30, 40)]
+    asked = fidelity.Fidelity(["w5 w6", "w7"], start, candidates=4, max_new_tokens=6)
+    got, _ = fidelity.fidelity(drifted, tokenizer, speakers, asked)
+    for reader, name in ((start, "log_posterior"), (drifted, "self_log_posterior")):
+        exact = []
+        for q, question in enumerate(asked.questions):
+            answers = [outs[q * 4 + p][0][1].tokens for p in range(4)]
+            prompts = [personas.prompt_ids(tokenizer, question, persona) for persona in speakers]
+            read = torch.tensor([[train.completion_logprobs(reader, pack([(prompt, [answer])], reader))[0].sum().item()
+                                  for prompt in prompts] for answer in answers])
+            exact.append(read.log_softmax(-1).diagonal().tolist())
+        assert torch.tensor(got["tables"][name]) == pytest.approx(torch.tensor(exact), abs=1e-3), name
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_the_reader_is_the_start_model_of_the_flag_or_of_the_models_run(tiny_folder, tmp_path, monkeypatch, by_flag):
+    model, tokenizer = weights.load(str(tiny_folder), "float32")
+    model.norm.weight.detach().mul_(0.5)
+    weights.save(model, tokenizer, tmp_path / "run" / "model")
+    settings = {"model": str(tiny_folder), "method": "permix", "seed": 0}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    calls, flags = defaultdict(list), ["--start-model", str(tiny_folder)] if by_flag else []
+    spy(monkeypatch, calls, evaluate, "fidelity")
+    assert evaluate.main(["--model", str(tmp_path / "run" / "model"), "--limit", "1", "--max-new-tokens", "2",
+                          "--fidelity", "1", "--dtype", "float32", "--out", str(tmp_path / "out"), *flags]) == 0
+    (call,) = calls["fidelity"]
+    assert torch.equal(call.model.norm.weight, model.norm.weight)
+    assert torch.equal(call.params.start_model.norm.weight, 2 * model.norm.weight)
+    assert call.params.questions == personas.load_roleplay("test")[:1]
