@@ -140,10 +140,17 @@ def test_sft_learns_from_one_gold_answer_what_it_learns_from_several(tiny_folder
     assert (one - several).norm() <= 1e-6 * one.norm() > 0
 
 
+def moved_and_anchored(folder):
+    """A job whose anchor has a gradient, and a batch of it."""
+    job, batch = one_batch(folder, "--anchor-coef", "0.5", "--anchor-answers", "6", "--anchor-tokens", "5")
+    job.model.norm.weight.detach().mul_(1.3)
+    return job, batch
+
+
 def write_gradient(folder: str, out: str) -> None:
     """What one of two ranks runs in the test below."""
     torch.distributed.init_process_group("gloo")
-    gradient = gradient_of(*one_batch(folder))
+    gradient = gradient_of(*moved_and_anchored(folder))
     if train.ranks()[0] == 0:
         torch.save(gradient, out)
     torch.distributed.destroy_process_group()
@@ -153,7 +160,7 @@ def test_p10_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_folder, tm
     call = f"from tests.test_train import write_gradient; write_gradient({str(tiny_folder)!r}, {str(tmp_path / 'g')!r})"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                     "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
-    one, two = gradient_of(*one_batch(tiny_folder)), torch.load(tmp_path / "g")
+    one, two = gradient_of(*moved_and_anchored(tiny_folder)), torch.load(tmp_path / "g")
     assert (two - one).norm() <= 1e-6 * one.norm() > 0
 
 
@@ -397,9 +404,11 @@ def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folde
     assert sorted(p.name for p in (a / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
 
 
-def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path):
-    assert run(tiny_folder, tmp_path / "whole") == 0
-    assert run(tiny_folder, tmp_path / "half", "--steps", "2") == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])          # in bf16 the masters are not the model
+def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path, dtype):
+    flags = ["--dtype", dtype, "--warmup", "4"]         # which goes on too
+    assert run(tiny_folder, tmp_path / "whole", *flags) == 0
+    assert run(tiny_folder, tmp_path / "half", "--steps", "2", *flags) == 0
     assert train.main(["--resume", str(tmp_path / "half"), "--steps", "4"]) == 0
     assert metrics(tmp_path / "half") == metrics(tmp_path / "whole")
     assert same(tensors(tmp_path / "half"), tensors(tmp_path / "whole"))

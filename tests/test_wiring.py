@@ -73,7 +73,7 @@ def plain(folder, scale: float = 1.0):
 
 
 def read_out(model, rows, temperature):
-    """[(log-probs [L], entropies [L])] of each (prompt, completion): right-padded, where a causal model does not look."""
+    """[(log-probs [L], entropies [L])] of each (prompt, completion): right-padded, where nothing looks."""
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.tensor([prompt + completion + [0] * (longest - len(prompt) - len(completion))
                         for prompt, completion in rows])
