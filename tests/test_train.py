@@ -25,7 +25,6 @@ from training import monitor
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes
 from training.policy import Policy, whole
-from training.settings import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--steps", "4", "--prompts", "2", "--group-size", "4", "--max-new-tokens", "6", "--eval-problems", "0",
@@ -782,14 +781,13 @@ def test_p29_an_unknown_flag_is_an_error():
     assert stop.value.code == 2
 
 
-def test_p29_every_flag_is_read():
-    told = (ROOT / "training" / "settings.py").read_text()
-    body = told[told.index("def settings"):]
-    body += "".join(path.read_text() for path in (ROOT / "train.py", *ROOT.glob("training/*.py"))
-                    if path.name != "settings.py")
-    body += "".join(f".{field.name} " for field in dataclasses.fields(grpo.Loss))       # read by loss_of
-    unread = [a.dest for a in parser()._actions if a.dest != "help" and not re.search(rf"\.{a.dest}\b", body)]
-    assert unread == []
+@pytest.mark.parametrize("flags, defaults", [
+    ([], (0.7, 8, 12, 32, "plain", 3e-5)), (["--method", "rlvr"], (0.0, 8, 12, 32, "plain", 3e-5)),
+    (["--method", "sft", "--task", "gsm8k"], (0.0, 1, 64, 48, "short", 6e-5))])
+def test_the_defaults_are_those_that_help_names_by_method_and_task(flags, defaults):
+    args = train.settings(flags)
+    assert defaults == (args.persona_prob, args.group_size, args.prompts, args.max_new_tokens, args.prompt,
+                        args.learning_rate)
 
 
 def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):

@@ -25,7 +25,7 @@ import training.run
 import weights
 from evaluation import fidelity
 from model import completion_hidden, pack
-from rollout import Sampler
+from rollout import Sampler, SamplingParams
 from tests.conftest import SIZES
 from tests.test_train import arguments, gradients_of, one_batch, step_on
 from training import anchor, monitor
@@ -316,9 +316,9 @@ def name_reward(problem, text: str, *, persona=None) -> float:
 
 
 @pytest.fixture(scope="session")
-def wordy(embedded, tmp_path_factory):
+def wordy(embedded_path, tmp_path_factory):
     """The folder of a tiny random model behind the embedded model's tokenizer: prompts that can be read."""
-    folder, tokenizer = tmp_path_factory.mktemp("wordy"), embedded[1]
+    folder, tokenizer = tmp_path_factory.mktemp("wordy"), weights.gguf_tokenizer(embedded_path)
     torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model("llama", **sizes | {"tie_word_embeddings": True})
@@ -376,6 +376,30 @@ def test_the_sampler_gets_the_temperature_and_another_seed_in_each_step_round_an
     for call in calls:
         assert call.params.temperature == 0.6 and call.params.n == 4 and call.params.top_p == 1
         assert len(set(call.keys)) == len(call.prompts)
+
+
+def test_the_ranks_share_a_steps_problems_and_their_samples_are_those_of_one_rank(tiny_folder, monkeypatch):
+    def rolled(rank, world):
+        monkeypatch.setattr(train, "ranks", lambda: (rank, world))
+        job = train.read(arguments(tiny_folder, "--prompts", "4"))
+        with job.rewarder:
+            batch = train.roll_out(Sampler(job.model), job, 0)
+        return [p.id for p in batch.problems], batch.personas, [c.tokens for c in batch.completions]
+
+    one, first, second = rolled(0, 1), rolled(0, 2), rolled(1, 2)
+    assert one == tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+def test_a_soft_cap_bends_the_sampler_s_logits_and_the_trainer_s(tiny_folder):
+    model = weights.load(str(tiny_folder), "float32")[0]
+    model.c.softcap = 0.5
+    done = next(Sampler(model).generate([[5, 6, 7]], SamplingParams(max_tokens=6, temperature=0.6)))
+    group = [([5, 6, 7], [done.tokens])]
+    plain = completion_hidden(model, pack(group, model)) @ model.head_weight.T
+    exact = (0.5 * (plain.double() / 0.5).tanh() / 0.6).log_softmax(-1).gather(-1, torch.tensor(done.tokens)[:, None])
+    trainer = train.completion_logprobs(model, pack(group, model), 0.6)[0]
+    assert done.logprobs == pytest.approx(exact[:, 0].tolist(), abs=1e-4)
+    assert trainer.tolist() == pytest.approx(exact[:, 0].tolist(), abs=1e-4)
 
 
 def test_p15_a_step_samples_from_the_weights_that_the_step_before_has_left(tiny_folder):
@@ -529,3 +553,16 @@ def test_the_reader_is_the_start_model_of_the_flag_or_of_the_models_run(tiny_fol
     assert torch.equal(call.model.norm.weight, model.norm.weight)
     assert torch.equal(call.params.start_model.norm.weight, 2 * model.norm.weight)
     assert call.params.questions == personas.load_roleplay("test")[:1]
+
+
+def test_the_command_line_evaluates_the_test_split_as_the_models_run_was_asked(tiny_folder, tmp_path, monkeypatch):
+    model = tmp_path / "run" / "model"
+    weights.save(*weights.load(str(tiny_folder), "float32"), model)
+    settings = {"model": str(tiny_folder), "method": "permix", "seed": 0, "prompt": "cot", "max_new_tokens": 3}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: args)
+    asked = evaluate.parse(["--model", str(model), "--limit", "3", "--out", str(tmp_path / "out")])
+    _, _, problems, speakers, params, _, info = evaluate.one_arm(asked)
+    assert problems == tasks.put(tasks.load("arithmetic", "test", 0, 3), "cot") and speakers == personas.load("test")
+    assert params.max_new_tokens == 3 and (info["method"], info["training_seed"]) == ("permix", 0)
