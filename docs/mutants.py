@@ -78,14 +78,21 @@ def run(tests: str, folder: Path, log: Path) -> int | None:
     return None
 
 
+def write(place: Path, text: str) -> None:
+    """Writes a module, and removes its bytecode: two mutants of a second may have equal sizes."""
+    place.write_text(text, encoding="utf-8")
+    for compiled in (place.parent / "__pycache__").glob(f"{place.stem}.*"):
+        compiled.unlink()
+
+
 def verdict(mutant: Mutant, folder: Path) -> tuple[str, str]:
     """("killed", by which test), ("ALIVE", "") or ("broken", why), and what pytest said in folder/log."""
     place, log = folder / mutant.file, folder / "log"
     text = place.read_text(encoding="utf-8")
     log.write_text("")
-    place.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    write(place, text.replace(mutant.old, mutant.new))
     code = run(mutant.tests, folder, log)
-    place.write_text(text, encoding="utf-8")
+    write(place, text)
     failed = re.search(r"^(?:FAILED|ERROR) .*?::(\S+)", log.read_text(encoding="utf-8"), re.M)
     if code is None:
         return "killed", "it hangs"
@@ -101,10 +108,12 @@ def main() -> int:
     only = parser.parse_args().only
     if only is not None and not 1 <= only <= len(mutants):
         parser.error(f"--only must be one of 1 to {len(mutants)}, not {only}")
-    sys.dont_write_bytecode = True                      # it could be that of the mutant before
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-    import torch.distributed.checkpoint  # noqa: F401  once, for all that are forked
-    import transformers  # noqa: F401
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import matplotlib.pyplot  # noqa: F401  once, for all that are forked
+    import torch.distributed.checkpoint  # noqa: F401
+    import torch.distributed.tensor  # noqa: F401
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
 
     killed, numbers = 0, [only] if only else range(1, len(mutants) + 1)
     with tempfile.TemporaryDirectory() as name:
