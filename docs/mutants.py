@@ -65,7 +65,8 @@ def run(tests: str, folder: Path, log: Path) -> int | None:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         import pytest
 
-        code = pytest.main([*shlex.split(tests), "-x", "-q", "-p", "no:cacheprovider"])
+        quick = "-x -q --assert=plain -p no:cacheprovider -p no:hypothesispytest".split()
+        code = pytest.main([*shlex.split(tests), *quick])
         sys.stdout.flush()
         os._exit(int(code))
     for _ in range(LIMIT * 10):

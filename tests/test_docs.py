@@ -4,6 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
+from docs import mutants
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,3 +83,9 @@ def test_every_symbol_that_the_pages_name_exists():
         text = (sources | classes)[owner]
         defined = rf"^ *(?:def|class) {name}\b|^ *(?:self\.)?{name}\b.*="
         assert re.search(defined, text, re.M), f"{owner}.{name}"
+
+
+@pytest.mark.parametrize("mutant", mutants.read(), ids=lambda mutant: f"{mutant.file}: {mutant.what}")
+def test_each_mistake_of_the_break_it_lab_fits_the_code_in_one_place_and_names_tests_that_exist(mutant):
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1 and mutant.old != mutant.new
+    assert mutant.tests and all((ROOT / word).is_file() for word in mutant.tests.split() if word.startswith("tests/"))

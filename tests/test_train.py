@@ -615,7 +615,9 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path)
                                   ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
     assert run(tiny_folder, tmp_path / "run", "--steps", "2", *more) == 0
-    assert all(m["grad_norm"] >= 0 for m in metrics(tmp_path / "run"))
+    found, start = metrics(tmp_path / "run"), weights.load(str(tiny_folder), "float32")[0]
+    assert [m["skipped_steps"] for m in found] == [0, 0] and max(m["grad_norm"] for m in found) > 0
+    assert not torch.equal(tensors(tmp_path / "run")["model.norm.weight"], start.norm.weight)
 
 
 def test_p28_memory_does_not_grow(tiny_folder, tmp_path, monkeypatch):
