@@ -566,3 +566,25 @@ def test_the_command_line_evaluates_the_test_split_as_the_models_run_was_asked(t
     _, _, problems, speakers, params, _, info = evaluate.one_arm(asked)
     assert problems == tasks.put(tasks.load("arithmetic", "test", 0, 3), "cot") and speakers == personas.load("test")
     assert params.max_new_tokens == 3 and (info["method"], info["training_seed"]) == ("permix", 0)
+
+
+# -- and it learns ---------------------------------------------------------------------------------------------------
+
+
+def low_reward(problem, text: str, *, persona=None) -> float:
+    """1 where most words are among the lower half."""
+    words = [int(word[1:]) for word in text.split() if word[1:].isdigit()]
+    return float(statistics.median(words or [99]) < 50)
+
+
+@pytest.mark.parametrize("flags", [f"--loss {name} --minibatches 2" for name in grpo.RECIPES if name != "reinforce"]
+                         + ["--loss reinforce", "--loss reinforce --advantage rloo"])
+def test_each_loss_learns_a_reward_that_can_be_learnt(tiny_folder, flags):
+    """From a third of the completions to four of five within 12 batches."""
+    job = train.read(arguments(tiny_folder, "--steps", "12", "--reward", "tests.test_wiring:low_reward", "--group-size",
+                               "16", "--max-new-tokens", "3", *flags.split()))
+    policy, rewards = Policy(job.model, 5e-3, 2), []
+    with job.rewarder:
+        for step, (batch, _) in enumerate(train.rollouts(job, 0)):
+            rewards.append(train.learn(policy, batch, job, step)["reward"])
+    assert rewards[0] < 0.5 and statistics.fmean(rewards[-3:]) > 0.8
