@@ -182,6 +182,17 @@ def test_dynamic_sampling_stops_when_enough_groups_have_a_gradient(tiny_folder, 
     assert len(batch.groups) == len(batch.personas) == 4 * rounds and len(batch.completions) == 32 * rounds
 
 
+def some_reward(problem, text: str, *, persona=None) -> float:
+    return word_reward(problem, text) if len(problem.question) % 2 else 1.0
+
+
+def test_dynamic_sampling_goes_on_until_there_are_as_many_groups_with_a_gradient_as_prompts(tiny_folder):
+    _, batch = one_batch(tiny_folder, "--dynamic-sampling", "9", "--group-size", "8", "--reward",
+                         "tests.test_train:some_reward")
+    before, found = (grpo.informative(rewards).sum() for rewards in (batch.rewards[:-4], batch.rewards))
+    assert 0 < before < 4 <= found
+
+
 def test_the_overlong_penalty_tells_long_completions_of_equal_rewards_apart(tiny_folder):
     job, batch = one_batch(tiny_folder, "--overlong-buffer", "5")
     batch.rewards[:] = 1.0

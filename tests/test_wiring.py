@@ -403,7 +403,7 @@ def test_a_soft_cap_bends_the_sampler_s_logits_and_the_trainer_s(tiny_folder):
 
 
 def test_p15_a_step_samples_from_the_weights_that_the_step_before_has_left(tiny_folder):
-    """On one problem, at the lengths of bf16: its log-probs are those of the new weights, not of the old."""
+    """In bf16 too, where the sampler works on rearranged copies of the weights."""
     for dtype, close in (("float32", 1e-4), ("bfloat16", 0.1)):
         job = train.read(arguments(tiny_folder, "--dtype", dtype, "--steps", "2"))
         policy = Policy(job.model, 0.05, 0)
