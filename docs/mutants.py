@@ -95,8 +95,8 @@ def verdict(mutant: Mutant, folder: Path) -> tuple[str, str]:
     code = run(mutant.tests, folder, log)
     write(place, text)
     failed = re.search(r"^(?:FAILED|ERROR) .*?::(\S+)", log.read_text(encoding="utf-8"), re.M)
-    if code is None:
-        return "killed", "it hangs"
+    if code is None or code < 0:
+        return "killed", "it hangs" if code is None else "it crashes"
     if code == 1 and failed:
         return "killed", failed[1]
     return ("ALIVE", "") if code == 0 else ("broken", f"pytest ended with {code}")
