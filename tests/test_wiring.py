@@ -542,7 +542,8 @@ def test_the_reader_is_the_start_model_of_the_flag_or_of_the_models_run(tiny_fol
     model, tokenizer = weights.load(str(tiny_folder), "float32")
     model.norm.weight.detach().mul_(0.5)
     weights.save(model, tokenizer, tmp_path / "run" / "model")
-    settings = {"model": str(tiny_folder), "method": "permix", "seed": 0}
+    named = tmp_path / "run" / "model" if by_flag else tiny_folder
+    settings = {"model": str(named), "method": "permix", "seed": 0}
     (tmp_path / "run" / "config.json").write_text(json.dumps({"settings": settings}))
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     calls, flags = defaultdict(list), ["--start-model", str(tiny_folder)] if by_flag else []
