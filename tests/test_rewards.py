@@ -107,6 +107,7 @@ def test_p23_a_percent_accepts_fraction_and_number_but_a_fraction_not_the_number
 def test_p23_interval_ends_and_base_subscripts_count():
     assert verdict("[2, 5)", "2 \\le x < 5") == verdict("101_2", "101_{2}") == "correct"
     assert verdict("[2, 5)", "(2, 5]") == verdict("[2, 5)", "[2, 5]") == verdict("101_2", "101") == "wrong"
+    assert verdict("101_2", "101_3") == verdict("11_8", "11_9") == "wrong"
 
 
 def test_p23_a_rounded_or_almost_equal_value_is_wrong():
@@ -116,7 +117,12 @@ def test_p23_a_rounded_or_almost_equal_value_is_wrong():
 
 def test_p23_points_of_both_signs_tell_x_from_its_absolute_value():
     assert verdict("|x|", r"\sqrt{x^2}") == "correct"
-    assert verdict("x", r"\sqrt{x^2}") == "wrong"
+    assert verdict("x", r"\sqrt{x^2}") == verdict(r"\sqrt2 x", r"\sqrt{2x^2}") == "wrong"
+
+
+def test_p25_hedging_between_choices_earns_nothing():
+    assert verdict(r"\text{(A)}", "(A)") == "correct"
+    assert verdict(r"\text{(A)}", "(A) or (B)") == verdict(r"\text{(A)}", r"\boxed{A, B}") == "wrong"
 
 
 def test_a_verdict_does_not_depend_on_when_it_is_asked():
