@@ -107,7 +107,7 @@ def test_p23_a_percent_accepts_fraction_and_number_but_a_fraction_not_the_number
 def test_p23_interval_ends_and_base_subscripts_count():
     assert verdict("[2, 5)", "2 \\le x < 5") == verdict("101_2", "101_{2}") == "correct"
     assert verdict("[2, 5)", "(2, 5]") == verdict("[2, 5)", "[2, 5]") == verdict("101_2", "101") == "wrong"
-    assert verdict("101_2", "101_3") == verdict("11_8", "11_9") == "wrong"
+    assert verdict("101_2", "101_3") == verdict("11_2", "3_4") == "wrong"      # the second: equal, in another base
 
 
 def test_p23_a_rounded_or_almost_equal_value_is_wrong():
