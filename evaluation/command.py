@@ -12,7 +12,7 @@ from common.command import Parser
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = Parser(description="Accuracy of a model under every persona, and its fidelity to them.",
+    parser = Parser(description="Accuracy under every persona, and fidelity to them.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m",

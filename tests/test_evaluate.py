@@ -279,6 +279,24 @@ def test_p16_each_transcript_holds_the_answer_to_its_own_persona_and_problem(tin
         assert tiny[1].decode(alone.tokens, skip_special_tokens=True) == row["answer"]
 
 
+def test_each_personas_column_holds_the_verdicts_of_its_own_answers(tiny, monkeypatch):
+    """The one who speaks is right about every third problem, each about others."""
+    def right(i, who):
+        return (i + who) % 3 == 0
+
+    def answered(model, tokenizer, prompts, params, log=None):
+        for ids in prompts:
+            text = tokenizer.decode(ids)
+            i = int(re.search(r"What is (\d+)", text)[1])
+            who = next((n for n, voice in enumerate(SPEAKERS) if voice.text in text), 3)
+            yield [(str(2 * i) if right(i, who) else "0", rollout.Completion(0, 0, [1], [0.0], False))]
+
+    monkeypatch.setattr(answers, "sample", answered)
+    got = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, SHORT)
+    assert got["correct"] == {name: "".join("01"[right(i, who)] for i in range(1, 6))
+                              for who, name in enumerate([*(p.name for p in SPEAKERS), "none"])}
+
+
 def test_answers_that_were_given_up_are_counted_and_told(tiny):
     """A model whose numbers overflow scores 0; that is not what it can do."""
     model = copy.deepcopy(tiny[0])

@@ -200,6 +200,9 @@ def test_filters_keep_what_their_definitions_say():
     for top_k, top_p, min_p, kept in [(2, 1.0, 0.0, [1, 1, 0, 0]), (0, 0.65, 0.0, [1, 1, 0, 0]),
                                       (0, 0.71, 0.0, [1, 1, 1, 0]), (0, 1.0, 0.45, [1, 1, 1, 0])]:
         assert filtered(logits, top_k, top_p, min_p)[0].isfinite().tolist() == kept
+    logits, half = torch.randn(5, 300), torch.full((5,), 0.5, dtype=torch.float64)
+    tokens, logprobs = sample(logits, half, 0.0, min_p=0.5)         # greedy: of the model itself, whatever is filtered
+    assert torch.equal(tokens, logits.argmax(-1)) and torch.allclose(logprobs, logits.log_softmax(-1).amax(-1))
 
 
 # -- sharing -------------------------------------------------------------------------------------
