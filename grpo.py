@@ -97,8 +97,8 @@ class Loss:
             (name == "reinforce" and min(low, high) < math.inf,
              "reinforce has no ratio to clip: use grpo"),
             (name != "reinforce" and low > 1,
-             "a ratio is never below 0, so clip_low above 1 does nothing"),
-            (name == "dapo" and low > high, "dapo's clip_low must not exceed its clip_high"),
+             "a ratio is never below 0, so --clip-low above 1 does nothing"),
+            (name == "dapo" and low > high, "dapo's --clip-low must not exceed its --clip-high"),
             (name == "dapo" and self.normaliser != "token",
              "dapo is token level: use normaliser token, or loss grpo"),
             (name == "dr_grpo" and self.advantage == "std",
@@ -108,12 +108,13 @@ class Loss:
             (name == "gspo" and self.normaliser != "sequence",
              "gspo has one ratio per completion: any normaliser but sequence weighs by length"),
             (dual is not None and name not in CLIPPED,
-             f"{name} has no clipped minimum for a dual clip"),
-            (dual is not None and not dual > 1 + high, "dual clip must lie above 1 + clip_high"),
+             f"{name} has no clipped minimum for a dual clip (--dual-clip)"),
+            (dual is not None and not dual > 1 + high,
+             "dual clip (--dual-clip) must lie above 1 + clip_high"),
             (not (self.kl_coef >= 0 and self.entropy_coef >= 0),
              "kl_coef and entropy_coef must be at least 0"),
             (self.kl_coef > 0 and self.kl_in == "reward" and self.kl != "k1",
-             f"{self.kl} in the reward does not give the gradient of the KL: only k1 does"),
+             f"--kl {self.kl} in the reward does not give the gradient of the KL: only k1 does"),
         )
         for refused, reason in refusals:
             if refused:

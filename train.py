@@ -14,7 +14,8 @@ torchrun each rank samples and trains its own share of a step's problems. Counts
 summed over ranks; no collective depends on what a rank has drawn.
 
 `sft` and `distill` are the same step on other completions: the gold answers, or a teacher's. Each
-is weighted by its reward, and those without a reward are left out.
+is weighted by its reward, and those without a reward are left out. A teacher's text is learned at
+the temperature it was sampled at, gold answers at 1.
 
 Behind this file, in training/: settings, masters and ranks (policy.py), checkpoints, what surrounds
 a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more than a step.
@@ -41,22 +42,15 @@ from common.command import one_line
 from grpo import Loss
 from model import Transformer, completion_logprobs, pack
 from rollout import Completion, Sampler
-from training.checkpoints import Checkpoints, newest
+from training.checkpoints import Checkpoints
 from training.memory import plan
 from training.minibatches import MicroBatch, minibatches, runs
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
-from training.run import (
-    Job,
-    Stopped,
-    anchored,
-    before_after,
-    evaluated,
-    read,
-    run_folder,
-)
+from training.run import Job, anchored, before_after, evaluated, read, run_folder
 from training.settings import settings
+from training.stop import Stopped, told
 
 # --------------------------------------------------------------------------------------------------
 # Mix, roll out, reward
@@ -106,7 +100,7 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
         done = author.generate(prompts, params, keys=range(first, first + len(prompts)),
                                tokenizer=job.tokenizer)
     else:
-        done = gold_completions(job.tokenizer, [p for p in problems for _ in range(G // n)], n)
+        done = gold_completions(job, [p for p in problems for _ in range(G // n)], n)
     for completion in done:
         i = completion.index * n + completion.sample
         completions[i] = completion
@@ -125,11 +119,12 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
                    lengths)
 
 
-def gold_completions(tokenizer, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
+def gold_completions(job: Job, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
     """`sft`: for each prompt its problem's gold answer in a sentence, n times."""
+    end = weights.turn_end(job.tokenizer, job.model.c.stop_ids)
     for i, problem in enumerate(problems):
-        tokens = tokenizer(f"The answer is {problem.answer}.", add_special_tokens=False).input_ids
-        tokens = tokens + [tokenizer.eos_token_id]
+        text = f"The answer is {problem.answer}."
+        tokens = [*job.tokenizer(text, add_special_tokens=False).input_ids, end]
         for sample in range(n):
             yield Completion(i, sample, tokens, [0.0] * len(tokens), truncated=False)
 
@@ -177,13 +172,13 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     steps = len(parts) * args.inner_epochs
     for micro in chain(*parts):
         if steps > 1:
-            micro.old = frozen_logprobs(policy.model, micro.groups, args.temperature)
+            micro.old = frozen_logprobs(policy.model, micro.groups, job.temperature)
         if job.reference:
-            micro.reference = frozen_logprobs(job.reference, micro.groups, args.temperature)
+            micro.reference = frozen_logprobs(job.reference, micro.groups, job.temperature)
     sums, anchor_kl, norms = dict.fromkeys(SUMS, 0.0), 0.0, []
     for i in range(steps):
         for micro in parts[i % len(parts)]:
-            loss, more = micro_loss(policy.model, micro, job.loss, args.temperature)
+            loss, more = micro_loss(policy.model, micro, job.loss, job.temperature)
             policy.backward(loss)
             sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if job.anchor:
@@ -204,7 +199,7 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
     if job.reference and job.loss.kl_in == "reward":
-        reference = [frozen_logprobs(job.reference, batch.groups[first:last], args.temperature)
+        reference = [frozen_logprobs(job.reference, batch.groups[first:last], job.temperature)
                      for first, last in runs(batch.groups, args.micro_tokens)]
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
@@ -252,19 +247,16 @@ def micro_loss(model: Transformer, micro: MicroBatch, loss: Loss, temperature: f
 # The run
 
 
-def train(job: Job, out: Path) -> None:
+def train(job: Job, policy: Policy, out: Path) -> None:
     """All steps, from the last checkpoint on. Writes the run folder as it goes."""
     args = job.args
-    policy = Policy(job.model, args.learning_rate, args.warmup, args.shard)
     checkpoints = Checkpoints(out / "checkpoints", args.keep, args.async_save)
     first = checkpoints.load(policy)
     if first > args.steps:
         raise ValueError(f"{out} has {first} steps already: give --steps {first} or more")
-    if first and ranks()[0] == 0:
+    if (first or args.resume) and ranks()[0] == 0:
         print(f"train.py: resuming after step {first}", file=sys.stderr)
     checkpoints.check_disk(sum(p.numel() for p in policy.parameters))
-    if args.memory:
-        plan(policy, job)
     done = saved = first
     monitor = Monitor(out, first, args, policy)
     try:
@@ -296,38 +288,25 @@ def train(job: Job, out: Path) -> None:
 def run(args) -> None:
     """Loads and checks all that the flags name, before the run folder exists; then trains."""
     began, job = time.time(), read(args)
+    policy = Policy(job.model, args.learning_rate, args.warmup, args.shard)
+    if args.memory:
+        plan(policy, job)
     out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
-    try:
-        with job.stop.heard():
-            if evaluates:
-                if talks:
-                    print(f"run folder {out}; evaluating before training", file=sys.stderr)
-                before = evaluated(job, out / "evaluation" / "before", 0)
-            job = anchored(job)
-            with job.stop.hold():
-                train(job, out)
-            if evaluates:
-                after = evaluated(job, out / "evaluation" / "after", args.steps)
-                if talks:
-                    print(before_after(before, after))
-    except KeyboardInterrupt:
-        if talks:
-            print(f"\ntrain.py: stopped; {goes_on(out)}", file=sys.stderr)
-        raise
-    except OSError as error:                            # a full disk, say
-        raise OSError(f"{one_line(error)}; once that is mended, {goes_on(out)}") from error
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise OSError(f"another rank has died, its own last lines say of what; {goes_on(out)}",
-                      ) from error
+    with told(args, out), job.stop.heard():
+        if evaluates:
+            if talks:
+                print(f"run folder {out}; evaluating before training", file=sys.stderr)
+            before = evaluated(job, out / "evaluation" / "before", 0)
+        job = anchored(job)
+        with job.stop.hold():
+            train(job, policy, out)
+        if evaluates:
+            after = evaluated(job, out / "evaluation" / "after", args.steps)
+            if talks:
+                print(before_after(before, after))
     if talks:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
     wait()                                              # others may still need this rank
-
-
-def goes_on(out: Path) -> str:
-    return f"--resume {out} goes on after step {newest(out / 'checkpoints')}"
 
 
 def main(argv: list[str] | None = None) -> int:

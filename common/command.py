@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import os
+import sys
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +19,12 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(flag, self._option_string_actions, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")
+
+
+def note(text: str) -> None:
+    """Says something on stderr. Under torchrun rank 0 alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def one_line(error: Exception) -> str:

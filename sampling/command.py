@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", help="where the completions go, one JSON line each (default: stdout)")
     add("--persona", type=text, help='system message of the chat, e.g. "You are a pirate."')
     add("--n", type=int, default=1, help="completions per prompt")
-    add("--max-new-tokens", type=int, default=128, help="length limit of a completion")
+    add("--max-new-tokens", type=int, default=128, help="length limit of a completion, in tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
     add("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: off")
     add("--top-p", type=float, default=1.0, help="sample within this probability mass")

@@ -497,6 +497,17 @@ def test_summaries_equal_their_formula():
     assert got == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_recipes_hold_the_papers_numbers():
+    clips = {name: (r["clip_low"], r["clip_high"]) for name, r in grpo.RECIPES.items()}
+    kinds = {name: (r["advantage"], r["normaliser"]) for name, r in grpo.RECIPES.items()}
+    papers = {"reinforce": (math.inf, math.inf), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2),
+              "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+    assert papers.items() <= clips.items()
+    papers = {"reinforce": ("mean", "token"), "grpo": ("std", "sequence"), "cispo": ("std", "token"),
+              "dr_grpo": ("mean", "constant"), "dapo": ("std", "token"), "gspo": ("std", "sequence")}
+    assert papers.items() <= kinds.items()
+
+
 @pytest.mark.parametrize(("settings", "reason"), [
     ({"clip_low": -0.1}, "at least 0"),
     ({"clip_low": math.nan}, "at least 0"),

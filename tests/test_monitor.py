@@ -20,6 +20,7 @@ def history(steps: int, **last) -> list[dict]:
 
 def test_a_healthy_run_and_a_young_one_have_no_symptoms():
     assert monitor.symptoms(history(40)) == {} and monitor.symptoms(history(9, reward=0.0)) == {}
+    assert "2 completions were given up" in monitor.symptoms([HEALTHY | {"errors": 2}])["errors"]       # at any age
 
 
 @pytest.mark.parametrize("name, sick, word", [
@@ -27,7 +28,7 @@ def test_a_healthy_run_and_a_young_one_have_no_symptoms():
     ("no variance", {"zero_variance_fraction": 0.97}, "--group-size"),
     ("flat reward", {"reward": 0.3}, "--learning-rate"), ("entropy collapse", {"entropy": 0.05}, "--entropy-coef"),
     ("truncation", {"truncated_fraction": 0.6}, "--max-new-tokens"),
-    ("sampler gap", {"sampler_trainer_gap": 0.2}, "--correction")])
+    ("sampler gap", {"sampler_trainer_gap": 0.2}, "--correction"), ("errors", {"errors": 1}, "--dtype float32")])
 def test_each_sickness_has_its_words_and_no_other(name, sick, word):
     found = monitor.symptoms(history(40, **sick))
     assert list(found) == [name] and word in found[name]

@@ -200,6 +200,9 @@ def test_filters_keep_what_their_definitions_say():
     for top_k, top_p, min_p, kept in [(2, 1.0, 0.0, [1, 1, 0, 0]), (0, 0.65, 0.0, [1, 1, 0, 0]),
                                       (0, 0.71, 0.0, [1, 1, 1, 0]), (0, 1.0, 0.45, [1, 1, 1, 0])]:
         assert filtered(logits, top_k, top_p, min_p)[0].isfinite().tolist() == kept
+    logits, half = torch.randn(5, 300), torch.full((5,), 0.5, dtype=torch.float64)
+    tokens, logprobs = sample(logits, half, 0.0, min_p=0.5)         # greedy: of the model itself, whatever is filtered
+    assert torch.equal(tokens, logits.argmax(-1)) and torch.allclose(logprobs, logits.log_softmax(-1).amax(-1))
 
 
 # -- sharing -------------------------------------------------------------------------------------
@@ -405,6 +408,12 @@ def test_a_prefix_is_dropped_with_its_last_user(tiny, n):
     for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv):
         count = len(kv.layers[0][0])
         assert sorted(kv.free) == list(range(count))[:count - (kv is sampler.cache.row_kv)]
+
+
+def test_more_slots_than_completions_take_no_more_memory(tiny):
+    sampler = Sampler(tiny[0], slots=10**9)
+    list(sampler.generate(random_prompts(3), SamplingParams(n=2, max_tokens=2)))
+    assert [len(kv.layers[0][0]) for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv)] == [6 + 1, 3 + 1]
 
 
 def test_two_calls_of_one_sampler_at_once_are_refused_and_an_abandoned_one_does_no_harm(tiny):

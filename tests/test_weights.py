@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -65,7 +66,11 @@ def test_the_text_model_of_a_gemma_that_also_sees_is_read_and_saved_alone(tmp_pa
 def test_every_stop_id_of_the_generation_config_counts(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "m")
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert weights.load(str(folder), "float32")[0].c.stop_ids == [2, 7, 9]
+    model, tokenizer = weights.load(str(folder), "float32")
+    weights.save(model, tokenizer, tmp_path / "again")  # with its stop ids, and the tied head once
+    assert model.c.stop_ids == weights.load(str(tmp_path / "again"), "float32")[0].c.stop_ids == [2, 7, 9]
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert model.c.tied and "lm_head.weight" not in file.keys()
 
 
 # -- the chat template -----------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class Checkpoints:
 
     def save(self, policy: Policy, step: int) -> None:
         """Writes step-N. In the background only the copy of the state is waited for."""
+        policy.check_finite()
         self.finish()
         part = self.folder / f".step-{step:06d}.part"
         if ranks()[0] == 0:

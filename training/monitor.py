@@ -1,7 +1,7 @@
 """What a run says of itself: metrics, samples to read, where its time goes, warnings, trackers.
 
-metrics.jsonl comes first: a line a step, written before anything else looks at it. Left out:
-dashboards.
+metrics.jsonl comes first: a line a step, written before anything else looks at it. Its keys are
+defined in docs/formats.md. Left out: dashboards.
 """
 
 import importlib
@@ -41,6 +41,7 @@ class Monitor:
         self.history = resumed(out, first) if self.speaks else []       # metrics of all steps
         self.said = set(symptoms(self.history)) if first else set()     # warnings, once a run
         self.broken = 0                                 # gradients in a row that were not finite
+        self.sound = False                              # has any step been finite?
         self.track = None
         if args.tracker and self.speaks:
             self.track = tracker(args.tracker, out, vars(args), first)
@@ -64,7 +65,8 @@ class Monitor:
         self.seconds[name] = round(time.perf_counter() - start, 4)
 
     def log(self, step: int, batch, metrics: dict, lag: int) -> None:
-        """Records a finished step. Raises ValueError after MAX_BROKEN steps without a gradient.
+        """Records a finished step. Raises ValueError after MAX_BROKEN steps without a gradient, or
+        after the last one if no step had any.
 
         batch: the step's train.Rollout. lag: how many steps old the weights are that sampled it.
         """
@@ -78,6 +80,7 @@ class Monitor:
         finite = finite and not all_given_up            # their logits were not finite
         overflow = self.policy.loss_scale > 1           # of fp16: nothing is broken
         self.broken = 0 if finite or overflow else self.broken + 1
+        self.sound = self.sound or finite or (overflow and self.policy.steps > 0)
         if self.speaks:
             record(self.out, step, batch, metrics)
             self.history.append(metrics)
@@ -91,8 +94,11 @@ class Monitor:
                 print(f"step {step + 1}/{self.args.steps}: reward {metrics['reward']:.3f}, "
                       f"accuracy {metrics['accuracy']:.3f}, {metrics['seconds']['step']:.1f} s",
                       file=sys.stderr)
-        if self.broken == MAX_BROKEN:
-            raise ValueError(f"{self.broken} gradients in a row were not finite: lower "
+        if self.broken == MAX_BROKEN or step + 1 == self.args.steps and not self.sound:
+            count, what = self.broken or step + 1 - self.first, "gradients in a row were not finite"
+            if all_given_up:
+                what = "steps in a row had no finite logits to sample from"
+            raise ValueError(f"{count} {what}: lower "
                              "--learning-rate, and go on from the last checkpoint with "
                              f"--resume {self.out}")
 
@@ -253,8 +259,13 @@ def symptoms(history: list[dict]) -> dict[str, str]:
 
     The thresholds are ours.
     """
+    found = {}
+    if errors := sum(row.get("errors", 0) for row in history):
+        found["errors"] = (
+            f"{errors} completions were given up, since their logits were not finite; they earn "
+            "nothing: try a lower --learning-rate, or --dtype float32")
     if len(history) < WINDOW:
-        return {}
+        return found
 
     def mean(key: str, rows: list[dict]) -> float:
         values = [row[key] for row in rows if row.get(key) is not None]
@@ -266,7 +277,6 @@ def symptoms(history: list[dict]) -> dict[str, str]:
     last = {key: mean(key, history[-WINDOW:]) for key in keys}
     samples = history[-1].get("zero_variance_fraction") is not None     # else it imitates
     cut_off = f"{last['truncated_fraction']:.0%} of the completions are cut off"
-    found = {}
     if last["reward"] <= 0:
         found["no reward"] = (
             f"no completion was correct, {cut_off}: try an easier task, a larger "

@@ -37,7 +37,7 @@ from weights.sources import (
 __all__ = [
     "DEVICES", "DTYPES", "EMBEDDED", "cache_folder", "computes_bf16", "config_from_hf",
     "embedded_model", "from_wheels", "load", "load_beside", "pick_device", "pick_dtype", "resolve",
-    "save", "sha256", "state"]
+    "save", "sha256", "state", "turn_end"]
 
 # The day for chat templates that ask which day it is: the one that Llama 3.1's falls back on.
 TODAY = datetime.date(2024, 7, 26)
@@ -171,6 +171,18 @@ def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
     for some in found:
         ids.update(some if isinstance(some, list) else [some])
     return sorted(ids - {None})
+
+
+def turn_end(tokenizer, stop_ids: list[int]) -> int:
+    """The stop id that the chat template closes an answer with; the tokenizer's EOS if it has none.
+
+    Raises ValueError where neither is among `stop_ids`.
+    """
+    for token in [*around_answer(tokenizer)[1], tokenizer.eos_token_id]:
+        if token in stop_ids:
+            return token
+    raise ValueError("neither the chat template's end of a turn nor the tokenizer's EOS stops this "
+                     "model: use one whose generation config names it")
 
 
 def around_answer(tokenizer) -> tuple[list[int], list[int]]:
