@@ -256,7 +256,7 @@ def train(job: Job, policy: Policy, out: Path) -> None:
         raise ValueError(f"{out} has {first} steps already: give --steps {first} or more")
     if (first or args.resume) and ranks()[0] == 0:
         print(f"train.py: resuming after step {first}", file=sys.stderr)
-    checkpoints.check_disk(sum(p.numel() for p in policy.parameters))
+    checkpoints.check_disk(policy)
     done = saved = first
     monitor = Monitor(out, first, args, policy)
     try:
@@ -288,7 +288,8 @@ def train(job: Job, policy: Policy, out: Path) -> None:
 def run(args) -> None:
     """Loads and checks all that the flags name, before the run folder exists; then trains."""
     began, job = time.time(), read(args)
-    policy = Policy(job.model, args.learning_rate, args.warmup, args.shard)
+    policy = Policy(job.model, args.learning_rate, args.warmup, args.shard,
+                    args.optimizer == "adamw8bit")
     if args.memory:
         plan(policy, job)
     out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0

@@ -457,8 +457,8 @@ def train(report: Report) -> None:
                 row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if len(stepping) == 2 + size.repeats:
             with report.row(f"{name}, optimizer step") as row:
-                # masters and moments in and out; gradients in, clipped in and out; weights out
-                traffic = 3 * 8 + 3 * 4 + model.dtype.itemsize
+                # weights, remainders and moments in and out; gradients in, and again for the norm
+                traffic = 2 * (2 + 2 + 8) + 2 * 4
                 floor = traffic * sum(p.numel() for p in model.parameters()) / bandwidth
                 row |= {"value": median(stepping[2:]) * 1e3, "unit": "ms", "to": "x the byte floor",
                         "ratio": median(stepping[2:]) / floor, "floor_ms": floor * 1e3}

@@ -32,6 +32,7 @@ import weights  # noqa: E402
 from kernels.torch_linear_logprob import row_statistics  # noqa: E402
 from rollout import Sampler  # noqa: E402
 from sampling import draw  # noqa: E402
+from training.adamw import AdamW  # noqa: E402
 from training.policy import Policy  # noqa: E402
 from training.settings import settings  # noqa: E402
 
@@ -249,15 +250,14 @@ def loss(s) -> list[str]:
         "advantages.",
         "## 10. Gradient clipping",
         r"$$g \leftarrow g \cdot \min\Big(1, \frac{c}{\lVert g \rVert}\Big)$$",
-        code(Policy.step, "clip_grad_norm_"),
+        code(Policy.step, "scale = min"),
         block([f"norm {norm:.4f}, c = {limit}: times {min(1, limit / norm):.4f}"])]
 
 
 def learning(s) -> list[str]:
     """AdamW, and what has become of the completions."""
     lr, state = s.args.learning_rate, s.policy.state()
-    del state["steps"]
-    master, m, v = (values[NAME][ENTRY].item() for values in state.values())
+    master, m, v = (x[ENTRY].item() for x in state[NAME].values())
     m, v = m / 0.1, v / 0.05                            # without AdamW's bias towards zero
     _, logprobs, _, advantages, lengths, *_ = s.calls["policy_loss"].given
     sums = [grpo.sequence_sum(x.detach(), lengths) for x in (logprobs, s.after)]
@@ -267,11 +267,11 @@ def learning(s) -> list[str]:
         "## 11. AdamW on fp32 masters",
         r"$$\theta \leftarrow \theta - \eta\, \frac{\hat m}{\sqrt{\hat v} + 10^{-8}}, \qquad "
         r"\hat m = \frac{m}{1 - \beta_1^k}, \quad \hat v = \frac{v}{1 - \beta_2^k}$$",
-        "(arXiv 1711.05101; no weight decay.) A bf16 model has fp32 masters behind it, which are "
-        "copied into it after the step. In fp32, as here, they are the same tensors. In the first "
+        "(arXiv 1711.05101; no weight decay.) A bf16 weight and a 16-bit remainder beside it are an "
+        "fp32 master, which takes the step. In fp32, as here, the weight is its own. In the first "
         "step every weight with a gradient moves by nearly the learning rate.",
-        code(Policy.__init__, "self.optimizer = ", "weight_decay="),
-        code(Policy.step, "self.optimizer.step()", "self.refresh()"),
+        code(AdamW.step, "adamw(", "weight_decay="),
+        code(Policy.step, "warm = ", "self.gather()"),
         block([f"{NAME}[{ENTRY}]: gradient {m:+.6f}, by the formula "
                f"{-m / (v ** 0.5 + 1e-8):+.4f} learning rates",
                f"{s.before:.6f} -> {master:.6f}, that is {(master - s.before) / lr:+.2f} "

@@ -167,8 +167,7 @@ def gradient(policy, size: float = 1.0) -> torch.Tensor:
     """The gradient that the masters get for `size` times a small loss, through the loss scale and back."""
     logprobs = train.completion_logprobs(policy.model, train.pack(groups_of(), policy.model))[0]
     policy.backward(size * logprobs.mean())
-    policy.reduce()
-    return torch.cat([m.grad.flatten() for m in policy.masters])
+    return torch.cat([g.flatten() for g in policy.reduced()]) / policy.loss_scale
 
 
 @outside
@@ -184,8 +183,7 @@ def test_the_loss_scale_saves_gradients_that_fp16_would_lose(tiny_folder):
 def test_a_step_that_overflows_is_skipped_and_counted_and_halves_the_scale(tiny_folder):
     policy = policy_in("float16", tiny_folder)
     before, scale = [m.clone() for m in policy.masters], policy.loss_scale
-    gradient(policy, 1e6)
-    policy.gradients = [m.grad for m in policy.masters]
+    policy.gradients = list(gradient(policy, 1e6).split([p.numel() for p in policy.parameters]))
     assert policy.step(1.0) != policy.step(1.0)         # nan or inf, then 0: nothing is left of the broken one
     assert policy.skipped == 1 and policy.loss_scale == scale / 2 and policy.steps == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))

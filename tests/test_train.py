@@ -27,7 +27,7 @@ from rollout import Sampler
 from training import monitor
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes
-from training.policy import Policy, whole
+from training.policy import SHARDED, Policy
 from training.settings import parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,10 +108,8 @@ def gradients_of(job, batch, scale: float = 1.0) -> list[torch.Tensor]:
     policy, found = Policy(job.model, 1e-3, 0), []
 
     def step(max_norm):
-        policy.reduce()
-        found.append(torch.cat([whole(m.grad).flatten() for m in policy.masters]).double())
-        for m in policy.masters:
-            m.grad = None
+        parts = [policy.over_ranks(g, SHARDED, p) for g, p in zip(policy.reduced(), policy.parameters, strict=True)]
+        found.append(torch.cat([(g.full_tensor() if policy.mesh else g).flatten() for g in parts]).double())
         policy.model.norm.weight.detach().mul_(scale)
         return 0.0
 
@@ -900,10 +898,12 @@ def test_a_disk_too_full_for_the_checkpoints_is_refused(tiny_folder, tmp_path, c
 def test_the_checkpoints_that_a_resumed_run_has_already_need_no_more_room(tiny_folder, tmp_path, monkeypatch):
     assert run(tiny_folder, tmp_path / "run", "--save-every", "1", "--keep", "3", "--steps", "3") == 0
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=17_000))  # one more, and the model
-    Checkpoints(tmp_path / "run" / "checkpoints", 3).check_disk(1000)
+    policy = Policy(weights.load(str(tiny_folder), "float32")[0], 1e-3, 1)
+    room = 17 * sum(p.numel() for p in policy.parameters)                       # one more, and the model
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=room))
+    Checkpoints(tmp_path / "run" / "checkpoints", 3).check_disk(policy)
     with pytest.raises(ValueError, match="make room"):
-        Checkpoints(tmp_path / "checkpoints", 3).check_disk(1000)
+        Checkpoints(tmp_path / "checkpoints", 3).check_disk(policy)
 
 
 def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(tiny_folder, tmp_path, capsys):

@@ -105,7 +105,8 @@ class Checkpoints:
         more = self.keep + 1 - min(self.keep, there)  # one more while it is written
         weights = sum(p.nbytes for p in policy.parameters)
         beside = sum(x.nbytes for state in policy.optimizer.state for x in state.values())
-        needed = more * (weights + beside * self.sharing) + 2 * weights     # the model is saved too
+        shards = policy.mesh.size(1) if policy.mesh else 1
+        needed = more * (weights + shards * beside) + weights           # and the model at the end
         free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise ValueError(f"{self.folder.parent}: its checkpoints and model need "

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import grpo
@@ -92,6 +93,8 @@ FLAGS = [
     # step
     ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)",
      {"type": float}),
+    ("optimizer", "adamw", "adamw8bit keeps its moments in 8 bits, and needs torchao",
+     {"choices": ["adamw", "adamw8bit"]}),
     ("warmup", 2, "optimizer steps of linear warm-up", {}),
     ("max-grad-norm", 1.0, "norm that a step's whole gradient is cut down to; inf: none", {}),
     ("inner-epochs", 1, "how often a batch is gone through", {}),
@@ -243,6 +246,8 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
     usual = (Loss.clip_low, Loss.clip_high), (recipe.get("clip_low"), recipe.get("clip_high"))
     return [
+        (args.optimizer == "adamw8bit" and not find_spec("torchao"),
+         "--optimizer adamw8bit needs torchao: pip install torchao"),
         (args.method == "rlvr" and args.persona_prob,
          "--method rlvr has no personas: use permix with --persona-prob, or leave it out"),
         (args.prompts * args.group_size > 10**6,
