@@ -231,11 +231,13 @@ ARRIVALS = {
     "micro-tokens": ("300", "chunks", "limit", 300), "recompute": (None, "Policy", "model.checkpointing", True),
     "slots": ("5", "Sampler", "slots", 5), "no-cuda-graphs": (None, "Sampler", "cuda_graphs", False),
     "eval-task": ("arithmetic", "load_task", "task", "arithmetic"), "eval-problems": ("4", "load_task", "limit", 4),
+    "eval-pool": ("conflict-test", "load_personas", "which", "conflict-test"),
     "eval-personas": ("3", "few", "count", 3), "save-every": ("1", "save", "step", 1),
     "keep": ("7", "Checkpoints", "keep", 7), "async-save": (None, "Checkpoints", "background", True),
     "progress": (None, "tqdm", "disable", False),
 }
-ELSEWHERE = {"model", "out", "resume", "overlap", "teacher", "memory", "tracker", "profile", "kl-in", "dual-clip"}
+ELSEWHERE = {"model", "out", "resume", "unset", "overlap", "teacher", "memory", "tracker", "profile", "kl-in",
+             "dual-clip"}
 
 
 def spy(monkeypatch, seen, owner, name, known_as=None):
@@ -525,7 +527,7 @@ def test_the_table_of_the_start_model_is_what_it_reads_itself(tiny, tiny_folder,
     monkeypatch.setattr(fidelity.answers, "sample", lambda *args: outs.extend(sample(*args)) or outs)
     speakers = [personas.Persona(f"p{i}", f"w{i} w{i + 40}", "x", "test") for i in (10, 20, 30, 40)]
     asked = fidelity.Fidelity(["w5 w6", "w7"], start, candidates=4, max_new_tokens=6)
-    got, _ = fidelity.fidelity(drifted, tokenizer, speakers, asked)
+    got, _ = fidelity.fidelity(Sampler(drifted), tokenizer, speakers, asked)
     for reader, name in ((start, "log_posterior"), (drifted, "self_log_posterior")):
         exact = []
         for q, question in enumerate(asked.questions):
@@ -551,7 +553,7 @@ def test_the_reader_is_the_start_model_of_the_flag_or_of_the_models_run(tiny_fol
     assert evaluate.main(["--model", str(tmp_path / "run" / "model"), "--limit", "1", "--max-new-tokens", "2",
                           "--fidelity", "1", "--dtype", "float32", "--out", str(tmp_path / "out"), *flags]) == 0
     (call,) = calls["fidelity"]
-    assert torch.equal(call.model.norm.weight, model.norm.weight)
+    assert torch.equal(call.sampler.model.norm.weight, model.norm.weight)
     assert torch.equal(call.params.start_model.norm.weight, 2 * model.norm.weight)
     assert call.params.questions == personas.load_roleplay("test")[:1]
 
