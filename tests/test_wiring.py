@@ -234,7 +234,7 @@ ARRIVALS = {
     "eval-pool": ("conflict-test", "load_personas", "which", "conflict-test"),
     "eval-personas": ("3", "few", "count", 3), "save-every": ("1", "save", "step", 1),
     "keep": ("7", "Checkpoints", "keep", 7), "async-save": (None, "Checkpoints", "background", True),
-    "progress": (None, "tqdm", "disable", False),
+    "progress": (None, "tqdm", "disable", False), "optimizer": ("adamw8bit", "Policy", "eight_bit", True),
 }
 ELSEWHERE = {"model", "out", "resume", "unset", "overlap", "teacher", "memory", "tracker", "profile", "kl-in",
              "dual-clip"}
