@@ -152,7 +152,7 @@ class Generation:
         """Empties the cache, and makes room for the longest row and the longest prefix."""
         n, openings = self.params.n, {p.prefix for p in self.waiting if p.prefix.ids}
         own = shared = 0
-        prefixes = len(openings) + (self.slots // n if n > 1 else 0)
+        prefixes = len(openings) + (min(self.slots // n, len(self.waiting)) if n > 1 else 0)
         for p in self.waiting:
             prompt, opening = len(p.ids), len(p.prefix.ids)
             own = max(own, prompt - opening if n == 1 else 0)           # tokens in the row's entry
@@ -165,22 +165,25 @@ class Generation:
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
     def run(self, on_token=None) -> Iterator[Completion]:
-        with self.model.reordered_weights():
-            self.reserve()
-            while self.waiting or self.prefilled or self.rows:
-                if self.sampler.current is not self:
-                    raise RuntimeError("another call of this Sampler took its cache")
-                decoding = len(self.rows)
+        self.reserve()
+        copies = self.model.reorder()
+        while self.waiting or self.prefilled or self.rows:
+            if self.sampler.current is not self:
+                raise RuntimeError("another call of this Sampler took its cache")
+            decoding = len(self.rows)
+            with self.model.reordered_weights(copies):
                 # Several prompts are prefilled together: a forward for one would be wasted.
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
                     self.admit()
                 self.next_tokens(decoding)
-                for row in self.rows if on_token else ():
-                    on_token(row.completion.tokens)
-                for i in reversed(range(len(self.rows))):       # a row that moves has been asked
-                    reason = self.finish_reason(self.rows[i].completion)
-                    if reason:
-                        yield self.retire(i, reason)
+            for row in self.rows if on_token else ():
+                on_token(row.completion.tokens)
+            finished = []                               # all leave before the first is handed out:
+            for i in reversed(range(len(self.rows))):   # then another call may take the cache
+                reason = self.finish_reason(self.rows[i].completion)
+                if reason:                              # a row that moves has been asked
+                    finished.append(self.retire(i, reason))
+            yield from finished
 
     def finish_reason(self, completion: Completion) -> str | None:
         """The stopping rule, asked after every token: why a completion is over, None if it is not.
