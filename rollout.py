@@ -10,8 +10,7 @@ a waiting prompt takes its place. Live rows stay contiguous: the last one moves 
 to the rounding of its matmuls). Each row has its own counter-based stream of uniform numbers
 (Philox). See sampling/draw.py.
 
-On a CPU in bf16 the weights are rearranged for small batches while a generation runs
-(`Transformer.reordered_weights`).
+On a CPU in bf16 a generation runs on rearranged weights (`Transformer.reorder`).
 
 Left out: beam search, speculative decoding.
 """
@@ -170,18 +169,16 @@ class Generation:
         while self.waiting or self.prefilled or self.rows:
             if self.sampler.current is not self:
                 raise RuntimeError("another call of this Sampler took its cache")
-            decoding = len(self.rows)
+            decoding = len(self.rows)   # prompts are prefilled together, or forwards are wasted
             with self.model.reordered_weights(copies):
-                # Several prompts are prefilled together: a forward for one would be wasted.
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
                     self.admit()
                 self.next_tokens(decoding)
             for row in self.rows if on_token else ():
                 on_token(row.completion.tokens)
-            finished = []                               # all leave before the first is handed out:
-            for i in reversed(range(len(self.rows))):   # then another call may take the cache
-                reason = self.finish_reason(self.rows[i].completion)
-                if reason:                              # a row that moves has been asked
+            finished = []               # handed out together: then another call may take the cache
+            for i in reversed(range(len(self.rows))):           # a row that moves has been asked
+                if reason := self.finish_reason(self.rows[i].completion):
                     finished.append(self.retire(i, reason))
             yield from finished
 
