@@ -9,6 +9,7 @@ is always asked too. It is the reference: PSS and the other scores are over the 
 
 Behind this door, in evaluation/:
 
+    command.py    the flags
     answers.py    sampling that goes on where it was interrupted
     measures.py   the scores and their intervals
     lottery.py    the scores in which the luck of a lottery cancels
@@ -19,12 +20,13 @@ Behind this door, in evaluation/:
     report.py     the HTML page; plots.py draws its plots
 
 Out come `results.json` (the scores and the table of right and wrong, from which any other score can
-be computed), `transcripts.jsonl` (the answers), `report.html` and its plots as PNG.
+be computed), `transcripts.jsonl` (the answers), `report.html` and its plots as PNG. All fields are
+defined in docs/formats.md.
 
 Left out: multiple choice by log-likelihood, and tasks without one verifiable answer.
 """
 
-import argparse
+import hashlib
 import json
 import sys
 import time
@@ -38,8 +40,9 @@ import rewards
 import tasks
 import weights
 from common import files
-from common.command import Parser
+from common.command import note
 from evaluation import answers, compare, judge, lottery, measures, report, rivals
+from evaluation.command import check, parse
 from evaluation.fidelity import Fidelity, fidelity
 from evaluation.report import table_text
 from rollout import Sampler, SamplingParams
@@ -49,10 +52,7 @@ NONE = "none"  # the name of the prompt without a persona in every result
 
 @dataclass(frozen=True)
 class EvalParams:
-    """How an evaluation samples, and what it measures beside greedy accuracy.
-
-    ValueError for a number that cannot work.
-    """
+    """How an evaluation samples, and what it measures beside greedy accuracy."""
     seed: int = 0                                       # of sampling and of the bootstrap
     max_new_tokens: int = 32
     samples: int = 0                                    # answers per prompt, for pass@k
@@ -63,11 +63,6 @@ class EvalParams:
     reward: str | None = None                           # a user's module:function, see rewards.py
     reward_seconds: float = 30.0                        # time limit of one call of it
     stop: tuple[str, ...] = ()                          # strings that end an answer
-
-    def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("samples", 0), ("temperature", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
 
 def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None):
@@ -90,10 +85,12 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv),
                "commit": files.commit()} | (info or {})
     results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
-                "stop": list(params.stop)}
+                "stop": list(params.stop),
+                "problems": digest([[problem.question, problem.answer] for problem in problems]),
+                "pool": digest([[persona.name, persona.text] for persona in personas])}
     table = measures.correct_table(rows, n_items)
-    results |= summary(table, problems, personas, params.seed) | totals(rows)
-    for row, more in zip(results["personas"], lengths(rows, n_items), strict=True):
+    results |= summary(table, problems, personas, params.seed) | measures.totals(rows)
+    for row, more in zip(results["personas"], measures.lengths(rows, n_items), strict=True):
         row |= more
     if params.reward:
         results |= rewarded(rows, results["personas"], problems, everyone, params)
@@ -125,6 +122,11 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
 
 # --------------------------------------------------------------------------------------------------
 # Ask and grade
+
+
+def digest(texts):
+    """12 hexadecimal digits that tell two lists of texts apart."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def answers_file(out):
@@ -217,28 +219,6 @@ def lottery_scores(correct, personas, seed):
     return out | {"pss_without_one": lottery.leave_one_out([correct], names)}
 
 
-def totals(rows):
-    """Mean tokens of an answer, the share that was cut off, and how many were given up."""
-    return {"tokens_per_answer": sum(row["tokens"] for row in rows) / len(rows),
-            "truncated_fraction": sum(row["truncated"] for row in rows) / len(rows),
-            "errors": sum(row["error"] is not None for row in rows)}
-
-
-def lengths(rows, n_items):
-    """How long each persona's answers are -> a dict each, from one answer per prompt.
-
-    `tokens` an answer, `truncated` (the share that was cut off), and `accuracy_finished` among the
-    others (None where all were cut off). A lottery of lengths is no lottery of competence.
-    """
-    table = np.array([[row["tokens"], row["truncated"], row["correct"]] for row in rows], float)
-    out = []
-    for tokens, cut, right in table.reshape(-1, n_items, 3).transpose(0, 2, 1):
-        finished = float(right[cut == 0].mean()) if not cut.all() else None
-        out.append({"tokens": float(tokens.mean()), "truncated": float(cut.mean()),
-                    "accuracy_finished": finished})
-    return out
-
-
 # --------------------------------------------------------------------------------------------------
 # Write
 
@@ -251,7 +231,7 @@ def write(results, transcripts, folder):
     lines = "".join(json.dumps(row) + "\n" for row in transcripts)
     files.write_atomically(folder / "transcripts.jsonl", lines)
     label = results["method"] or results["model"] or "model"
-    metrics = compare.run_of(folder)[1]
+    metrics = compare.run_of(folder)[1] if results.get("steps") != 0 else []
     report.write({label: results}, [transcripts], folder, {label: metrics} if metrics else {})
     files.write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
@@ -260,63 +240,8 @@ def write(results, transcripts, folder):
 # The command
 
 
-def parse(argv):
-    """The command line as a namespace."""
-    parser = Parser(description=__doc__.split("\n")[0],
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="smollm2-135m",
-        help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
-    add("--task", default="arithmetic",
-        help="arithmetic, facts, svamp, gsm8k, math, math500 or a .jsonl file")
-    add("--personas", default="test", help=f"{', '.join(pool.POOLS)}, or a .jsonl file")
-    add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
-    add("--limit", type=int, default=50, help="number of problems")
-    add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
-    add("--max-new-tokens", type=int,
-        help="longest answer (default: that of the model's run, else 32)")
-    add("--prompt", choices=sorted(tasks.PROMPTS),
-        help="how a problem is put (default: as in the model's run)")
-    add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
-    add("--device", default="auto", choices=weights.DEVICES,
-        help="auto: the GPU if there is one, else the CPU")
-    add("--slots", type=int, default=0, help="answers decoded together; 0: as suits the device")
-    add("--no-cuda-graphs", action="store_true",
-        help="on a GPU: decode step by step, without recording")
-    add("--method",
-        help="the arm's role, for --compare (default: of the model's run, else start)")
-    add("--reward", metavar="MODULE:FUNCTION",
-        help="also score the answers with a reward of yours, as train.py --reward would")
-    add("--reward-seconds", type=float, default=30.0, help="time limit of one call of --reward")
-    add("--samples", type=int, default=0, help="answers per prompt, for pass@k")
-    add("--noise-floor", action="store_true",
-        help="rerun the prompt without persona, sampled, once per persona")
-    add("--temperature", type=float, default=0.7, help="of --samples and --noise-floor")
-    add("--fidelity", type=int, nargs="?", const=8, default=0, metavar="N",
-        help="identify personas by their answers to N open questions (8 without a number)")
-    add("--start-model",
-        help="frozen reader of --fidelity (default: that of the model's run, else the model)")
-    add("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
-    add("--judge", metavar="URL",
-        help="OpenAI-compatible endpoint, key in JUDGE_API_KEY (default: in this process)")
-    add("--judge-model", default="smollm2-135m", help="name at --judge, or a model as for --model")
-    add("--judge-concurrency", type=int, default=4, help="questions asked of --judge at a time")
-    add("--judge-tokens", type=int, default=16,
-        help="room of a judge's reply; one cut off before its score is repeated with more")
-    add("--judge-price", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"),
-        help="per million tokens")
-    add("--compare", nargs="+", metavar="DIR",
-        help="evaluation folders to put side by side, into --out")
-    add("--roles", nargs="+", help="names for the folders of --compare: start, rlvr, permix, ...")
-    return parser.parse_args(argv)
-
-
 def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
-    if args.fidelity < 0:
-        raise ValueError(f"--fidelity must be at least 0, not {args.fidelity}")
-    if args.judge_tokens < 1:
-        raise ValueError(f"--judge-tokens must be at least 1, not {args.judge_tokens}")
     run = compare.run_of(args.model)[0]
     trained = run.get("settings", {})  # of the training run that the model lies in
     prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
@@ -324,23 +249,33 @@ def one_arm(args):
     params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature,
                         reward=args.reward, reward_seconds=args.reward_seconds,
                         stop=tuple(trained.get("stop", ())))
-    if args.reward:
-        rewards.load_reward(args.reward)    # refused before anything is spent
-    problems = tasks.put(tasks.load(args.task, "test", args.seed, args.limit), prompt)
-    personas = pool.load(args.personas)
+    if args.reward:                                     # refused before anything is spent
+        rewards.Rewarder(args.reward, args.reward_seconds).close()
+    personas = pool.load(args.personas, "test")
+    trained_on = tasks.is_file_of(args.task, trained.get("task"))
+    problems = tasks.load(args.task, "test", args.seed, args.limit, whole=not trained_on)
+    if trained_on and not tasks.is_file_of(args.task, trained.get("eval_task") or args.task):
+        note(f"warning: the model was trained on all of {args.task}")
+    problems, open_questions = tasks.put(problems, prompt), pool.load_roleplay("test")
+    if args.fidelity > len(open_questions):
+        raise ValueError(f"--fidelity must be at most {len(open_questions)}, not {args.fidelity}")
+    sheets = judge.questions(args.personagym) if args.personagym else []
     model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    if limit >= model.c.max_positions:
+        raise ValueError(f"--max-new-tokens {limit} leaves no room for a prompt: the model has "
+                         f"{model.c.max_positions} positions")
     if args.fidelity:
         start, reader = args.start_model or trained.get("model", args.model), model
         if start != args.model:
             reader = weights.load_beside(start, tokenizer, args.dtype, args.device)
-        asked = Fidelity(pool.load_roleplay("test")[:args.fidelity], reader)
-        params = replace(params, fidelity=asked)
-    if args.personagym:
-        params = replace(params, personagym=personagym_of(args))
+        params = replace(params, fidelity=Fidelity(open_questions[:args.fidelity], reader))
+    if sheets:
+        params = replace(params, personagym=personagym_of(args, sheets))
     info = {"model": args.model, "task": args.task, "prompt": prompt, "method": "start",
             "training_seed": None} | compare.arm_of(run)
     if args.method:
         info["method"] = args.method
+    note(f"{tasks.counts(args.task, problems)}; {pool.counts(args.personas, personas)}")
     return evaluate(sampler_of(args, model), tokenizer, problems, personas, params, args.out, info)
 
 
@@ -348,9 +283,8 @@ def sampler_of(args, model):
     return Sampler(model, args.slots, not args.no_cuda_graphs)
 
 
-def personagym_of(args):
+def personagym_of(args, questions):
     """PersonaGym's questions and the judge that the flags name."""
-    questions = judge.questions(args.personagym)
     if args.judge:
         ask_judge = judge.endpoint(args.judge, args.judge_model, args.judge_concurrency,
                                    args.judge_tokens)
@@ -365,6 +299,7 @@ def main(argv=None):
     """The command line. A user's mistake is one line on stderr and exit 2, Ctrl-C exit 130."""
     args = parse(argv)
     try:
+        check(args)
         if args.compare:
             found = compare.folders(args.compare, args.out, args.roles, args.seed)
             print(compare.text(found))

@@ -20,8 +20,9 @@ Completions are packed: `logprobs` [N] holds the tokens of all R completions one
 
 **The loss is a weighted sum, never a mean.** The weights come from counts over the *global* batch
 (all micro-batches, all ranks), known before the first forward. So gradients add up: they are the
-same for any micro-batch size, packing or number of ranks. Where a wrapper averages gradients over
-ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too: add, then `summarise`.
+same, but for rounding, for any micro-batch size, packing or number of ranks. Where a wrapper
+averages gradients over ranks (DDP, FSDP), multiply the loss by their number. Metrics are sums too:
+add, then `summarise`.
 
 **A new loss** is a row of `RECIPES` and a case in `policy_loss`. Its surrogate must vanish where
 the advantage is 0, since such groups are left out of the forward. A new knob is a field of `Loss`
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLAT = 1e-6  # rewards of a group that differ by no more are equal: that much is float noise
+FLAT = 1e-5  # rewards of a group that differ by no more, of 1 or of the largest, are equal: noise
 LOG_RATIO_LIMIT = 20.0  # log ratios are cut here: exp overflows further out, and inf * 0 is NaN
 
 # What each paper means by its name. Every entry can be changed; `Loss` refuses what makes no sense.
@@ -96,8 +97,8 @@ class Loss:
             (name == "reinforce" and min(low, high) < math.inf,
              "reinforce has no ratio to clip: use grpo"),
             (name != "reinforce" and low > 1,
-             "a ratio is never below 0, so clip_low above 1 does nothing"),
-            (name == "dapo" and low > high, "dapo's clip_low must not exceed its clip_high"),
+             "a ratio is never below 0, so --clip-low above 1 does nothing"),
+            (name == "dapo" and low > high, "dapo's --clip-low must not exceed its --clip-high"),
             (name == "dapo" and self.normaliser != "token",
              "dapo is token level: use normaliser token, or loss grpo"),
             (name == "dr_grpo" and self.advantage == "std",
@@ -107,12 +108,13 @@ class Loss:
             (name == "gspo" and self.normaliser != "sequence",
              "gspo has one ratio per completion: any normaliser but sequence weighs by length"),
             (dual is not None and name not in CLIPPED,
-             f"{name} has no clipped minimum for a dual clip"),
-            (dual is not None and not dual > 1 + high, "dual clip must lie above 1 + clip_high"),
+             f"{name} has no clipped minimum for a dual clip (--dual-clip)"),
+            (dual is not None and not dual > 1 + high,
+             "dual clip (--dual-clip) must lie above 1 + clip_high"),
             (not (self.kl_coef >= 0 and self.entropy_coef >= 0),
              "kl_coef and entropy_coef must be at least 0"),
             (self.kl_coef > 0 and self.kl_in == "reward" and self.kl != "k1",
-             f"{self.kl} in the reward does not give the gradient of the KL: only k1 does"),
+             f"--kl {self.kl} in the reward does not give the gradient of the KL: only k1 does"),
         )
         for refused, reason in refusals:
             if refused:
@@ -129,7 +131,8 @@ def group_advantages(rewards: Tensor, kind: str = "mean") -> Tensor:
     mean: r_i minus the group's mean (Dr. GRPO; unbiased up to the factor (G - 1) / G).
     std: that, divided by the group's standard deviation (GRPO; over G - 1, as in TRL and verl).
     rloo: r_i minus the mean of the others (arXiv 2402.14740).
-    A group whose rewards are all equal gets exactly 0, float noise or not.
+    A group whose rewards are all equal gets exactly 0, rounding or not (`FLAT`): over a standard
+    deviation of 1e-7, the rounding of a KL in the reward would count as much as a verdict.
     Raises ValueError on an unknown kind, a group of one, or a reward that is not finite.
     """
     if not rewards.isfinite().all():
@@ -157,7 +160,8 @@ def informative(rewards: Tensor) -> Tensor:
     DAPO's dynamic sampling keeps them and samples further prompts in place of the others. Give it
     the verifier's rewards: with a KL or length penalty added, every group would look informative.
     """
-    return rewards.amax(-1) - rewards.amin(-1) > FLAT
+    size = rewards.abs().amax(-1).clamp(min=1)
+    return rewards.amax(-1) - rewards.amin(-1) > FLAT * size
 
 
 def truncation(rewards: Tensor, truncated: Tensor, policy: str = "zero") -> tuple[Tensor, Tensor]:

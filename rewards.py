@@ -32,13 +32,12 @@ import argparse
 import importlib
 import inspect
 import json
-import math
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
 from common.command import Parser, one_line
@@ -108,7 +107,7 @@ class Rewarder:
         self.spec, self.time_limit_s = spec, min(time_limit_s, threading.TIMEOUT_MAX)
         self._function = load_reward(spec)
         self._lock, self._queue = threading.Lock(), queue.SimpleQueue()
-        self._closed = self._dropped = False
+        self._closed, self._dropped = False, Future()   # the latter is done once calls are dropped
         self._verifier = None
         if spec == CORRECTNESS:
             self._verifier = Verifier(timeout_s=min(TIMEOUT_S, time_limit_s))
@@ -119,7 +118,8 @@ class Rewarder:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self._dropped = kind is not None                # an error ends the run: start no more calls
+        if kind is not None:                            # an error or Ctrl-C: wait for no more calls
+            self._dropped.set_result(None)
         self.close()
 
     def submit(self, problem, text: str, persona=None) -> Future:
@@ -142,7 +142,7 @@ class Rewarder:
     def close(self) -> None:
         """Takes no more calls. It does not wait for those of a user's reward; they get results."""
         if self._verifier:
-            self._verifier.close()
+            self._verifier.close(self._dropped.done())
         with self._lock:
             self._closed = True
             self._queue.put(None)
@@ -152,16 +152,16 @@ class Rewarder:
         inbox = None
         while (job := self._queue.get()) is not None:
             future, *arguments = job
-            if self._dropped:
-                future.set_exception(RuntimeError("this Rewarder is closed"))
-                continue
+            call: Future = Future()
             if inbox is None:
                 inbox = queue.SimpleQueue()
                 threading.Thread(target=self._work, args=(inbox,), daemon=True).start()
-            call: Future = Future()
-            inbox.put((call, arguments))
-            wait([call], self.time_limit_s)
-            if not call.done():
+            if not self._dropped.done():
+                inbox.put((call, arguments))
+                wait([call, self._dropped], self.time_limit_s, FIRST_COMPLETED)
+            if self._dropped.done():
+                future.set_exception(RuntimeError("this Rewarder is closed"))
+            elif not call.done():
                 inbox.put(None)                         # ends the thread, should its call ever end
                 inbox = None
                 future.set_result(Reward(0.0, "unverifiable"))
@@ -187,9 +187,9 @@ class Rewarder:
         except BaseException as error:                  # also SystemExit: it would end the thread
             raise ValueError(f"--reward {self.spec} failed on problem {problem.id}: "
                              f"{type(error).__name__}: {one_line(error)}") from error
-        if not math.isfinite(value):
+        if not abs(value) < 1e18:                       # its square must be finite in fp32, too
             raise ValueError(f"--reward {self.spec} gave {value} on problem {problem.id}, for "
-                             f"{text[:60]!r}; it must be a finite number")
+                             f"{text[:60]!r}; it must be a finite number below 1e18")
         return Reward(value, "correct" if value > 0 else "wrong")
 
 

@@ -6,39 +6,32 @@ a waiting prompt takes its place. Live rows stay contiguous: the last one moves 
 **A prompt is computed once.** Prompts that open alike (a persona's system message) share one
 *prefix* in the cache, and so do the n samples of a prompt. See sampling/cache.py.
 
-**A sample depends on (seed, key, sample index), not on the batch around it** (in half precision: up
-to the rounding of its matmuls). Each row has its own counter-based stream of uniform numbers
-(Philox). See sampling/draw.py.
+**A sample depends on (seed, key, sample index), not on the batch around it** (but for the rounding
+of its matmuls, which in half precision may turn a near tie). Each row has its own counter-based
+stream of uniform numbers (Philox). See sampling/draw.py.
 
 On a CPU in bf16 a generation runs on rearranged weights (`Transformer.reorder`).
 
 Left out: beam search, speculative decoding.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
-from tqdm import tqdm
 
-import personas
 import weights
 from common.command import one_line
-from common.files import numbered
 from kernels.decode_attention import Rows
 from model import Transformer, chunks
 from sampling.cache import Cache, KeyValues, Prefix, shared_openings, slots_for
+from sampling.command import batch, chat, check, parser
 from sampling.draw import sample
-from sampling.flags import parser
 from sampling.graphs import Graphs, bucket
 from sampling.params import SamplingParams
 
@@ -84,7 +77,7 @@ class Sampler:
 
     def __init__(self, model: Transformer, slots: int = 0, cuda_graphs: bool = True):
         if slots < 0:
-            raise ValueError(f"slots must be at least 1, or 0 for the device's, not {slots}")
+            raise ValueError(f"--slots must be 0 (as suits the device) or more, not {slots}")
         self.model, self.slots, self.cache = model, slots, Cache(model)
         self.graphs = Graphs(self.cache) if cuda_graphs and model.device.type == "cuda" else None
         self.current = None                             # the Generation that has the cache
@@ -99,16 +92,10 @@ class Sampler:
         row's tokens after each new one. Raises ValueError, before anything runs, for what cannot
         work.
         """
-        room = self.model.c.max_positions - params.max_tokens
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need the tokenizer")
         for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty")
-            if len(prompt) > room:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens; with {params.max_tokens} new ones that "
-                    f"exceeds the model's {self.model.c.max_positions} positions")
+            params.check_prompt(f"prompt {i}", prompt, self.model.c)
         longest = max(map(len, prompts), default=0) + params.max_tokens
         self.slots = self.slots or slots_for(self.model, longest)
         keys = keys or range(len(prompts))
@@ -151,15 +138,15 @@ class Generation:
         """Empties the cache, and makes room for the longest row and the longest prefix."""
         n, openings = self.params.n, {p.prefix for p in self.waiting if p.prefix.ids}
         own = shared = 0
-        prefixes = len(openings) + (min(self.slots // n, len(self.waiting)) if n > 1 else 0)
+        rows = min(self.slots, n * len(self.waiting))
+        prefixes = len(openings) + (rows // n if n > 1 else 0)
         for p in self.waiting:
             prompt, opening = len(p.ids), len(p.prefix.ids)
             own = max(own, prompt - opening if n == 1 else 0)           # tokens in the row's entry
             shared = max(shared, opening if n == 1 else prompt)         # in the prefix's
         self.cache.clear()
-        rows = min(self.slots, n * len(self.waiting)) + 1
-        self.cache.row_kv.reserve(rows, own + self.params.max_tokens)
-        self.cache.prefix_kv.reserve(min(prefixes, self.slots) + 1, shared)
+        self.cache.row_kv.reserve(rows + 1, own + self.params.max_tokens)
+        self.cache.prefix_kv.reserve(min(prefixes, rows) + 1, shared)
         self.sampler.current = self
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
@@ -169,8 +156,9 @@ class Generation:
         while self.waiting or self.prefilled or self.rows:
             if self.sampler.current is not self:
                 raise RuntimeError("another call of this Sampler took its cache")
-            decoding = len(self.rows)   # prompts are prefilled together, or forwards are wasted
+            decoding = len(self.rows)
             with self.model.reordered_weights(copies):
+                # Several prompts are prefilled together: a forward for one would be wasted.
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
                     self.admit()
                 self.next_tokens(decoding)
@@ -315,80 +303,19 @@ class Generation:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line: batch sampling, and a chat in the terminal
-
-
-def read_prompts(path: str, tokenizer) -> list[list[int]]:
-    """Token ids of each line. Raises ValueError naming a line without `prompt` and `messages`."""
-    prompts = []
-    for _, where, row in numbered(Path(path), "prompt or messages"):
-        try:
-            if "messages" in row:
-                ids = personas.chat_ids(tokenizer, row["messages"])
-            elif isinstance(row["prompt"], str):
-                ids = tokenizer(row["prompt"]).input_ids
-            else:
-                raise ValueError("prompt must be a string")
-        except Exception as error:                      # whatever is wrong, the line's number helps
-            message = f'{where}: needs "prompt" or "messages" ({one_line(error)})'
-            raise ValueError(message) from error
-        prompts.append(ids)
-    return prompts
-
-
-def batch(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
-    prompts = read_prompts(args.prompts, tokenizer)
-    sampler = Sampler(model, args.slots, not args.no_cuda_graphs)
-    done = sampler.generate(prompts, params, tokenizer=tokenizer)
-    silent = not (args.progress or sys.stderr.isatty())
-    with open(args.out, "w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as file:
-        for c in tqdm(done, total=len(prompts) * params.n, disable=silent):
-            text = tokenizer.decode(c.tokens, skip_special_tokens=True)
-            line = {"index": c.index, "sample": c.sample, "text": text, "tokens": c.tokens,
-                    "logprobs": c.logprobs, "truncated": c.truncated}
-            if c.error:
-                line["error"] = c.error
-            print(json.dumps(line), file=file, flush=True)
-
-
-def chat(model: Transformer, tokenizer, params: SamplingParams, args) -> None:
-    """Turns from stdin until it ends; tokens are printed as they come."""
-    messages = [{"role": "system", "content": args.persona}] if args.persona else []
-    sampler = Sampler(model, 1, not args.no_cuda_graphs)
-    print("(end with Ctrl-D)", file=sys.stderr)
-    for number, line in enumerate(sys.stdin):
-        messages.append({"role": "user", "content": line.strip()})
-        prompt = personas.chat_ids(tokenizer, messages)
-        shown = ""
-
-        def show(tokens):
-            nonlocal shown
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):             # half of a character: wait for the rest
-                print(text[len(shown):], end="", flush=True)
-                shown = text
-
-        answer = next(sampler.generate([prompt], params, keys=[number], on_token=show,
-                                       tokenizer=tokenizer))
-        print()
-        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": text})
+# The command
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        if args.prompts and not Path(args.prompts).is_file():
-            raise ValueError(f"no file {args.prompts}")
-        if args.persona and args.prompts:
-            raise ValueError("--persona is for the chat; in --prompts put it into the messages")
-        if not args.prompts and (args.out or args.n != 1):
-            raise ValueError("--out and --n need --prompts")
+        check(args)
         params = SamplingParams(args.n, args.max_new_tokens, args.temperature, args.top_k,
                                 args.top_p, args.min_p, args.seed, tuple(args.stop))
         model, tokenizer = weights.load(args.model, args.dtype, args.device)
-        (batch if args.prompts else chat)(model, tokenizer, params, args)
-    except (ValueError, OSError, TemplateError) as error:
+        sampler = Sampler(model, args.slots, not args.no_cuda_graphs)
+        (batch if args.prompts else chat)(sampler, tokenizer, params, args)
+    except (ValueError, OSError) as error:
         print(f"rollout.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

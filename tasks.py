@@ -8,9 +8,10 @@ In `arithmetic` the test holds other numbers than the training, but may ask for 
 trained in other words. In `facts` it does not: 7 + 5, 5 + 7, 12 - 5 and 12 - 7 are one fact, and
 held out as one. Its problems have levels, and training opens them one after another (`batch`).
 
-In a file a line's `split` says where it goes. Without any, the first 70 % train and the last 30 %
-test. GSM8K's gold follows `####`. What the golds are (numbers, expressions, texts) is told on
-stderr when they are loaded. So is a gold that the verifier can't read: no answer to it is correct.
+In a file a line's `split` says where it goes. Without any, a file that is both trained and tested
+on is split by a hash of its questions, 70 % to 30 %, so a question that occurs twice stays on one
+side. Other files are used whole. GSM8K's gold follows `####`. Questions that occur twice, and golds
+that the verifier can't read (no answer to them is correct), are told on stderr.
 
 Left out: tasks without one verifiable answer, and multiple choice.
 
@@ -20,14 +21,16 @@ Left out: tasks without one verifiable answer, and multiple choice.
 import difflib
 import itertools
 import logging
+import math
 import random
 import sys
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.command import Parser
-from common.files import numbered
+from common.command import Parser, note
+from common.files import numbered, of_split
 from generators.arithmetic import arithmetic
 from generators.facts import facts
 from verifier.extract import last_box
@@ -55,11 +58,12 @@ HUB = {                                                 # hub id, configuration,
 }
 
 
-def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[Problem]:
+def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None,
+         whole: bool = False) -> list[Problem]:
     """The problems of a task's split ("train", "test" or "all").
 
     Generated tasks give `limit` problems (default: 600 for training, else 200); the seed is theirs.
-    Raises ValueError in one line.
+    whole: all lines of a file whose lines have no `split`. Raises ValueError in one line.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
@@ -70,9 +74,9 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
         return [Problem(*row) for row in rows]
     if task in HUB:
         problems = from_hub(task, split)
-        tell_golds(task, [(f"{task}, problem {problem.id}", problem) for problem in problems])
+        warn_of_golds([(f"{task}, problem {problem.id}", problem) for problem in problems])
     elif task.endswith(".jsonl"):
-        problems = from_file(Path(task), split)
+        problems = from_file(Path(task), split, whole)
     else:
         known = [*GENERATED, *HUB]
         close = difflib.get_close_matches(task, known, 1)
@@ -80,7 +84,8 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
         raise ValueError(f"unknown task {task!r}: give one of {', '.join(known)} or a .jsonl file"
                          f"{hint}")
     if not problems:
-        raise ValueError(f"{task} has no problem in its {split} split")
+        raise ValueError(f"{task} has no problem in its {split} split; give each line a `split`, "
+                         "train or test")
     return problems[:limit]
 
 
@@ -139,42 +144,57 @@ def put(problems: list[Problem], prompt: str) -> list[Problem]:
 # Files
 
 
-def from_file(path: Path, split: str) -> list[Problem]:
-    """The problems of a .jsonl file. Raises ValueError naming file and line."""
-    if not path.is_file():
-        raise ValueError(f"no file {path}: give the path of a .jsonl file with question and answer")
-    placed, parts = [], []
+def from_file(path: Path, split: str, whole: bool) -> list[Problem]:
+    """The problems of a .jsonl file, as for `load`. Raises ValueError naming file and line."""
+    placed, splits, lines = [], [], defaultdict(list)
     for number, where, row in numbered(path, "question and answer"):
-        placed.append((where, from_row(where, row, path.stem, number)))
-        parts.append(row.get("split"))
+        problem = from_row(where, row, path.stem, number)
+        placed.append((where, problem))
+        splits.append(row.get("split"))
+        lines[asked(problem)].append((number, splits[-1]))
     if not placed:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")
-    placed = part_of(path, placed, parts, split)
-    tell_golds(str(path), placed)
+    warn_of_copies(path, [copies for copies in lines.values() if len(copies) > 1])
+    if split != "all":
+        own = of_split(path, placed, splits, split)
+        if own is None and not whole:
+            own = [line for line in placed if hashed(line[1]) == split]
+        placed = placed if own is None else own
+    warn_of_golds(placed)
     return [problem for _, problem in placed]
 
 
-def part_of(path: Path, placed: list, parts: list, split: str) -> list:
-    """The lines of a split, by their `split`. Raises ValueError where only some lines have one."""
-    if split == "all":
-        return placed
-    named = len(parts) - parts.count(None)
-    if named == 0:
-        cut = len(placed) * 7 // 10
-        return placed[:cut] if split == "train" else placed[cut:]
-    if named < len(parts):                              # which may be trained on would be a guess
-        raise ValueError(f"{path}: {named} of {len(parts)} problems have a `split`; "
-                         "give one to all or to none")
-    return [line for line, part in zip(placed, parts, strict=True) if part == split]
+def asked(problem: Problem) -> str:
+    """The question without case, blanks and the mark at its end: the same in two near-copies."""
+    return "".join(problem.question.casefold().split()).rstrip("?.:")
+
+
+def hashed(problem: Problem) -> str:
+    """train or test, for a file without `split`: a function of the question alone (P26)."""
+    return "test" if zlib.crc32(asked(problem).encode()) % 10 < 3 else "train"
+
+
+def is_file_of(task: str, other: str | None) -> bool:
+    """Whether two tasks are one file."""
+    return bool(other) and task.endswith(".jsonl") and Path(task).resolve() == Path(other).resolve()
+
+
+def check_disjoint(train: list[Problem], test: list[Problem]) -> None:
+    """Raises ValueError where a question is trained and tested on (P26)."""
+    trained = {asked(problem) for problem in train}
+    if both := [problem for problem in test if asked(problem) in trained]:
+        raise ValueError(f"{len(both)} of the evaluation's {len(test)} questions are trained on, "
+                         f"such as problem {both[0].id}: take them out of one of the files")
 
 
 def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     question, answer = row.get("question") or row.get("problem"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: no `question` (or `problem`); give it one, or remove the line")
-    is_answer = isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    if not is_answer or not gold_of(str(answer)):
-        raise ValueError(f"{where}: no `answer`; give it the gold as text or number, "
+    is_number = isinstance(answer, int | float) and math.isfinite(answer)
+    is_answer = isinstance(answer, str) or is_number and not isinstance(answer, bool)
+    if not is_answer or gold_of(str(answer)).lower() in ("", "nan"):
+        raise ValueError(f"{where}: no `answer`; give it the gold as text or a finite number, "
                          "or remove the line")
     kind = str(row.get("kind") or row.get("type") or row.get("subject") or stem)
     names = (row.get("id"), row.get("unique_id"), number)
@@ -182,24 +202,39 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     return Problem(question.strip(), gold_of(str(answer)), name, kind)
 
 
-MAX_WARNINGS = 5                                        # lines about golds; then their number
+MAX_WARNINGS = 5                                        # of one kind
 
 
-def tell_golds(name: str, placed: list[tuple[str, Problem]]) -> None:
-    """Says on stderr how many golds are numbers, expressions and texts, and which are unreadable.
+def warn_of_copies(path: Path, repeated: list[list[tuple]]) -> None:
+    """repeated: for each question that occurs again, the (number, split) of its lines.
 
-    placed: (file and line, problem).
+    Raises ValueError where one question is in two splits (P26).
     """
-    kinds = Counter()
-    for where, problem in placed:
-        kind, why = gold_kind(problem.answer)
-        kinds[kind] += 1
-        if kind == "unreadable" and kinds[kind] <= MAX_WARNINGS:
-            print(f"warning: {where}: the gold {problem.answer[:60]!r} can't be read ({why}); "
-                  "no answer is correct", file=sys.stderr)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    if placed:
-        print(f"{name}: {len(placed)} golds: {counts}", file=sys.stderr)
+    for copies in repeated:
+        numbers = ", ".join(str(number) for number, _ in copies)
+        if len({split for _, split in copies}) > 1:
+            raise ValueError(f"{path}, lines {numbers}: one question in two splits; keep it in one")
+    for copies in repeated[:MAX_WARNINGS]:
+        numbers = ", ".join(str(number) for number, _ in copies)
+        note(f"warning: {path}, lines {numbers}: the same question")
+    if len(repeated) > MAX_WARNINGS:
+        note(f"warning: {path}: {len(repeated)} questions occur more than once")
+
+
+def warn_of_golds(placed: list[tuple[str, Problem]]) -> None:
+    """Says on stderr which golds can't be read. placed: (file and line, problem)."""
+    found = [(where, problem.answer, gold_kind(problem.answer)) for where, problem in placed]
+    unreadable = [line for line in found if line[2][0] == "unreadable"]
+    for where, gold, (_, why) in unreadable[:MAX_WARNINGS]:
+        note(f"warning: {where}: the gold {gold[:60]!r} can't be read ({why}); no answer is "
+             "correct")
+
+
+def counts(name: str, problems: list[Problem]) -> str:
+    """How many problems there are, and what their golds are, in words."""
+    kinds = Counter(gold_kind(problem.answer)[0] for problem in problems)
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"{name}: {len(problems)} problems, golds: {told}"
 
 
 def gold_of(text: str) -> str:
@@ -240,7 +275,7 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
     """One row of a hub dataset as a Problem; None where MATH's solution has no final box."""
     if task == "svamp":
         question = f"{row['Body'].strip()} {row['Question'].strip()}"
-        return Problem(question, f"{float(row['Answer']):g}", row["ID"], row["Type"])
+        return Problem(question, str(row["Answer"]).removesuffix(".0"), row["ID"], row["Type"])
     if task == "gsm8k":
         return Problem(row["question"], gold_of(row["answer"]), str(index), task)
     if task == "math500":
@@ -261,7 +296,9 @@ def main() -> None:
     add("--limit", type=int, default=10, help="how many")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    for problem in load(args.task, args.split, args.seed, args.limit):
+    problems = load(args.task, args.split, args.seed, args.limit)
+    note(counts(args.task, problems))
+    for problem in problems:
         print(f"[{problem.kind}] {problem.question}  ->  {problem.answer}")
 
 

@@ -14,13 +14,15 @@ torchrun each rank samples and trains its own share of a step's problems. Counts
 summed over ranks; no collective depends on what a rank has drawn.
 
 `sft` and `distill` are the same step on other completions: the gold answers, or a teacher's. Each
-is weighted by its reward, and those without a reward are left out.
+is weighted by its reward, and those without a reward are left out. A teacher's text is learned at
+the temperature it was sampled at, gold answers at 1.
 
 Behind this file, in training/: settings, masters and ranks (policy.py), checkpoints, what surrounds
 a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more than a step.
 """
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -46,17 +48,9 @@ from training.minibatches import MicroBatch, minibatches, runs
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
-from training.run import (
-    Job,
-    Terminated,
-    anchored,
-    before_after,
-    evaluated,
-    read,
-    run_folder,
-    terminated,
-)
+from training.run import Job, anchored, before_after, evaluated, read, run_folder
 from training.settings import settings
+from training.stop import Stopped, told
 
 # --------------------------------------------------------------------------------------------------
 # Mix, roll out, reward
@@ -106,7 +100,7 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
         done = author.generate(prompts, params, keys=range(first, first + len(prompts)),
                                tokenizer=job.tokenizer)
     else:
-        done = gold_completions(job.tokenizer, [p for p in problems for _ in range(G // n)], n)
+        done = gold_completions(job, [p for p in problems for _ in range(G // n)], n)
     for completion in done:
         i = completion.index * n + completion.sample
         completions[i] = completion
@@ -125,11 +119,12 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
                    lengths)
 
 
-def gold_completions(tokenizer, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
+def gold_completions(job: Job, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
     """`sft`: for each prompt its problem's gold answer in a sentence, n times."""
+    end = weights.turn_end(job.tokenizer, job.model.c.stop_ids)
     for i, problem in enumerate(problems):
-        tokens = tokenizer(f"The answer is {problem.answer}.", add_special_tokens=False).input_ids
-        tokens = tokens + [tokenizer.eos_token_id]
+        text = f"The answer is {problem.answer}."
+        tokens = [*job.tokenizer(text, add_special_tokens=False).input_ids, end]
         for sample in range(n):
             yield Completion(i, sample, tokens, [0.0] * len(tokens), truncated=False)
 
@@ -146,11 +141,11 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
         return
     author = job.author and job.sampler(job.author)
     for step in range(first, args.steps):
-        batch = roll_out(author, job, step * rounds)
+        batch = job.stop.agreed(roll_out, author, job, step * rounds)
         for turn in range(step * rounds + 1, (step + 1) * rounds):
             if summed([grpo.informative(batch.rewards).sum()])[0] >= args.prompts:
                 break
-            batch = batch.joined(roll_out(author, job, turn))
+            batch = batch.joined(job.stop.agreed(roll_out, author, job, turn))
         yield batch, 0
 
 
@@ -162,7 +157,7 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     """Advantages, losses and optimizer steps on one batch -> the step's metrics over all ranks.
 
     Each of `--inner-epochs` takes the batch in `--minibatches` parts, an optimizer step each.
-    The loss is a sum over micro-batches of whole groups, so their size changes nothing.
+    The loss is a sum over micro-batches of whole groups, so their size changes only rounding.
     """
     args, kept, skipped = job.args, batch.kept, policy.skipped
     if job.imitates:                                    # what was rewarded is learned
@@ -177,13 +172,13 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
     steps = len(parts) * args.inner_epochs
     for micro in chain(*parts):
         if steps > 1:
-            micro.old = frozen_logprobs(policy.model, micro.groups, args.temperature)
+            micro.old = frozen_logprobs(policy.model, micro.groups, job.temperature)
         if job.reference:
-            micro.reference = frozen_logprobs(job.reference, micro.groups, args.temperature)
+            micro.reference = frozen_logprobs(job.reference, micro.groups, job.temperature)
     sums, anchor_kl, norms = dict.fromkeys(SUMS, 0.0), 0.0, []
     for i in range(steps):
         for micro in parts[i % len(parts)]:
-            loss, more = micro_loss(policy.model, micro, job.loss, args.temperature)
+            loss, more = micro_loss(policy.model, micro, job.loss, job.temperature)
             policy.backward(loss)
             sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if job.anchor:
@@ -204,7 +199,7 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
     if job.reference and job.loss.kl_in == "reward":
-        reference = [frozen_logprobs(job.reference, batch.groups[first:last], args.temperature)
+        reference = [frozen_logprobs(job.reference, batch.groups[first:last], job.temperature)
                      for first, last in runs(batch.groups, args.micro_tokens)]
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
@@ -252,38 +247,39 @@ def micro_loss(model: Transformer, micro: MicroBatch, loss: Loss, temperature: f
 # The run
 
 
-def train(job: Job, out: Path) -> None:
+def train(job: Job, policy: Policy, out: Path) -> None:
     """All steps, from the last checkpoint on. Writes the run folder as it goes."""
     args = job.args
-    policy = Policy(job.model, args.learning_rate, args.warmup, args.shard)
     checkpoints = Checkpoints(out / "checkpoints", args.keep, args.async_save)
     first = checkpoints.load(policy)
     if first > args.steps:
         raise ValueError(f"{out} has {first} steps already: give --steps {first} or more")
-    if first and ranks()[0] == 0:
+    if (first or args.resume) and ranks()[0] == 0:
         print(f"train.py: resuming after step {first}", file=sys.stderr)
     checkpoints.check_disk(sum(p.numel() for p in policy.parameters))
-    if args.memory:
-        plan(policy, job)
-    stopped = False
+    done = saved = first
     monitor = Monitor(out, first, args, policy)
-    with job.rewarder, terminated() as signals:
-        batches = rollouts(job, first)
-        for step in range(first, args.steps):
-            with monitor.phase("step", step):
-                with monitor.phase("sample"):
-                    batch, lag = next(batches)
-                with monitor.phase("train"):
-                    metrics = learn(policy, batch, job, step)
-            monitor.log(step, batch, metrics, lag)
-            stopped = summed([len(signals)])[0] > 0             # SIGTERM, on whichever rank
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                checkpoints.save(policy, step + 1)
-            if stopped:
-                break
+    try:
+        with job.rewarder:
+            batches = rollouts(job, first)
+            for step in range(first, args.steps):
+                with monitor.phase("step", step):
+                    with monitor.phase("sample"):
+                        batch, lag = next(batches)
+                    with monitor.phase("train"):
+                        metrics = learn(policy, batch, job, step)
+                monitor.log(step, batch, metrics, lag)
+                done = step + 1
+                if done % args.save_every == 0 or done == args.steps:
+                    checkpoints.save(policy, done)
+                    saved = done
+                job.stop.agree()
+    except Stopped:
+        if done > saved:
+            checkpoints.save(policy, done)
         checkpoints.finish()
-    if stopped and step + 1 < args.steps:
-        raise Terminated
+        raise
+    checkpoints.finish()
     if ranks()[0] == 0:
         monitor.finish(samples=not job.imitates)
         weights.save(job.model, job.tokenizer, out / "model")
@@ -292,20 +288,22 @@ def train(job: Job, out: Path) -> None:
 def run(args) -> None:
     """Loads and checks all that the flags name, before the run folder exists; then trains."""
     began, job = time.time(), read(args)
+    policy = Policy(job.model, args.learning_rate, args.warmup, args.shard)
+    if args.memory:
+        plan(policy, job)
     out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
-    try:
+    with told(args, out), job.stop.heard():
         if evaluates:
             if talks:
                 print(f"run folder {out}; evaluating before training", file=sys.stderr)
             before = evaluated(job, out / "evaluation" / "before", 0)
-        train(anchored(job), out)
+        job = anchored(job)
+        with job.stop.hold():
+            train(job, policy, out)
         if evaluates:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
             if talks:
                 print(before_after(before, after))
-    except (KeyboardInterrupt, Terminated):
-        print(f"\ntrain.py: stopped; go on with --resume {out}", file=sys.stderr)
-        raise
     if talks:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
     wait()                                              # others may still need this rank
@@ -319,10 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except Terminated:
-        return 143
+    except KeyboardInterrupt as stopped:
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -66,7 +66,7 @@ def theirs(folder, dtype, tokenizer, prompts, max_new_tokens, stop_ids, batch=64
 
 def main():
     """Measure and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--personas", type=int, default=24, help="how many of the test personas")

@@ -59,7 +59,7 @@ def seconds(model, way, *batch) -> float:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--group", type=int, default=8)
     p.add_argument("--prompt", type=int, default=120)

@@ -127,7 +127,7 @@ def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--vllm", metavar="PYTHON", help="the Python of a virtual environment with vLLM")
     args = p.parse_args()

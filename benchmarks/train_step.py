@@ -112,7 +112,7 @@ def floor(folder: Path, length: float) -> float:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--steps", type=int, default=4, help="timed steps of each")
     p.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
     p.add_argument("--trl-dtype", default="bfloat16", help="of TRL's model")

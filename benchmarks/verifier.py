@@ -77,7 +77,7 @@ def gold_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs per pair; the fastest counts")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder with the gold answers")
     parser.add_argument("--golds", type=int, default=1000, help="GSM8K golds to time")

@@ -2,10 +2,16 @@
 
 import argparse
 import difflib
+import os
+import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is told in one line, with the flag that was probably meant."""
+    """argparse, but a flag is written out, and a wrong one is told in one line, with the flag that
+    was probably meant."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message: str):
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -13,6 +19,12 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(flag, self._option_string_actions, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")
+
+
+def note(text: str) -> None:
+    """Says something on stderr. Under torchrun rank 0 alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def one_line(error: Exception) -> str:

@@ -22,7 +22,18 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a file beside its name, then renames it."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, would outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -37,18 +48,21 @@ def whole_folder(target: Path):
     part.mkdir()
     try:
         yield part
+        for file in (*part.rglob("*"), part):
+            sync(file)
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         part.rename(target)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def append(file, row: dict) -> None:
-    """One more line at the end of an open .jsonl file, on disk before anything else happens."""
+    """One more line at the end of an open .jsonl file. It outlives this process, whatever comes."""
     file.write("\n" + json.dumps(row))                  # newline first: it also ends a torn line
     file.flush()
 
@@ -67,26 +81,57 @@ def rows(path: Path) -> Iterator[dict]:
 def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
     """(number, "file, line n", object) for each line of a user's .jsonl file that is not blank.
 
-    Raises ValueError at the first line that is not an object; it says to give one with `wanted`.
+    Raises ValueError without a file, and at the first line that is not an object; it says to give
+    one with `wanted`.
     """
+    if not path.is_file():
+        raise ValueError(f"no file {path}: give the path of a .jsonl file with {wanted}")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):       # as in `rows`
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:                     # broken JSON, or not UTF-8
-            message = f"{where}: not JSON ({error}); give an object with {wanted}"
-            raise ValueError(message) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not an object; give one with {wanted}")
-        yield number, where, row
+        yield number, where, parsed(where, line, wanted)
+
+
+def parsed(where: str, text: bytes, wanted: str) -> dict:
+    """An object of a user's file. Raises ValueError that begins with `where`."""
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:                 # as in "\ud800", which no tokenizer takes
+        raise ValueError(f"{where}: half a character (a lone surrogate); remove it") from error
+    except (ValueError, RecursionError) as error:       # broken JSON, not UTF-8, or too deep
+        message = f"{where}: not JSON ({error}); give an object with {wanted}"
+        raise ValueError(message) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not an object; give one with {wanted}")
+    return row
+
+
+def of_split(path: Path, lines: list, splits: list, split: str) -> list | None:
+    """The lines of a user's file that name this `split`; None where no line names any.
+
+    splits: each line's, or None. Raises ValueError where only some lines have one.
+    """
+    named = len(splits) - splits.count(None)
+    if 0 < named < len(splits):                         # which may be trained on would be a guess
+        raise ValueError(f"{path}: {named} of {len(splits)} lines have a `split`; "
+                         "give one to all or to none")
+    own = [line for line, part in zip(lines, splits, strict=True) if part == split]
+    if named and not own:
+        raise ValueError(f"{path}: no line has the `split` {split}; give it to some, or leave "
+                         "`split` out of all")
+    return own if named else None
 
 
 def commit() -> str:
-    """The git commit of this checkout, or "" outside one, or without git."""
+    """The git commit of this checkout, with "-dirty" where its files have been changed since.
+
+    "" outside a checkout, or without git.
+    """
     with suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True)
         return done.stdout.strip()
     return ""

@@ -2,7 +2,7 @@
 
 An evaluation that was interrupted, given again, reads its answers from that file and samples only
 the rest. This changes nothing: a sample depends on the model, its prompt, the settings and its
-place, not on the batch around it (in half precision: up to the rounding of its matmuls).
+place, not on the batch around it (but for the rounding of its matmuls).
 """
 
 import zlib

@@ -4,9 +4,9 @@ Every arm answered the same problems under the same personas, so differences are
 resampling of the items serves all arms. Training seeds add their own spread (measures.seed_spread).
 
 The claims of PerMix-RLVR (arXiv 2604.08986) become hypotheses H1 to H6; H6 is ours. Each has a
-verdict: shown, opposite, not shown, or not tested. Beside "not shown" stands the difference that
-the design could have shown. Stability is decided by `persona_sd`, in which luck cancels
-(evaluation/lottery.py). The paper's `pss` is printed beside its value for shuffled answers.
+verdict: shown, opposite, not shown, not tested, or too few problems. Beside "not shown" stands the
+difference that the design could have shown. Stability is decided by `persona_sd`, in which luck
+cancels (evaluation/lottery.py). The paper's `pss` is printed beside its value for shuffled answers.
 
     python evaluate.py --compare runs/*/evaluation/after runs/rlvr-0/evaluation/before
 
@@ -23,6 +23,7 @@ from common import files
 from evaluation import lottery, measures, plots, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
+TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
 
 
 def answer_table(run):
@@ -65,17 +66,24 @@ def arm_draws(runs, salt=0, seed=0):
 
 
 def check_comparable(runs):
-    """ValueError unless all runs answered the same items under the same personas with the same
-    settings.
+    """ValueError unless all runs answered the same items under the same personas, asked alike.
 
     The seed may differ: train.py gives its own, and greedy answers do not depend on it.
     """
-    asked = [run.get("fidelity", {}) | run | {"personas": [row["name"] for row in run["personas"]]}
-             for run in runs]
-    for key in ("task", "prompt", "max_new_tokens", "items", "personas", "questions", "candidates"):
-        seen = [run[key] for run in asked if key in run]
-        if any(value != seen[0] for value in seen):
-            raise ValueError(f"these evaluations cannot be paired: they differ in {key!r}")
+    asked = [{"reward": None} | run.get("fidelity", {}) | run
+             | {"personas": [row["name"] for row in run["personas"]]} for run in runs]
+    check_same(asked, ("task", "prompt", "max_new_tokens", "stop", "reward", "items", "problems",
+                       "personas", "pool", "questions", "candidates"), "")
+
+
+def check_same(rows, keys, where):
+    """ValueError that names the first of `keys` with two values in the rows that have it."""
+    for key in keys:
+        seen = [row[key] for row in rows if key in row]
+        if other := [value for value in seen if value != seen[0]]:
+            apart = "" if isinstance(seen[0], list) else f" ({seen[0]} and {other[0]})"
+            raise ValueError("these evaluations cannot be paired: they differ in "
+                             f"{where}{key!r}{apart}")
 
 
 def difference(a, b):
@@ -120,12 +128,13 @@ NEAR_ZERO = 0.1  # of accuracy, for H6
 
 def hypotheses(arms, draws, scores, seed=0):
     """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not
-    tested) and words. draws: {role: arm_draws}; scores: {role: the scores that are printed}.
+    tested, too few problems) and words. draws: {role: arm_draws}; scores: {role: the scores that
+    are printed}.
 
     Stability rises where the interval of the difference in persona_sd lies below 0 and the gap of
     harmful personas does not grow (an interval above 0). H5's interval must stay above -MARGIN.
     """
-    out = []
+    out, few = [], too_few(next(iter(arms.values()))[0])
     for name, first, second, score, sign, claim in CLAIMS:
         missing = [arm for arm in (first, second) if arm not in arms]
         got = {} if missing else difference(draws[first], draws[second])
@@ -145,8 +154,17 @@ def hypotheses(arms, draws, scores, seed=0):
                     found, said = "not shown", said + "; the gap of harmful personas grows"
             if found == "not shown":
                 said += f"; {could_show(score, got[score], sign)}"
-        out.append({"name": name, "claim": claim, "verdict": found, "words": said})
-    return [*out, collapse(arms, seed)]
+        row = {"name": name, "claim": claim, "verdict": found, "words": said}
+        by_problems = score in got and not score.endswith("_identification")
+        out.append(row | few if by_problems else row)
+    return [*out, collapse(arms, seed) | few]
+
+
+def too_few(run):
+    """The verdict where a run has fewer problems than its intervals need, else {}."""
+    n, least = len(run["items"]), measures.LEAST
+    words = f"{n} problems; the intervals need {least}"
+    return {"verdict": "too few problems", "words": words} if n < least else {}
 
 
 def words(name, d):
@@ -218,6 +236,8 @@ def side_by_side(arms, seed=0):
     runs cannot be paired.
     """
     check_comparable([run for runs in arms.values() for run in runs])
+    own = [run.get("trained", {}) for role in ARMS for run in arms.get(role, ())]
+    check_same(own, TRAINED, "their training's ")  # arms of other names may
     draws, scores = {}, {}
     for salt, (role, runs) in enumerate(arms.items()):
         draws[role] = arm_draws(runs, salt, seed)
@@ -288,13 +308,15 @@ def run_of(folder):
 
 
 def arm_of(config):
-    """{"method", "training_seed"} of a run by its config.json, {} without one. The anchor makes an
-    arm of its own."""
-    trained = config.get("settings")
-    if not trained:
+    """{"method", "training_seed", "trained"} of a run by its config.json, {} without one. The
+    anchor makes an arm of its own."""
+    settings = config.get("settings")
+    if not settings:
         return {}
-    anchor = "+anchor" if trained.get("anchor_coef") else ""
-    return {"method": trained["method"] + anchor, "training_seed": trained["seed"]}
+    anchor = "+anchor" if settings.get("anchor_coef") else ""
+    keys = TRAINED if settings.get("persona_prob") else TRAINED[:-1]
+    return {"method": settings["method"] + anchor, "training_seed": settings["seed"],
+            "trained": {key: settings[key] for key in keys if key in settings}}
 
 
 def read_arm(folder, role=None):
@@ -303,7 +325,9 @@ def read_arm(folder, role=None):
     Without a `role` it is `start` before any step of training, else the method in the results.
     """
     file = folder / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8"))
+    if not file.is_file():
+        raise ValueError(f"{folder} is no evaluation: it has no results.json")
+    results = files.parsed(str(file), file.read_bytes(), "the results of evaluate.py")
     for key in ("method", "personas", "items", "correct", "lottery"):
         if key not in results:
             raise ValueError(f"{file} is no evaluation: it has no {key!r}")
@@ -351,21 +375,10 @@ def folders(paths, out, roles=None, seed=0):
     comparison, out = side_by_side(arms, seed), Path(out)
     shown = {role: averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
     out.mkdir(parents=True, exist_ok=True)
-    curves = {role: mean_curve(runs) for role, runs in metrics.items()}
+    curves = {role: plots.mean_curve(runs) for role, runs in metrics.items()}
     report.write(shown, list(transcripts.values()), out, curves, comparison)
     files.write_atomically(out / "comparison.json", json.dumps(comparison, indent=1))
     return comparison
-
-
-def mean_curve(runs):
-    """Learning curves of several training seeds -> one: the mean of each metric at each step that
-    all have reached."""
-    out = []
-    for rows in zip(*runs, strict=False):
-        told = [key for key in ("step", *plots.CURVES)
-                if all(row.get(key) is not None for row in rows)]
-        out.append({key: float(np.mean([row[key] for row in rows])) for key in told})
-    return out
 
 
 # --------------------------------------------------------------------------------------------------

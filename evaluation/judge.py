@@ -8,7 +8,7 @@ own sampler. It sees one answer a call and never the arm.
 The mistakes of a judge are measured. Planted controls are answers graded under another persona: a
 judge that does not score them lower is reported as unusable. A reply without a score is asked for
 once more. If there is still no score, it counts as 1, the lowest, and is reported. Every reply is
-on disk before it is used. So an evaluation that was interrupted pays for nothing twice.
+written before it is used. So an evaluation that was interrupted pays for nothing twice.
 
 Left out: the paper's two-judge ensemble, and its search for questions that suit a persona. The
 questions are read from a file instead.
@@ -95,22 +95,29 @@ def questions(path):
     path: a .jsonl with "persona" and "questions" {task: [...]}, or a folder of <persona>.json as in
     its repository. ValueError for any other file, and where a persona lacks a task.
     """
-    path = Path(path)
+    path, wanted, rows = Path(path), "persona and questions", []
     if path.is_dir():
-        sheets = [{"persona": file.stem, "questions": json.loads(file.read_text())}
-                  for file in sorted(path.glob("*.json"))]
+        sheets = [(file, {"persona": file.stem, "questions": files.parsed(
+            str(file), file.read_bytes(), "questions by task")})
+            for file in sorted(path.glob("*.json"))]
     else:
-        sheets = [sheet for *_, sheet in files.numbered(path, "persona and questions")]
-    rows = []
-    for number, sheet in enumerate(sheets, start=1):
-        if not isinstance(sheet, dict) or not {"persona", "questions"} <= set(sheet):
-            raise ValueError(f"{path}, persona {number}: needs 'persona' and 'questions'")
+        sheets = [(where, sheet) for _, where, sheet in files.numbered(path, wanted)]
+    for where, sheet in sheets:
+        if not isinstance(sheet.get("questions"), dict):
+            raise ValueError(f"{where}: no questions; give an object with {wanted} {{task: [...]}}")
+        personas.from_row(where, {"persona": sheet.get("persona")})
         for key, asked in sheet["questions"].items():
             task = "Toxicity Control" if key == "Toxicity" else key
             if task not in TASKS:
-                raise ValueError(f"{path}, persona {number}: unknown PersonaGym task {key!r}")
+                raise ValueError(f"{where}: unknown PersonaGym task {key!r}; "
+                                 f"give {', '.join(TASKS)}")
+            if not isinstance(asked, list) or not all(isinstance(q, str) and q.strip()
+                                                      for q in asked):
+                raise ValueError(f"{where}: {key} must be a list of questions, none of them blank")
             rows += [{"persona": sheet["persona"], "task": task, "question": question}
                      for question in asked[:1]]
+    if not rows:
+        raise ValueError(f"{path} holds no question; give lines with {wanted}")
     speakers, tasks = ({row[key] for row in rows} for key in ("persona", "task"))
     there = {(row["persona"], row["task"]) for row in rows}
     if missing := sorted(set(product(speakers, tasks)) - there):

@@ -24,6 +24,7 @@ from math import comb
 
 import numpy as np
 
+LEAST = 20  # items for a claim; in simulation 95 % intervals cover 0.86 at 6 items, 0.94 at 20
 SCORES = ("pss", "pss_mean_minus_std", "pss_all_correct", "worst_persona_accuracy",
           "mean_accuracy", "no_persona_accuracy")
 
@@ -265,3 +266,29 @@ def identification(logprobs):
     best, own = logprobs.max(axis=1), np.diagonal(logprobs)
     hit = np.where(own == best, 1 / (logprobs == best[:, None]).sum(axis=1), 0.0)
     return hit, own - best - np.log(np.exp(logprobs - best[:, None]).sum(axis=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# How long answers are
+
+
+def totals(rows):
+    """Mean tokens of an answer, the share that was cut off, and how many were given up."""
+    return {"tokens_per_answer": sum(row["tokens"] for row in rows) / len(rows),
+            "truncated_fraction": sum(row["truncated"] for row in rows) / len(rows),
+            "errors": sum(row["error"] is not None for row in rows)}
+
+
+def lengths(rows, n_items):
+    """How long each persona's answers are -> a dict each, from one answer per prompt.
+
+    `tokens` an answer, `truncated` (the share that was cut off), and `accuracy_finished` among the
+    others (None where all were cut off). A lottery of lengths is no lottery of competence.
+    """
+    table = np.array([[row["tokens"], row["truncated"], row["correct"]] for row in rows], float)
+    out = []
+    for tokens, cut, right in table.reshape(-1, n_items, 3).transpose(0, 2, 1):
+        finished = float(right[cut == 0].mean()) if not cut.all() else None
+        out.append({"tokens": float(tokens.mean()), "truncated": float(cut.mean()),
+                    "accuracy_finished": finished})
+    return out

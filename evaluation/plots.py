@@ -115,3 +115,14 @@ def curves(metrics, labels=None):
     if len(metrics) > 1:
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
+
+
+def mean_curve(runs):
+    """Learning curves of several training seeds -> one: the mean of each metric at each step that
+    all have reached."""
+    out = []
+    for rows in zip(*runs, strict=False):
+        told = [key for key in ("step", *CURVES)
+                if all(row.get(key) is not None for row in rows)]
+        out.append({key: float(np.mean([row[key] for row in rows])) for key in told})
+    return out

@@ -31,7 +31,7 @@ SCORES = {  # name in results.json: what the reader is told
     "pss_all_correct": "problems right under every persona",
     "worst_persona_accuracy": "the unlucky ticket",
     "mean_accuracy": "a persona at random",
-    "no_persona_accuracy": "no system prompt",
+    "no_persona_accuracy": "no persona: the template's own system prompt, if any",
     "persona_identification": "answers that the start model traces to their persona",
     "log_posterior": "its log posterior of that persona",
     "self_identification": "answers that the model itself traces to their persona",
@@ -157,18 +157,21 @@ def finding(arms, comparison):
                            for arm, results in arms.items())
         shown = [h["claim"] for h in comparison["hypotheses"] if h["verdict"] == "shown"]
         against = [h["claim"] for h in comparison["hypotheses"] if h["verdict"] == "opposite"]
-        return (f"{label}: {scores}. Shown here: {'; '.join(shown) or 'nothing'}. "
+        few = [h["words"] for h in comparison["hypotheses"] if h["verdict"] == "too few problems"]
+        limit = f"Too few problems for most claims: {few[0]}. " if few else ""
+        return (f"{limit}{label}: {scores}. Shown here: {'; '.join(shown) or 'nothing'}. "
                 f"The data speak against: {'; '.join(against) or 'nothing'}.")
     (label, results), = arms.items()
     rows = [row for row in results["personas"] if row["name"] != "none"]
     rows.sort(key=lambda row: row["accuracy"])
     worst, best = rows[0], rows[-1]
+    few = " Too few problems for a claim." if best["n"] < measures.LEAST else ""
     return (f"With nothing changed but the persona in the system prompt, {label} answers between "
             f"{100 * worst['accuracy']:.0f} % ({worst['name']}) and {100 * best['accuracy']:.0f} % "
             f"({best['name']}) of {best['n']} problems, and "
             f"{100 * results['no_persona_accuracy']:.0f} % without a persona. Stability (PSS) is "
             f"{results['pss']:.2f}. It would be {results['pss_shuffled']:.2f} if personas made no "
-            "difference.")
+            f"difference.{few}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,6 +233,14 @@ def image(fig, path):
     return f'<img alt="{path.stem.replace("_", " ")}" src="data:image/png;base64,{data}">'
 
 
+def stage(results):
+    """When a model was evaluated, in words."""
+    steps = results.get("steps")
+    if steps == 0:
+        return "before training"
+    return (results["method"] or "model") + (f" after {steps} steps" if steps else "")
+
+
 def write(arms, transcripts, folder, metrics=None, comparison=None):
     """report.html, and each plot as PNG, into `folder`.
 
@@ -248,7 +259,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
         against = "fidelity" if plots.measured(arms) else "accuracy"
         figures = {f"stability_against_{against}": plots.tradeoff(arms, comparison["runs"])}
     else:
-        title, seeds = f"{first['model']} on {first['task']}", "1"
+        title, seeds = f"{stage(first)}: {first['model']} on {first['task']}", "1"
         rivals = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
                   for row in first["inference_time_rivals"]]
         tables += html_table("What inference can buy", [
@@ -262,7 +273,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     solved = [panel for panel in every if "correct" in panel[0][1]]
     footer = (f"{first['task']}, {len(first['items'])} problems, {len(first['personas']) - 1} "
               f"personas, greedy; training seeds: {seeds}. "
-              f"{first['command']} {first['commit'][:12]}")
+              f"{first['command']} {first['commit']}")
     write_atomically(folder / "report.html", PAGE.substitute(
         title=html.escape(title), lead=html.escape(finding(arms, comparison)), tables=tables,
         plots="".join(image(fig, folder / f"{name}.png") for name, fig in figures.items()),

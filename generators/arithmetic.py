@@ -29,7 +29,7 @@ def arithmetic(split: str, seed: int, limit: int) -> list[tuple]:
         misses += 1
         if misses > 5000:                               # so many draws in a row were all known
             raise ValueError(f"arithmetic has hardly more than {len(problems)} {split} problems; "
-                             "lower the limit")
+                             "lower the limit (--eval-problems, or --limit)")
         kind, text = draw.choices(choices, often)[0]
         x = {key: draw.randint(2, 8 if key == "a" else 6) for key in "abpq"}
         x |= {"s": x["a"] + x["b"], "d": x["p"] * x["q"]}

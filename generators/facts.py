@@ -34,7 +34,7 @@ def facts(split: str, seed: int, limit: int) -> list[tuple]:
                 break
         else:
             raise ValueError(f"facts has hardly more than {len(problems)} {split} problems; "
-                             "lower the limit")
+                             "lower the limit (--eval-problems, or --limit)")
         seen.add(numbered_template(text, x))
         problems.append(told(kind, text, x, draw, level))
     return problems

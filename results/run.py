@@ -237,7 +237,7 @@ def compared(folders: list[list[Path]], args) -> None:
 
 def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `rest` are train.py's flags, `at` the evaluated checkpoints (None: the end)."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *ABLATIONS], help="trained arms")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds of each")

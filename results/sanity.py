@@ -93,7 +93,7 @@ def table(rewards: dict[str, list[float]], clipped: dict[str, list[float]]) -> s
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
+    p = argparse.ArgumentParser(allow_abbrev=False,
         description="Train each loss on problems that are neither easy nor impossible.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))

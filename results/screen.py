@@ -109,7 +109,7 @@ def evaluated(args) -> dict:
     if "tokens" not in results["personas"][0]:
         raise ValueError(f"{file} does not say how long answers are: give another --out")
     asked = {key: getattr(args, key) for key in ("model", "task", "prompt", "max_new_tokens")}
-    names = [persona.name for persona in evaluate.pool.load(args.personas)]
+    names = [persona.name for persona in evaluate.pool.load(args.personas, "test")]
     there = results | {"problems": len(results["items"]), "personas": list(results["correct"])[1:]}
     for key, value in (asked | {"problems": args.problems, "personas": names}).items():
         if there.get(key) != value:

@@ -1,7 +1,8 @@
 """How `rollout.generate` samples."""
 
-import math
 from dataclasses import dataclass
+
+from model import Config
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,28 @@ class SamplingParams:
 
     def __post_init__(self):
         checks = [
-            (self.n < 1, f"n must be at least 1, not {self.n}"),
+            (self.n < 1, f"--n must be at least 1, not {self.n}"),
             (self.max_tokens < 1,
-             f"max_tokens (--max-new-tokens) must be at least 1, not {self.max_tokens}"),
-            (not 0 <= self.temperature < math.inf,
-             f"temperature must be 0 or more, not {self.temperature}"),
-            (self.top_k < 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
-            (not 0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
-            (not 0 <= self.min_p <= 1, f"min_p must be in [0, 1], not {self.min_p}"),
-            ("" in self.stop, "a stop string must not be empty: it would end every completion")]
+             f"--max-new-tokens must be at least 1, not {self.max_tokens}"),
+            (not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6),    # fp32's range
+             f"--temperature must be 0 (greedy) or from 1e-6 to 1e6, not {self.temperature}"),
+            (self.top_k < 0, f"--top-k must be 0 (off) or more, not {self.top_k}"),
+            (not 0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}"),
+            (not 0 <= self.min_p <= 1, f"--min-p must be in [0, 1], not {self.min_p}"),
+            ("" in self.stop, "--stop must not be empty: it would end every completion")]
         for wrong, message in checks:
             if wrong:
                 raise ValueError(message)
+
+    def check_prompt(self, name: str, ids: list[int], c: Config) -> None:
+        """Raises ValueError, with the prompt's name, where a model of this config can't go on from
+        it."""
+        if not ids:
+            raise ValueError(f"{name} is empty")
+        if max(ids) >= c.vocab_size:
+            raise ValueError(f"{name} has the token id {max(ids)}, but the model has embeddings "
+                             f"for {c.vocab_size} tokens: its tokenizer is another's")
+        if len(ids) + self.max_tokens > c.max_positions:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; with {self.max_tokens} new ones "
+                f"(--max-new-tokens) that exceeds the model's {c.max_positions} positions")

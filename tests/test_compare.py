@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import compare, lottery, measures
+from evaluation import compare, lottery, measures, plots, report
 from tests.test_evaluate import persona_tables
 
 
@@ -141,12 +141,30 @@ def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
     assert 0.9 <= covered / 200 <= 1, covered / 200
 
 
-@pytest.mark.parametrize("change, said", [({"task": "u"}, "task"), ({"items": []}, "items"),
-                                          ({"personas": []}, "personas")])
-def test_runs_that_cannot_be_paired_are_refused(change, said):
-    run = results_of(BASE, 0)
+@pytest.mark.parametrize("change, said", [
+    ({"task": "u"}, r"differ in 'task' \(t and u\)$"), ({"items": []}, "in 'items'$"),
+    ({"personas": []}, "in 'personas'$"),
+    ({"max_new_tokens": 9}, r"'max_new_tokens' \(8 and 9\)"), ({"reward": "a:b"}, r"'reward' \(None and a:b\)"),
+    ({"problems": "1"}, "'problems'"), ({"pool": "1"}, "'pool'"), ({"stop": ["\n"]}, "'stop'"),
+    ({"trained": {"reward": "a:b"}}, "training's 'reward'"), ({"trained": {"task": "u"}}, "training's 'task'"),
+    ({"trained": {"personas": "who.jsonl"}}, "training's 'personas'")])
+def test_runs_that_cannot_be_paired_are_refused_in_a_line_that_names_the_difference(change, said):
+    trained = {"task": "t", "reward": "c:d", "personas": "train"}
+    run = results_of(BASE, 0) | {"problems": "0", "pool": "0", "stop": [], "trained": trained}
     with pytest.raises(ValueError, match=said):
-        compare.side_by_side({"start": [run], "rlvr": [run | change]})
+        compare.side_by_side({"rlvr": [run], "permix": [run | change]})
+    if "trained" in change:                             # an ablation of just that, under its own name
+        compare.side_by_side({"rlvr": [run], "mine": [run | change]})
+
+
+def test_six_problems_are_too_few_for_a_claim():
+    arms = {"start": [results_of(BASE, 0, 0.95, n_items=6)], "rlvr": [results_of(RLVR, 1, 0.5, n_items=6)],
+            "permix": [results_of(PERMIX, 2, 0.9, n_items=6)]}
+    got, few = verdicts(arms), "too few problems"
+    assert got == {"H1": few, "H2": "shown", "H3": few, "H4": "shown", "H5": few, "H6": few}
+    lead = report.finding({role: runs[0] for role, runs in arms.items()}, compare.side_by_side(arms))
+    assert lead.startswith("Too few problems for most claims: 6 problems; the intervals need 20. ")
+    assert "Too few problems for a claim" in report.finding({"start": arms["start"][0]}, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,4 +267,4 @@ def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
 
 def test_learning_curves_of_several_seeds_are_averaged_step_by_step():
     runs = [[{"step": i, "reward": base + i, "entropy": None} for i in range(n)] for base, n in ((0, 3), (1, 2))]
-    assert compare.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]
+    assert plots.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]

@@ -1,9 +1,21 @@
 """The words against the code: links, files and commands that the documents name."""
 
+import inspect
+import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
+import evaluate
+import personas
+import rewards
+import tasks
+import train
+from common import files
+from docs import mutants
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +48,8 @@ def test_every_file_that_the_readme_lists_exists():
 def test_every_flag_of_the_readmes_commands_exists():
     sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
     sources["train.py"] += (ROOT / "training" / "settings.py").read_text()
-    sources["rollout.py"] += (ROOT / "sampling" / "flags.py").read_text()
+    sources["evaluate.py"] += (ROOT / "evaluation" / "command.py").read_text()
+    sources["rollout.py"] += (ROOT / "sampling" / "command.py").read_text()
     commands = re.findall(r"^(?:python|torchrun .*?) ?(\w+\.py)(.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, flags in commands:
@@ -73,10 +86,74 @@ def test_every_symbol_that_the_pages_name_exists():
     files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     sources = {path.stem: path.read_text() for path in files}
     classes = {name: text for text in sources.values() for name in re.findall(r"^class (\w+)", text, re.M)}
-    named = {match for page in PAGES for match in re.findall(r"`(\w+)\.(\w+)(?:\(\w*\))?`", page.read_text())}
+    pages = [page for page in PAGES if page.name != "formats.md"]       # keys are no symbols
+    named = {match for page in pages for match in re.findall(r"`(\w+)\.(\w+)(?:\(\w*\))?`", page.read_text())}
     known = [(owner, name) for owner, name in named if owner in sources | classes and name not in ("py", "cpp", "html")]
     assert len(known) > 8
     for owner, name in known:
         text = (sources | classes)[owner]
         defined = rf"^ *(?:def|class) {name}\b|^ *(?:self\.)?{name}\b.*="
         assert re.search(defined, text, re.M), f"{owner}.{name}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# docs/formats.md
+
+FORMATS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "formats.md").read_text(), re.M | re.S))
+
+
+def keys_of(value, at: str = "") -> set[str]:
+    """The keys of a JSON value as the page writes them: a, a.b, a[].b."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return set().union(*(keys_of(row, f"{at}[]") for row in value))
+    if not isinstance(value, dict):
+        return {at}
+    return set().union(*(keys_of(inner, f"{at}.{key}" if at else key) for key, inner in value.items()))
+
+
+def rewarded(problem, text: str, *, persona=None) -> float:
+    return float(len(text))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory):
+    """{heading of the page: the keys there are}: of a run, of an evaluation with all there is, of what is read."""
+    top, model = tmp_path_factory.mktemp("formats"), str(tiny_folder)
+    reward, short = ["--reward", "tests.test_docs:rewarded"], ["--dtype", "float32", "--max-new-tokens", "3"]
+    few = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--eval-problems", "2", "--eval-personas", "3"]
+    assert train.main(["--model", model, "--out", str(top / "run"), *reward, *short, *few]) == 0
+    sheets = [{"persona": who, "questions": {"Toxicity": ["w3"], "Expected Action": ["w4"]}} for who in ("w5", "w6")]
+    (top / "gym.jsonl").write_text("".join(json.dumps(sheet) + "\n" for sheet in sheets))
+    whole = ["--samples", "2", "--noise-floor", "--fidelity", "1", "--personagym", str(top / "gym.jsonl")]
+    assert evaluate.main(["--model", str(top / "run/model"), "--out", str(top / "all"), "--limit", "3", *whole,
+                          "--judge-model", model, *reward, *short]) == 0
+    (top / "pairs.jsonl").write_text('{"gold": "1", "answer": "1", "question": "?"}')
+    with rewards.Verifier() as verifier:
+        pairs = list(rewards.judged_rows(str(top / "pairs.jsonl"), verifier))
+    results = [json.loads((top / folder / "results.json").read_text()) for folder in ("run/evaluation/after", "all")]
+    assert results[0]["trained"]["personas"] == "train"
+    read = inspect.getsource(tasks.from_row) + inspect.getsource(tasks.from_file)
+    return {"Problems": set(re.findall(r'row\.get\("(\w+)"', read)),
+            "Personas": {field.name for field in fields(personas.Persona)} | set(sheets[0]),
+            "Rewards": keys_of(pairs[0]), "results.json": keys_of(results[0]) | keys_of(results[1])} | {
+        path.name: set().union(*map(keys_of, files.rows(path)))
+        for path in (top / "run/metrics.jsonl", top / "run/samples.jsonl", top / "all/transcripts.jsonl")}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_page_of_formats_has_every_key_that_there_is_and_no_other(name, made):
+    rows = re.findall(r"^\| `(.*?)` \| (.*?) \| .+ \|$", FORMATS[name], re.M)
+    patterns = {key: re.escape(key).replace(r"\*", "[^.]+") + "(_low|_high)?" * ("±" in unit) for key, unit in rows}
+    assert len(rows) == len(patterns) == FORMATS[name].count("\n| `")
+    assert not {key for key in made[name] if not any(re.fullmatch(p, key) for p in patterns.values())}
+    assert not {key for key, p in patterns.items() if not any(re.fullmatch(p, found) for found in made[name])}
+
+
+def test_the_page_of_formats_has_every_file_that_is_made(made):
+    assert FORMATS.keys() == made.keys()
+
+
+@pytest.mark.parametrize("mutant", mutants.read(), ids=lambda mutant: f"{mutant.file}: {mutant.what}")
+def test_each_mistake_of_the_break_it_lab_fits_the_code_in_one_place_and_names_tests_that_exist(mutant):
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1 and mutant.old != mutant.new
+    assert mutant.tests and all((ROOT / word).is_file() for word in mutant.tests.split() if word.startswith("tests/"))

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -278,6 +279,24 @@ def test_p16_each_transcript_holds_the_answer_to_its_own_persona_and_problem(tin
         assert tiny[1].decode(alone.tokens, skip_special_tokens=True) == row["answer"]
 
 
+def test_each_personas_column_holds_the_verdicts_of_its_own_answers(tiny, monkeypatch):
+    """The one who speaks is right about every third problem, each about others."""
+    def right(i, who):
+        return (i + who) % 3 == 0
+
+    def answered(model, tokenizer, prompts, params, log=None):
+        for ids in prompts:
+            text = tokenizer.decode(ids)
+            i = int(re.search(r"What is (\d+)", text)[1])
+            who = next((n for n, voice in enumerate(SPEAKERS) if voice.text in text), 3)
+            yield [(str(2 * i) if right(i, who) else "0", rollout.Completion(0, 0, [1], [0.0], False))]
+
+    monkeypatch.setattr(answers, "sample", answered)
+    got = evaluate.evaluate(*tiny, PROBLEMS, SPEAKERS, SHORT)
+    assert got["correct"] == {name: "".join("01"[right(i, who)] for i in range(1, 6))
+                              for who, name in enumerate([*(p.name for p in SPEAKERS), "none"])}
+
+
 def test_answers_that_were_given_up_are_counted_and_told(tiny):
     """A model whose numbers overflow scores 0; that is not what it can do."""
     model = copy.deepcopy(tiny[0])
@@ -328,7 +347,8 @@ def test_a_users_reward_scores_the_answers_and_sees_who_speaks(tiny, tmp_path):
 
 def test_an_evaluation_repeats_bit_for_bit_and_another_seed_samples_anew(tiny, evaluated):
     params = SamplingParams(2, max_tokens=6)
-    first, again, other = (evaluate.ask(*ready(tiny), PROBLEMS, SPEAKERS, replace(params, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (evaluate.ask(*ready(tiny), PROBLEMS, SPEAKERS, replace(params, seed=seed))
+                           for seed in (3, 3, 4))
     assert first == again and [r["answer"] for r in first] != [r["answer"] for r in other]
 
 
@@ -483,14 +503,60 @@ def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(em
 
 @pytest.mark.parametrize("flags, said", [
     (["--task", "nowhere.jsonl"], "nowhere.jsonl"), (["--personas", "no.jsonl"], "no.jsonl"),
-    (["--limit", "0"], "problem"), (["--compare", "one"], "at least two"),
+    (["--limit", "0"], "at least 1"), (["--compare", "one"], "at least two"),
     (["--compare", "a", "b", "--roles", "x"], "one name"), (["--max-new-tokens", "0"], "at least 1"),
-    (["--fidelity", "-1"], "at least 0"), (["--samples", "-2"], "at least 0"), (["--temperature", "-1"], "at least 0"),
+    (["--fidelity", "-1"], "at least 0"), (["--samples", "-2"], "at least 0"), (["--limit", "-3"], "--limit must be"),
+    (["--temperature", "-1", "--samples", "2"], "above 0"), (["--temperature", "nan", "--samples", "2"], "above 0"),
+    (["--temperature", "inf", "--noise-floor"], "above 0"), (["--temperature", "0.3"], "--samples or --noise-floor"),
+    (["--seed", "-1"], "at least 0"), (["--fidelity", "65"], "at most 64"), (["--start-model", "x"], "--fidelity"),
+    (["--model", ""], "--model is empty"), (["--method", " "], "--method is empty"), (["--reward", ""], "is empty"),
+    (["--reward", "nothing"], "module:function"), (["--reward-seconds", "5"], "without --reward"),
+    (["--reward", "rewards:correctness", "--reward-seconds", "nan"], "above 0"),
+    (["--judge-price", "0", "nan"], "--judge-price must be"),
+    (["--judge-concurrency", "0"], "at least 1"), (["--judge", "http://x"], "--judge does nothing without"),
+    (["--judge-model", "x"], "--personagym"), (["--judge", "x", "--personagym", "no.jsonl"], "must be a URL"),
+    (["--personagym", "no.jsonl"], "no file no.jsonl"), (["--personagym", ""], "--personagym is empty"),
+    (["--task", "aritmetic"], "did you mean arithmetic"), (["--personas", "tset"], "no personas called 'tset'"),
+    (["--roles", "a", "b"], "--roles does nothing without --compare"), (["--device", "cuda"], "--device cuda"),
+    (["--compare", "a", "b", "--model", "x"], "--compare does not read --model"),
     (["--compare", "no_a", "no_b"], "no_a"), (["--model", "/nowhere/model"], "nowhere")])
 def test_a_users_mistake_is_one_line_and_exit_2(flags, said, capsys, tmp_path):
     assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err and not (tmp_path / "out").exists()
+
+
+def test_an_answer_longer_than_the_model_and_an_out_that_is_a_file_are_refused(tiny_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    flags = ["--model", str(tiny_folder), "--max-new-tokens", "512", "--out"]
+    for out, said in ((tmp_path / "out", "has 512 positions"), (tmp_path / "file", "lies in, a file"),
+                      (tmp_path / "file/out", "lies in, a file")):
+        assert evaluate.main([*flags, str(out)]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_users_files_are_evaluated_whole_and_the_file_of_the_run_only_where_it_was_not_trained_on(
+        tiny_folder, tmp_path, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "run/model")
+    task, who = tmp_path / "sums.jsonl", tmp_path / "who.jsonl"
+    task.write_text("".join(json.dumps({"question": f"w{i}?", "answer": f"w{i}"}) + "\n" for i in range(20)))
+    who.write_text("".join(json.dumps({"name": f"w{i}", "text": f"w{i}.", "stratum": "x", "split": split}) + "\n"
+                           for i, split in ((7, "train"), (8, "test"), (9, "test"))))
+    held_out = [problem.id for problem in tasks.load(str(task), "test")]
+    assert 0 < len(held_out) < 20
+    warning = f"warning: the model was trained on all of {task}\n"
+    for trained, other, ids, said in (("arithmetic", None, [str(i) for i in range(1, 21)], ""),
+                                      (str(task), None, held_out, ""), (str(task), "x.jsonl", held_out, warning)):
+        settings = {"method": "permix", "seed": 0, "task": trained, "eval_task": other}
+        (tmp_path / "run/config.json").write_text(json.dumps({"settings": settings}))
+        (tmp_path / "run/metrics.jsonl").touch()
+        assert evaluate.main(["--model", str(tmp_path / "run/model"), "--task", str(task), "--personas", str(who),
+                              "--out", str(tmp_path / "out"), "--max-new-tokens", "2", "--dtype", "float32"]) == 0
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        assert [item["id"] for item in results["items"]] == ids and list(results["correct"]) == ["none", "w8", "w9"]
+        assert capsys.readouterr().err == (f"{said}{task}: {len(ids)} problems, golds: {len(ids)} text; "
+                                           f"{who}: 2 personas, 2 x\n")
 
 
 def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two():
@@ -534,7 +600,8 @@ def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, monkeypatc
     """Rank 0 decides what is left to do: rank 1 has no log."""
     model, tokenizer = tiny
     prompts, params = [[3, 4, n] for n in range(5, 12)], SamplingParams(2, max_tokens=3)
-    alone = {(c.index, c.sample): c.tokens for c in answers.sampled(Sampler(model), tokenizer, prompts, params, range(7))}
+    given = Sampler(model), tokenizer, prompts, params
+    alone = {(c.index, c.sample): c.tokens for c in answers.sampled(*given, range(7))}
     shares = []
     monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(answers.dist, "get_world_size", lambda: 2)
@@ -547,7 +614,7 @@ def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, monkeypatc
     monkeypatch.setattr(answers.dist, "all_gather_object", gather)
     for rank in (0, 1):
         monkeypatch.setattr(answers.dist, "get_rank", lambda rank=rank: rank)
-        done = list(answers.sampled(Sampler(model), tokenizer, prompts, params, [0, 2, 3, 5, 6] if rank == 0 else range(7)))
+        done = list(answers.sampled(*given, [0, 2, 3, 5, 6] if rank == 0 else range(7)))
     assert [sorted({c.index for c in share}) for share in shares] == [[0, 3, 6], [2, 5]]
     asked = {at: tokens for at, tokens in alone.items() if at[0] in (0, 2, 3, 5, 6)}
     assert {(c.index, c.sample): c.tokens for c in done} == asked

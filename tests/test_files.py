@@ -1,5 +1,6 @@
 """files.py: what a kill leaves behind, and where a user's line is wrong."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def test_a_log_torn_in_the_middle_of_a_line_goes_on_behind_it(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "says"), [("{", "line 3: not JSON"), ("[1]", "line 3: not an object"),
-                                            ('"\u2028"', "line 3: not an object")])
+                                            ('"\u2028"', "line 3: not an object"), ("[" * 100_000, "line 3: not JSON"),
+                                            ('{"text": "\\ud800"}', "line 3: ")])
 def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, says):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "one\u2028line"}}\n\n{line}\n', encoding="utf-8")
@@ -51,7 +53,7 @@ def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, say
 
 
 @pytest.mark.parametrize("script, flag, meant", [
-    ("train.py", "--mehtod", "--method"), ("evaluate.py", "--persnoas", "--personas"), ("rollout.py", "--temprature",
+    ("train.py", "--mehtod", "--method"), ("evaluate.py", "--persona", "--personas"), ("rollout.py", "--temprature",
     "--temperature"), ("tasks.py", "--limt", "--limit"), ("rewards.py", "--anser", "--answer")])
 def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(script, flag, meant):
     done = subprocess.run([sys.executable, script, flag, "x"], cwd=ROOT, capture_output=True, text=True)
@@ -59,7 +61,29 @@ def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(script, flag, 
     assert done.stderr.startswith(f"{script}: ") and f"did you mean {meant}?" in done.stderr
 
 
-def test_without_git_there_is_no_commit_and_no_error(monkeypatch):
-    assert len(files.commit()) in (0, 40)
+def test_the_commit_says_whether_files_were_changed_since_and_without_git_there_is_none(tmp_path, monkeypatch):
+    for word in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a", "commit", "-m", "a"]):
+        (tmp_path / "files.py").touch()
+        subprocess.run(["git", *word], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    clean = files.commit()
+    (tmp_path / "files.py").write_text("changed")
+    assert len(clean) == 40 and files.commit() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", "")
     assert files.commit() == ""
+
+
+def test_what_is_written_whole_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    seen, fsync = [], os.fsync
+
+    def sync(descriptor):
+        seen.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), (tmp_path / "a").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    files.write_atomically(tmp_path / "a", "1")
+    assert seen == [("a.part", False), (tmp_path.name, True)]
+    (tmp_path / "a").unlink()
+    with files.whole_folder(tmp_path / "a") as part:
+        (part / "b").write_text("1")
+    assert seen[2:] == [("b", False), (".a.part", False), (tmp_path.name, True)]

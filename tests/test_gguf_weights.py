@@ -284,9 +284,10 @@ def test_what_a_gguf_file_asks_for_and_we_lack_is_named(tmp_path, architecture, 
         gguf_weights.read(file_of(tmp_path, byte_level(320)[1], architecture, keys))
 
 
-def test_an_unknown_tensor_of_a_gguf_file_is_named(tmp_path):
-    extra = {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}
-    with pytest.raises(ValueError, match="unexpected weight blk.0.attn_sinks.weight"):
+@pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "enc.0.attn_q.weight", "blk.0.cross.attn_q.weight", "x"])
+def test_p38_an_unknown_tensor_of_a_gguf_file_is_named(tmp_path, name):
+    extra = {name: np.ones(4, np.float32)}
+    with pytest.raises(ValueError, match=f"unexpected weight {name}$"):
         list(gguf_weights.read(file_of(tmp_path, byte_level(320)[1], "qwen2", {}, extra))[1])
 
 

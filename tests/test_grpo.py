@@ -75,7 +75,7 @@ def test_advantages_equal_their_formula(kind, binary):
 
 @pytest.mark.parametrize("kind", KINDS["advantage"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("noise", [0.0, 1e-9])
+@pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-6])
 @pytest.mark.parametrize("level", [0.0, 0.1, 1.0])
 def test_p8_equal_rewards_give_exactly_zero_gradient_also_with_float_noise(
         kind, dtype, noise, level):
@@ -127,6 +127,8 @@ def test_dynamic_sampling_keeps_the_groups_that_have_a_gradient():
     rewards = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]).double()
     rewards[3, 1] = 1.0 - 1e-9
     assert grpo.informative(rewards).tolist() == [False, True, False, False]
+    large = torch.tensor([[1e6, 1e6 + 1], [1e6, 1e6 + 100]])  # a float32 there has steps of 1/16
+    assert grpo.informative(large).tolist() == [False, True]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -493,6 +495,17 @@ def test_summaries_equal_their_formula():
         "effective_sample_fraction": 9 / (3 * 3.5),
     }
     assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_recipes_hold_the_papers_numbers():
+    clips = {name: (r["clip_low"], r["clip_high"]) for name, r in grpo.RECIPES.items()}
+    kinds = {name: (r["advantage"], r["normaliser"]) for name, r in grpo.RECIPES.items()}
+    papers = {"reinforce": (math.inf, math.inf), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2),
+              "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+    assert papers.items() <= clips.items()
+    papers = {"reinforce": ("mean", "token"), "grpo": ("std", "sequence"), "cispo": ("std", "token"),
+              "dr_grpo": ("mean", "constant"), "dapo": ("std", "token"), "gspo": ("std", "sequence")}
+    assert papers.items() <= kinds.items()
 
 
 @pytest.mark.parametrize(("settings", "reason"), [

@@ -613,11 +613,21 @@ def test_personagym_is_read_in_both_of_its_forms(tmp_path):
         assert [(r["persona"], r["task"], r["question"]) for r in judge.questions(path)] == want
     less = json.dumps({"persona": "x", "questions": {"Toxicity": ["q"]}}) + "\n" + json.dumps(
         {"persona": "y", "questions": sheet})
-    for bad, said in ((json.dumps({"persona": "x", "questions": {"Chess": ["q"]}}), "Chess"), ('{"name": "x"}', "1:"),
-                      ("[1]", "1:"), (less, "'x' has no question of Expected Action")):
+    for bad, said in ((json.dumps({"persona": "x", "questions": {"Chess": ["q"]}}), "Chess"), ("", "holds no question"),
+                      ('{"name": "x"}', "line 1: no questions"), ('{"questions": {}}', "line 1: no name"),
+                      ("[1]", "line 1: not an object"),
+                      ('{"persona": 3, "questions": {}}', "line 1: no name"),
+                      ('{"persona": "x", "questions": ["q"]}', "line 1: no questions"),
+                      ('{"persona": "x", "questions": {"Toxicity": [" "]}}', "line 1: Toxicity must be a list"),
+                      ('{"persona": "x", "questions": {"Toxicity": "q"}}', "line 1: Toxicity must be a list"),
+                      ('{"persona": "x", "questions": {"Toxicity": ["\\udc00"]}}', "line 1: half a character"),
+                      (less, "'x' has no question of Expected Action")):
         (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(ValueError, match=said):
             judge.questions(tmp_path / "bad.jsonl")
+    (tmp_path / "a cook.json").write_text("{")
+    with pytest.raises(ValueError, match="a cook.json: not JSON"):
+        judge.questions(tmp_path)
 
 
 @pytest.mark.skipif(not GYM.exists(), reason="shared/data is absent")
@@ -631,7 +641,6 @@ def test_controls_are_other_personas_answers_and_never_the_right_ones():
     assert judge.plant(ROWS[:5], seed=0) == []  # one persona has nobody to trade with
 
 
-@pytest.mark.skipif(not GYM.exists(), reason="shared/data is absent")
 def test_ctrl_c_half_way_is_one_line_and_the_same_command_goes_on_through_faults_judging_nothing_twice(
         tiny_folder, tmp_path, capsys, monkeypatch):
     import evaluate
@@ -641,7 +650,8 @@ def test_ctrl_c_half_way_is_one_line_and_the_same_command_goes_on_through_faults
     (run / "config.json").write_text(json.dumps({"settings": {
         "method": "permix", "anchor_coef": 0.5, "seed": 3, "model": str(tiny_folder), "max_new_tokens": 4}}))
     (run / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
-    (tmp_path / "gym.jsonl").write_text("".join(GYM.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "gym.jsonl").write_text("".join(json.dumps({"persona": f"w{i}", "questions": {
+        task: [f"w{i + j} w{j + 3}?" for j in range(10)] for task in judge.TASKS}}) + "\n" for i in (20, 50)))
     (tmp_path / "sums.jsonl").write_text("".join(
         json.dumps({"question": f"w{i} w{i + 1}?", "answer": f"w{i}", "split": "test"}) + "\n" for i in range(4)))
     (tmp_path / "who.jsonl").write_text("".join(

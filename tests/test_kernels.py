@@ -98,6 +98,14 @@ def test_p22_errors_stay_within_twice_those_of_plain_torch_in_the_same_dtype(dty
 
 
 @outside
+def test_p22_d_hidden_is_summed_in_fp32_over_many_chunks():
+    hidden, weight, targets = sample(20, 64, 8000, torch.bfloat16)
+    whole, chunked = (outputs_and_gradients(linear_logprob, hidden, weight, targets, memory_budget=budget)[2]
+                      for budget in (2**24, 0))
+    assert (chunked - whole).norm() <= 0.004 * whole.norm()
+
+
+@outside
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_p14_logprobs_have_the_very_bits_of_logsumexp_over_the_whole_row(dtype, temperature):

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import tasks
 import weights
 from kernels import attention, native
 from kernels.decode_attention import torch_decode_attention
-from model import Transformer, completion_logprobs, pack
+from model import Transformer, chunks, completion_logprobs, pack
 from rollout import Sampler, SamplingParams, generate
 from sampling import cache
 from sampling.graphs import Graphs
@@ -217,6 +218,30 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
         after = logits_of(model, ids)
     assert torch.equal(before, after) and not model.reordered
     assert (inside - before).abs().max() <= 0.05 * before.abs().max()
+
+
+def test_small_batch_weights_are_gone_after_an_exception_and_after_a_generation_closed_early(tiny):
+    model = Transformer(tiny[0].c).to(torch.bfloat16).eval()
+    with pytest.raises(RuntimeError), model.reordered_weights({"head": None}):
+        raise RuntimeError
+    assert not model.reordered
+    for end in ("close", "throw"):
+        tokens = generate(model, [[3, 4], [5, 6]], SamplingParams(max_tokens=4))
+        next(tokens)
+        assert not model.reordered                      # nor while it waits
+        with suppress(RuntimeError):
+            tokens.close() if end == "close" else tokens.throw(RuntimeError)
+        assert not model.reordered
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10, 100])
+def test_chunks_hold_every_item_once_in_order_and_only_a_longer_item_passes_the_limit(limit):
+    sizes = [3, 4, 1, 9, 2, 5, 5, 0, 6]
+    found = list(chunks(sizes, limit))
+    assert [i for first, last in found for i in range(first, last)] == list(range(9)) and list(chunks([], limit)) == []
+    for (first, last), (_, after) in zip(found, [*found[1:], (0, 0)], strict=True):
+        assert sum(sizes[first:last]) <= limit or last - first == 1 or not sum(sizes[first + 1:last])
+        assert not after or sum(sizes[first:last + 1]) > limit          # and none could have been longer
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------

@@ -69,11 +69,18 @@ def test_p26_role_play_questions_of_the_anchor_and_of_the_evaluation_are_disjoin
     assert not [question for question in train + test if re.search(r"\d", question)]
 
 
-def test_a_user_s_file_is_read_whole_in_its_order(tmp_path):
-    path = write(tmp_path, {"name": "b", "text": "You are b.", "stratum": "mine", "split": "train"}, "",
-                 {"name": "a", "text": "You are a.", "stratum": "mine"})
-    assert personas.load(path) == [Persona("b", "You are b.", "mine", "train"),
-                                   Persona("a", "You are a.", "mine", "test")]
+def test_a_user_s_file_is_read_in_its_order_and_split_where_its_lines_say_so(tmp_path):
+    lines = [{"name": name, "text": f"You are {name}.", "stratum": "mine"} for name in "ba"]
+    whole = [Persona(name, f"You are {name}.", "mine", "test") for name in "ba"]
+    path = write(tmp_path, lines[0], "", lines[1])
+    assert personas.load(path) == personas.load(path, "train") == personas.load(path, "test") == whole
+    path = write(tmp_path, lines[0] | {"split": "train"}, lines[1] | {"split": "test"})
+    assert [personas.load(path, split)[0].name for split in ("train", "test")] == ["b", "a"]
+    assert len(personas.load(path)) == 2 and personas.counts("who", whole) == "who: 2 personas, 2 mine"
+    with pytest.raises(ValueError, match="1 of 2 lines have a `split`"):
+        personas.load(write(tmp_path, lines[0] | {"split": "train"}, lines[1]), "train")
+    with pytest.raises(ValueError, match="no line has the `split` test"):
+        personas.load(write(tmp_path, lines[0] | {"split": "train"}), "test")
 
 
 def test_personagym_s_format_is_read_as_it_is(tmp_path):
@@ -96,6 +103,8 @@ def test_the_real_personagym_file_is_read():
     ({"name": "x", "text": " ", "stratum": "s"}, "no text"), ({"name": "x", "text": "You are x."}, "no stratum"),
     ({"name": "x", "text": "t", "stratum": "s", "split": "dev"}, "neither train nor test"),
     ({"name": "x", "text": "t", "stratum": "s", "kind": 3}, "kind must be a string"),
+    ({"name": "none", "text": "t", "stratum": "s"}, "named none"), ({"nmae": "x"}, "no name"),
+    ({"name": "x", "text": "You are \ud800.", "stratum": "s"}, "half a character"),
     ({"persona": "", "questions": {}}, "no name"), ({"persona": 3, "questions": {}}, "no name"),
     ({"name": "a", "text": "You are a.", "stratum": "s"}, "second persona named 'a'"),
     ('{"name": ', "not JSON"), ('["x"]', "not an object"),
@@ -182,10 +191,17 @@ def test_p26_no_text_to_test_shares_its_word_trigrams_with_a_text_to_train_on(na
 
 
 def test_p26_no_text_of_any_test_pool_can_be_trained_on():
-    held_out = personas.held_out_texts()
+    held_out = {p.text for p in personas.held_out()}
     assert len(held_out) == 24 + 30 + 24
     assert all({p.text for p in personas.load(name)} <= held_out for name in TEST)
     assert not any({p.text for p in personas.load(name)} & held_out for name in TRAIN)
+
+
+def test_p26_near_copies_of_a_test_persona_are_seen():
+    text = personas.load("test")[0].text
+    near = [Persona(str(i), other, "x", "train") for i, other in enumerate(
+        [text, text.upper(), f"  {text[:-1]} ", text.replace(" ", ", "), text + " You sing."])]
+    assert [p.name for p in personas.copies(near, personas.held_out())] == ["0", "1", "2", "3"]
 
 
 def test_a_kind_survives_a_file_of_one_s_own(tmp_path):
@@ -355,6 +371,12 @@ def test_a_model_that_thinks_unless_told_otherwise_is_told_otherwise():
 def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line():
     with pytest.raises(ValueError, match="no chat template: use an instruction-tuned model"):
         personas.prompt_ids(tokenizer_with(None), "2 + 2?", None)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'x' + 3 }}", "{% if %}"])
+def test_a_template_that_cannot_render_a_chat_is_told_in_one_line(template):
+    with pytest.raises(ValueError, match="^the chat template cannot render this chat: .+$"):
+        personas.prompt_ids(tokenizer_with(template), "2 + 2?", None)
 
 
 def test_p27_the_prompt_of_a_group_includes_its_persona():

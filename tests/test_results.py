@@ -62,16 +62,14 @@ def test_a_reply_is_read_from_its_first_tokens(tiny):
         assert got[0, 0, cut] == pytest.approx(want, abs=1e-5)
 
 
-def test_every_loss_has_learnt_the_sanity_problems():
-    rewards = json.loads((RESULTS / "sanity" / "rewards.json").read_text())
-    assert rewards.keys() == {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo"}
-    for name, curve in rewards.items():
-        assert curve[0] < 0.4 and max(a + b for a, b in zip(curve, curve[1:], strict=False)) / 2 >= 0.95, name
-    clipped = json.loads((RESULTS / "sanity" / "clip_fractions.json").read_text())
+def test_the_sanity_table_follows_from_the_curves_that_are_kept_and_has_a_row_for_each_loss():
+    """That each loss learns is test_each_loss_learns_a_reward_that_can_be_learnt."""
     from results import sanity
+
+    rewards, clipped = (json.loads((RESULTS / "sanity" / f"{name}.json").read_text())
+                        for name in ("rewards", "clip_fractions"))
+    assert rewards.keys() == clipped.keys() >= {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo"}
     assert (RESULTS / "sanity" / "tables.md").read_text() == sanity.table(rewards, clipped)
-    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo"):           # their curves vouch for their clips
-        assert max(clipped[name]) > 0 and len(clipped[name]) == len(rewards[name])
 
 
 def test_the_start_model_is_asked_as_the_arms_are_trained(run, monkeypatch, tmp_path):

@@ -201,6 +201,9 @@ def test_filters_keep_what_their_definitions_say():
     for top_k, top_p, min_p, kept in [(2, 1.0, 0.0, [1, 1, 0, 0]), (0, 0.65, 0.0, [1, 1, 0, 0]),
                                       (0, 0.71, 0.0, [1, 1, 1, 0]), (0, 1.0, 0.45, [1, 1, 1, 0])]:
         assert filtered(logits, top_k, top_p, min_p)[0].isfinite().tolist() == kept
+    logits, half = torch.randn(5, 300), torch.full((5,), 0.5, dtype=torch.float64)
+    tokens, logprobs = sample(logits, half, 0.0, min_p=0.5)         # greedy: of the model itself, whatever is filtered
+    assert torch.equal(tokens, logits.argmax(-1)) and torch.allclose(logprobs, logits.log_softmax(-1).amax(-1))
 
 
 # -- sharing -------------------------------------------------------------------------------------
@@ -254,10 +257,10 @@ def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"n": 0}, "n must"), ({"temperature": -1.0}, "temperature"),
-    ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"),
-    ({"top_p": 0.0}, "top_p"), ({"min_p": 1.5}, "min_p"), ({"max_tokens": 0}, "--max-new-tokens"),
-    ({"stop": ("x", "")}, "empty")])
+    ({"n": 0}, "--n must"), ({"temperature": -1.0}, "--temperature"),
+    ({"temperature": float("nan")}, "--temperature"), ({"temperature": 1e-40}, "--temperature"),
+    ({"top_k": -1}, "--top-k"), ({"top_p": 0.0}, "--top-p"), ({"min_p": 1.5}, "--min-p"),
+    ({"max_tokens": 0}, "--max-new-tokens"), ({"stop": ("x", "")}, "--stop must not be empty")])
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**settings)
@@ -270,9 +273,12 @@ def test_a_call_that_cannot_work_is_refused_before_it_runs(tiny):
         generate(tiny[0], [[3]], slots=-1)
 
 
-def test_an_empty_prompt_is_refused_by_its_number(tiny):
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(tiny[0], [[3], []])
+@pytest.mark.parametrize("prompt, says", [
+    ([], "is empty"), ([3, 99], "has the token id 99, but the model has embeddings for 99 tokens"),
+    ([3] * 500, "has 500 tokens; with 64 new ones")])
+def test_p36_a_prompt_that_the_model_cannot_take_is_refused_by_its_number(tiny, prompt, says):
+    with pytest.raises(ValueError, match=f"prompt 1 {says}"):
+        generate(tiny[0], [[3], prompt])
 
 
 def test_nan_logits_end_their_row_with_an_error_and_spare_the_others(tiny_folder):
@@ -324,17 +330,58 @@ def test_the_command_writes_one_line_a_completion(tiny_folder, tmp_path):
     assert all(len(x["tokens"]) == len(x["logprobs"]) <= 5 for x in lines)
 
 
-def test_a_broken_prompt_line_is_named(tiny_folder, tmp_path):
+def refusal(capsys, *flags) -> str:
+    """What rollout.py says on stderr: one line, with exit code 2."""
+    try:
+        code = rollout.main([str(flag) for flag in flags])
+    except SystemExit as error:                         # argparse's
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1
+    return said
+
+
+USER = {"role": "user", "content": "w5"}
+
+
+@pytest.mark.parametrize("line, says", [
+    ({"question": "?"}, "give either"), ({"prompt": 3}, "give either"), ([1], "not an object"),
+    ({"prompt": "w5", "messages": [USER]}, "give either"), ({"messages": []}, "give either"),
+    ({"messages": "w5"}, "give either"), ({"messages": [3]}, "give either"),
+    ({"messages": [USER | {"content": 3}]}, "give either"), ({"messages": [[USER]]}, "give either"),
+    ({"messages": [{"content": "w5"}]}, "give either"), ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": "\ud800"}, ""), ({"messages": [USER | {"content": "\ud800"}]}, ""),
+    ({"prompt": "w5 " * 510}, "the prompt has 510 tokens; with 3 new ones")])
+def test_a_broken_prompt_line_is_named(tiny_folder, tmp_path, capsys, line, says):
     prompts = tmp_path / "p.jsonl"
-    prompts.write_text('{"prompt": "w5"}\n{"question": "?"}\n')
-    command = [sys.executable, "rollout.py", "--model", tiny_folder, "--prompts", prompts]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "line 2" in done.stderr and "Traceback" not in done.stderr
+    prompts.write_text('\n{"prompt": "w5"}\n' + json.dumps(line) + "\n")
+    said = refusal(capsys, "--model", tiny_folder, "--prompts", prompts, "--max-new-tokens", 3)
+    assert f"{prompts}, line 3: {says}" in said
 
 
-def test_a_setting_that_cannot_work_is_refused_before_the_model_is_loaded(capsys):
-    assert rollout.main(["--model", "/nowhere", "--max-new-tokens", "0"]) == 2
-    assert "--max-new-tokens" in capsys.readouterr().err
+def test_a_file_without_prompts_is_refused(tiny_folder, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("\n\n")
+    assert "is empty" in refusal(capsys, "--model", tiny_folder, "--prompts", tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--slots", -1), ("--slots", "nan"), ("--n", 0), ("--n", "inf"), ("--max-new-tokens", 0),
+    ("--max-new-tokens", "1e9"), ("--temperature", "nan"), ("--temperature", "inf"),
+    ("--temperature", -1), ("--top-k", -1), ("--top-p", "nan"), ("--min-p", "inf"),
+    ("--seed", "nan"), ("--stop", ""), ("--stop", "\udcff"), ("--persona", "\udcff"),
+    ("--persona", "You are a pirate."), ("--out", ROOT), ("--out", "/nowhere/out.jsonl"),
+    ("--out", __file__), ("--dtype", "int8"), ("--device", "tpu")])
+def test_a_flag_that_cannot_work_is_named_before_the_model_is_loaded(capsys, flag, value):
+    assert flag in refusal(capsys, "--model", "/nowhere", "--prompts", __file__, flag, value)
+
+
+def test_an_absurd_limit_is_told_of_and_an_absurd_number_of_slots_costs_nothing(
+        tiny_folder, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n')
+    flags = ["--model", tiny_folder, "--prompts", tmp_path / "p.jsonl", "--max-new-tokens"]
+    assert "--max-new-tokens" in refusal(capsys, *flags, 100000)
+    for n in (1, 2):
+        assert rollout.main([str(flag) for flag in [*flags, 2, "--slots", 10**9, "--n", n]]) == 0
 
 
 def test_a_row_longer_than_its_entry_is_an_error_not_a_write_beyond_it(tiny):
@@ -362,6 +409,12 @@ def test_a_prefix_is_dropped_with_its_last_user(tiny, n):
     for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv):
         count = len(kv.layers[0][0])
         assert sorted(kv.free) == list(range(count))[:count - (kv is sampler.cache.row_kv)]
+
+
+def test_more_slots_than_completions_take_no_more_memory(tiny):
+    sampler = Sampler(tiny[0], slots=10**9)
+    list(sampler.generate(random_prompts(3), SamplingParams(n=2, max_tokens=2)))
+    assert [len(kv.layers[0][0]) for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv)] == [6 + 1, 3 + 1]
 
 
 def test_two_calls_of_one_sampler_at_once_are_refused_and_an_abandoned_one_does_no_harm(tiny):

@@ -245,11 +245,48 @@ def test_problems_that_are_all_of_a_high_level_are_open_from_the_first_step():
 # Files
 
 
-def test_a_file_without_splits_trains_on_the_first_seven_tenths_and_tests_on_the_rest(tmp_path):
-    path = write(tmp_path, *({"question": f"Question {i}?", "answer": i} for i in range(10)))
-    assert [p.answer for p in tasks.load(path, "train")] == [str(i) for i in range(7)]
-    assert [p.answer for p in tasks.load(path, "test")] == ["7", "8", "9"]
-    assert len(tasks.load(path, "all")) == 10 and len(tasks.load(path, "all", limit=4)) == 4
+ROWS = [{"question": f"Question {i}?", "answer": i} for i in range(200)]
+
+
+def test_p26_a_file_without_splits_is_split_by_its_questions_whatever_their_order_and_company(tmp_path):
+    train, test = (tasks.load(write(tmp_path, *ROWS), split) for split in ("train", "test"))
+    assert sorted(int(p.answer) for p in train + test) == list(range(200)) and 45 < len(test) < 75
+    copies = [{"question": f"  QUESTION{i} ", "answer": i} for i in range(200)]
+    few = write(tmp_path, *ROWS[::-3], *copies)
+    for split, before in (("train", train), ("test", test)):
+        now = tasks.load(few, split)
+        assert {p.answer for p in now} == {p.answer for p in before} and len(now) > len(before)
+
+
+def test_a_file_that_is_not_trained_and_tested_on_is_used_whole_but_for_its_splits(tmp_path):
+    for split in ("train", "test"):
+        assert len(tasks.load(write(tmp_path, *ROWS), split, whole=True)) == 200
+        assert len(tasks.load(write(tmp_path, *ROWS), split, whole=True, limit=4)) == 4
+    assert len(tasks.load(write(tmp_path, ROWS[0] | {"split": "test"}, ROWS[1] | {"split": "train"}), whole=True)) == 1
+
+
+@pytest.mark.parametrize("rank, warnings", [("0", 7), ("1", 0)])
+def test_questions_that_occur_twice_are_named_by_their_lines_on_rank_0(tmp_path, capsys, monkeypatch, rank, warnings):
+    monkeypatch.setenv("RANK", rank)
+    path = write(tmp_path, *ROWS[:6], "", *ROWS[:6], {"question": "question  0", "answer": "(" * 300})
+    tasks.load(path, "all")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == warnings
+    if said:
+        assert said[0] == f"warning: {path}, lines 1, 8, 14: the same question"
+        assert said[5] == f"warning: {path}: 6 questions occur more than once"
+        assert f"{path}, line 14: the gold" in said[6]
+
+
+def test_p26_a_question_in_two_splits_is_refused(tmp_path):
+    path = write(tmp_path, ROWS[0] | {"split": "train"}, {"question": "question 0", "answer": "0", "split": "test"})
+    with pytest.raises(ValueError, match="lines 1, 2: one question in two splits"):
+        tasks.load(path, "test")
+
+
+def test_the_counts_say_what_the_golds_are(tmp_path):
+    path = write(tmp_path, *ROWS[:2], {"question": "Who?", "answer": "Ann"})
+    assert tasks.counts("mine", tasks.load(path, "all")) == "mine: 3 problems, golds: 2 number, 1 text"
 
 
 def test_a_line_s_split_decides_where_it_goes(tmp_path):
@@ -260,7 +297,7 @@ def test_a_line_s_split_decides_where_it_goes(tmp_path):
 
 def test_a_file_where_only_some_lines_have_a_split_is_refused(tmp_path):
     path = write(tmp_path, {"question": "a", "answer": "1", "split": "test"}, {"question": "b", "answer": "2"})
-    with pytest.raises(ValueError, match="1 of 2 problems have a `split`"):
+    with pytest.raises(ValueError, match="1 of 2 lines have a `split`"):
         tasks.load(path, "train")
 
 
@@ -277,6 +314,10 @@ def test_gold_id_and_kind_are_read_from_the_usual_fields(tmp_path):
     ('{"question": "q"}', "no `answer`"), ('{"question": "q", "answer": null}', "no `answer`"),
     ('{"question": "q", "answer": " "}', "no `answer`"), ('{"question": "q", "answer": true}', "no `answer`"),
     ('{"question": "q", "answer": "so it is\\n#### "}', "no `answer`"), ('{"answer": "1"}', "no `question`"),
+    ('{"question": "q", "answer": NaN}', "no `answer`"), ('{"question": "q", "answer": -Infinity}', "no `answer`"),
+    ('{"question": "q", "answer": "NaN"}', "no `answer`"), ('{"question": "q", "answer": ["1"]}', "no `answer`"),
+    ('{"question": " \\n", "answer": "1"}', "no `question`"), ("[" * 100_000, "not JSON"),
+    ('{"question": "\\ud83d", "answer": "1"}', "half a character"),
     ('{"question": 5, "answer": "1"}', "no `question`"), ('["q", "1"]', "not an object"),
     ('{"question": "q", "ans', "not JSON"), ("\udcff", "not JSON"),
 ])
@@ -291,15 +332,13 @@ def test_a_bad_line_is_an_error_of_one_line_that_names_file_and_number(tmp_path,
 def test_an_empty_file_and_an_empty_split_are_errors(tmp_path):
     with pytest.raises(ValueError, match="holds no problem"):
         tasks.load(write(tmp_path), "test")
-    with pytest.raises(ValueError, match="no problem in its train split"):
+    with pytest.raises(ValueError, match="no line has the `split` train; give it to some"):
         tasks.load(write(tmp_path, {"question": "q", "answer": "1", "split": "test"}), "train")
 
 
-def test_svamp_is_split_as_prescribed():
-    path = shared("svamp.jsonl")
-    train, test = tasks.load(path, "train"), tasks.load(path, "test")
-    assert (len(train), len(test)) == (700, 300)
-    assert train[0].kind == "Subtraction" and train[0].answer == "51" and test[0].id == "chal-701"
+def test_svamp_is_read_whole():
+    problems = tasks.load(shared("svamp.jsonl"), "all")
+    assert len(problems) == 1000 and problems[0].kind == "Subtraction" and problems[0].answer == "51"
 
 
 def test_gsm8k_s_golds_are_what_follows_the_hashes():
@@ -314,6 +353,8 @@ def test_gsm8k_s_golds_are_what_follows_the_hashes():
 def test_rows_of_the_hub_datasets_become_problems():
     row = {"Body": "Ann has 3 pens. ", "Question": "How many?", "Answer": "3.0", "ID": "chal-9", "Type": "Addition"}
     assert tasks.problem_of("svamp", row, 0) == tasks.Problem("Ann has 3 pens. How many?", "3", "chal-9", "Addition")
+    for value, gold in (("1234567.0", "1234567"), (0.123456789, "0.123456789"), (12345678.0, "12345678")):
+        assert tasks.problem_of("svamp", row | {"Answer": value}, 0).answer == gold     # every digit
     row = {"question": "q", "answer": "work\n#### 1,200"}
     assert tasks.problem_of("gsm8k", row, 7) == tasks.Problem("q", "1,200", "7", "gsm8k")
     row = {"problem": "p", "solution": "\\boxed{1}, so \\boxed{\\frac{1}{2}}.", "type": "Algebra", "level": "Level 1"}

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 import grpo
 import train
 import weights
+from model import completion_hidden
 from rollout import Sampler
 from training import monitor
 from training.checkpoints import Checkpoints
@@ -45,6 +48,19 @@ def flat_reward(problem, text: str, *, persona=None) -> float:
 
 def nan_reward(problem, text: str, *, persona=None) -> float:
     return float("nan")
+
+
+def no_reward(problem, text: str, *, persona=None) -> None:
+    """A reward that forgets to return."""
+
+
+CALLS = []
+
+
+def reward_that_breaks_later(problem, text: str, *, persona=None) -> float:
+    """Well at the call that tries it, and not at the next one."""
+    CALLS.append(problem.id)
+    return 1.0 if len(CALLS) == 1 else [1.0]
 
 
 def run(folder, out, *more) -> int:
@@ -75,7 +91,7 @@ def arguments(folder, *more):
 
 def one_batch(folder, *more):
     """A job and a batch with unlike rewards, as the loop makes them: 4 problems, over all ranks."""
-    job = train.read(arguments(folder, "--prompts", "4", *more))
+    job = train.anchored(train.read(arguments(folder, "--prompts", "4", *more)))
     with job.rewarder:
         return job, next(train.rollouts(job, 0))[0]
 
@@ -85,8 +101,10 @@ def step_on(job, batch, learning_rate=1e-3) -> dict:
     return train.learn(Policy(job.model, learning_rate, 0), batch, job, 0)
 
 
-def gradients_of(job, batch) -> list[torch.Tensor]:
-    """The whole gradient of each optimizer step on a batch, as the optimizer would meet it; no weight moves."""
+def gradients_of(job, batch, scale: float = 1.0) -> list[torch.Tensor]:
+    """The whole gradient of each optimizer step on a batch, as the optimizer would meet it.
+
+    In place of such a step the last norm's weight is multiplied by `scale`."""
     policy, found = Policy(job.model, 1e-3, 0), []
 
     def step(max_norm):
@@ -94,6 +112,7 @@ def gradients_of(job, batch) -> list[torch.Tensor]:
         found.append(torch.cat([whole(m.grad).flatten() for m in policy.masters]).double())
         for m in policy.masters:
             m.grad = None
+        policy.model.norm.weight.detach().mul_(scale)
         return 0.0
 
     policy.step = step
@@ -137,10 +156,49 @@ def test_sft_learns_from_one_gold_answer_what_it_learns_from_several(tiny_folder
     assert (one - several).norm() <= 1e-6 * one.norm() > 0
 
 
+def test_p32_sft_is_cross_entropy_of_the_plain_logits_at_any_temperature(tiny_folder):
+    job, batch = one_batch(tiny_folder, "--method", "sft", "--temperature", "0.3",
+                           "--reward", "tests.test_train:flat_reward")
+    packed, found = train.pack(batch.groups, job.model), gradient_of(job, batch)
+    logits = job.model.logits(completion_hidden(job.model, packed))
+    plain = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, packed.targets), job.model.parameters())
+    plain = torch.cat([g.flatten() for g in plain])
+    assert (found - plain).norm() <= 1e-6 * plain.norm() > 0
+
+
+def test_distillation_learns_a_teachers_text_at_the_temperature_it_was_sampled_at(tiny_folder):
+    """So the start model, its own teacher, is where it should be: its sampler and its trainer agree."""
+    job, batch = one_batch(tiny_folder, "--method", "distill", "--temperature", "0.3",
+                           "--reward", "tests.test_train:flat_reward")
+    (micro,), = train.minibatches(batch, batch.rewards, batch.kept, job)
+    _, sums = train.micro_loss(job.model, micro, job.loss, job.temperature)
+    assert sums["gap"] / sums["trained_tokens"] <= 1e-5
+
+
+def test_a_gold_answer_ends_as_the_chat_template_ends_a_turn(tiny_folder):
+    """Not with the tokenizer's EOS, if the template has a stop id of its own; with the EOS if it has none."""
+    job = train.read(arguments(tiny_folder, "--method", "sft"))
+    assert next(train.gold_completions(job, job.problems, 1)).tokens[-1] == 2
+    job.tokenizer.chat_template = "{% for m in messages %}{{ '<s> ' + m['content'] + ' w7 w8 ' }}{% endfor %}"
+    assert next(train.gold_completions(job, job.problems, 1)).tokens[-1] == 2
+    job.model.c.stop_ids = [2, 7]
+    assert next(train.gold_completions(job, job.problems, 1)).tokens[-1] == 7
+    job.model.c.stop_ids = [9]
+    with pytest.raises(ValueError, match="stops this model"):
+        next(train.gold_completions(job, job.problems, 1))
+
+
+def moved_and_anchored(folder):
+    """A job whose anchor has a gradient, and a batch of it."""
+    job, batch = one_batch(folder, "--anchor-coef", "0.5", "--anchor-answers", "6", "--anchor-tokens", "5")
+    job.model.norm.weight.detach().mul_(1.3)
+    return job, batch
+
+
 def write_gradient(folder: str, out: str) -> None:
     """What one of two ranks runs in the test below."""
     torch.distributed.init_process_group("gloo")
-    gradient = gradient_of(*one_batch(folder))
+    gradient = gradient_of(*moved_and_anchored(folder))
     if train.ranks()[0] == 0:
         torch.save(gradient, out)
     torch.distributed.destroy_process_group()
@@ -150,7 +208,7 @@ def test_p10_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_folder, tm
     call = f"from tests.test_train import write_gradient; write_gradient({str(tiny_folder)!r}, {str(tmp_path / 'g')!r})"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                     "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
-    one, two = gradient_of(*one_batch(tiny_folder)), torch.load(tmp_path / "g")
+    one, two = gradient_of(*moved_and_anchored(tiny_folder)), torch.load(tmp_path / "g")
     assert (two - one).norm() <= 1e-6 * one.norm() > 0
 
 
@@ -171,6 +229,17 @@ def test_dynamic_sampling_stops_when_enough_groups_have_a_gradient(tiny_folder, 
                             "--reward", f"tests.test_train:{reward}")
     assert len(batch.rewards) == 4 * rounds == len({p.id for p in batch.problems})
     assert len(batch.groups) == len(batch.personas) == 4 * rounds and len(batch.completions) == 32 * rounds
+
+
+def some_reward(problem, text: str, *, persona=None) -> float:
+    return word_reward(problem, text) if len(problem.question) % 2 else 1.0
+
+
+def test_dynamic_sampling_goes_on_until_there_are_as_many_groups_with_a_gradient_as_prompts(tiny_folder):
+    _, batch = one_batch(tiny_folder, "--dynamic-sampling", "9", "--group-size", "8", "--reward",
+                         "tests.test_train:some_reward")
+    before, found = (grpo.informative(rewards).sum() for rewards in (batch.rewards[:-4], batch.rewards))
+    assert 0 < before < 4 <= found
 
 
 def test_the_overlong_penalty_tells_long_completions_of_equal_rewards_apart(tiny_folder):
@@ -250,7 +319,7 @@ def test_the_reward_is_told_who_speaks_in_each_completion(tiny_folder):
     job, batch = one_batch(tiny_folder, "--mix", "rollout", "--persona-prob", "0.6", "--slots", "1",
                          "--reward", "tests.test_train:listening_reward")
     spoken = [persona for row in batch.personas for persona in row]
-    assert Counter(SPEAKERS) == Counter(spoken) and len(set(spoken)) > 4
+    assert Counter(SPEAKERS[1:]) == Counter(spoken) and len(set(spoken)) > 4         # the first call tries it
     for persona, (prompt, _), problem in zip(spoken, batch.groups, [p for p in batch.problems for _ in range(4)],
                                              strict=True):
         assert prompt == train.personas.prompt_ids(job.tokenizer, problem.question, persona)
@@ -383,9 +452,11 @@ def test_the_start_model_is_that_of_the_model_flag_whatever_a_checkpoint_holds(t
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path):
+def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path, capsys):
     for name in ("a", "b"):
         assert run(tiny_folder, tmp_path / name) == 0
+    lines = re.findall(r"^step (\d)/4: reward [\d.]+, accuracy [\d.]+, [\d.]+ s$", capsys.readouterr().err, re.M)
+    assert "".join(lines) == "12341234"
     a, b = tmp_path / "a", tmp_path / "b"
     assert metrics(a) == metrics(b) and same(tensors(a), tensors(b))
     assert [m["step"] for m in metrics(a)] == [0, 1, 2, 3]
@@ -394,9 +465,11 @@ def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folde
     assert sorted(p.name for p in (a / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
 
 
-def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path):
-    assert run(tiny_folder, tmp_path / "whole") == 0
-    assert run(tiny_folder, tmp_path / "half", "--steps", "2") == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])          # in bf16 the masters are not the model
+def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path, dtype):
+    flags = ["--dtype", dtype, "--warmup", "4"]         # which goes on too
+    assert run(tiny_folder, tmp_path / "whole", *flags) == 0
+    assert run(tiny_folder, tmp_path / "half", "--steps", "2", *flags) == 0
     assert train.main(["--resume", str(tmp_path / "half"), "--steps", "4"]) == 0
     assert metrics(tmp_path / "half") == metrics(tmp_path / "whole")
     assert same(tensors(tmp_path / "half"), tensors(tmp_path / "whole"))
@@ -421,24 +494,77 @@ def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tiny_folder, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step-000020"]
 
 
-def interrupt(folder, out, how, *more) -> tuple[int, str]:
-    """Runs in another process until two checkpoints stand, then sends the signal: (exit code, stderr).
+def interrupt(folder, out, how, *more, until=None) -> tuple[int, str]:
+    """Runs in another process until two checkpoints stand, or `until()`, then sends the signal: (exit code, stderr).
 
     SIGINT is set back first: a test suite that a shell runs in the background inherits it as ignored."""
+    until = until or (lambda: len(list((out / "checkpoints").glob("step-*"))) > 1)
     command = [sys.executable, "train.py", "--model", folder, "--out", out, *FAST, *REWARD, *more]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while process.poll() is None and len(list((out / "checkpoints").glob("step-*"))) < 2:
+    while process.poll() is None and not until():
         time.sleep(0.01)
     process.send_signal(how)
     return process.wait(), process.stderr.read()
 
 
-@pytest.mark.parametrize("more", [[], ["--async-save", "--overlap", "--save-every", "2"]])
-def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tiny_folder, tmp_path, more):
-    code, errors = interrupt(tiny_folder, tmp_path / "run", signal.SIGINT, "--steps", "2000", *more)
-    assert code == 130 and f"--resume {tmp_path / 'run'}" in errors and "Traceback" not in errors
-    assert len(metrics(tmp_path / "run")) >= 2 and (tmp_path / "run" / "config.json").stat().st_size > 0
+def late_reward(problem, text: str, *, persona=None) -> float:
+    """The 25th call, in the fourth step of FAST, hangs."""
+    SPEAKERS.append(persona)
+    if len(SPEAKERS) == 25:
+        Path(os.environ["HANGS"]).touch()
+        time.sleep(100)
+    return word_reward(problem, text)
+
+
+@pytest.mark.parametrize("how, code, more", [(signal.SIGTERM, 143, ["--dynamic-sampling", "1"]),
+                                             (signal.SIGINT, 130, ["--overlap", "--async-save"])])
+def test_a_signal_waits_for_no_hanging_reward_and_saves_the_steps_that_are_done(tiny_folder, tmp_path, monkeypatch,
+                                                                                how, code, more):
+    monkeypatch.setenv("HANGS", str(tmp_path / "hangs"))
+    flags = ["--steps", "2000", "--save-every", "1000", "--reward", "tests.test_train:late_reward",
+             "--reward-seconds", "100", *more]
+    start, (found, errors) = time.time(), interrupt(tiny_folder, tmp_path / "run", how, *flags,
+                                                    until=(tmp_path / "hangs").exists)
+    done = len(metrics(tmp_path / "run"))
+    assert found == code and done >= 1 and "Traceback" not in errors and time.time() - start < 60
+    assert f"--resume {tmp_path / 'run'} goes on after step {done}\n" in errors
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done:06d}").is_dir()
+
+
+@pytest.mark.parametrize("signals, done", [(1, 2), (2, 1)])
+def test_ctrl_c_lets_a_checkpoint_end_and_a_second_one_does_not(tiny_folder, tmp_path, monkeypatch, capsys, signals,
+                                                                done):
+    to_send = [signal.SIGINT] * signals
+
+    def write(*args):
+        while "step-000002" in args[1].name and to_send:
+            os.kill(os.getpid(), to_send.pop())
+        return write_item(*args)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)            # pytest in the background ignores it
+    write_item = filesystem._write_item
+    monkeypatch.setattr(filesystem, "_write_item", write)
+    assert run(tiny_folder, tmp_path / "run") == 130
+    assert f"goes on after step {done}\n" in capsys.readouterr().err
+    kept = [f"step-{step:06d}" for step in range(1, done + 1)]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize("more", [[], ["--async-save"]])
+def test_a_disk_that_fills_is_one_line_and_leaves_the_last_checkpoint(tiny_folder, tmp_path, capsys, more):
+    """A limit on the size of files stands for the disk: a resumed run's checkpoint would be larger."""
+    assert run(tiny_folder, tmp_path / "run", "--steps", "2") == 0
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4", *more]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: ") and "File too large" in said and said.endswith("goes on after step 2")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
 @pytest.mark.parametrize("more", [[], ["--async-save"]])
@@ -467,12 +593,14 @@ def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_fol
     assert (out / shards).read_bytes() == (tmp_path / "whole" / shards).read_bytes()
 
 
-@pytest.mark.parametrize("more", [[], ["--async-save"]])
-def test_p20_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(tiny_folder, tmp_path, more):
+@pytest.mark.parametrize("how, number, more", [(signal.SIGTERM, 143, []), (signal.SIGINT, 130, []),
+                                               (signal.SIGTERM, 143, ["--async-save", "--save-every", "3"])])
+def test_p20_a_signal_saves_the_steps_that_are_done_and_the_run_goes_on_from_there(tiny_folder, tmp_path, how,
+                                                                                   number, more):
     assert run(tiny_folder, tmp_path / "whole", "--steps", "30") == 0
     out = tmp_path / "terminated"
-    code, errors = interrupt(tiny_folder, out, signal.SIGTERM, "--steps", "30", *more)
-    assert code == 143 and f"--resume {out}" in errors and "Traceback" not in errors
+    code, errors = interrupt(tiny_folder, out, how, "--steps", "30", *more)
+    assert code == number and f"--resume {out}" in errors and "Traceback" not in errors
     done = len(metrics(out))
     assert 2 <= done < 30 and (out / "checkpoints" / f"step-{done:06d}").is_dir()
     assert train.main(["--resume", str(out)]) == 0
@@ -503,8 +631,9 @@ def test_sampling_ahead_changes_nothing_where_the_weights_stand_still(tiny_folde
 
 
 def test_the_profile_names_phases_floors_and_operators(tiny_folder, tmp_path, capsys):
-    assert run(tiny_folder, tmp_path / "run", "--profile") == 0
+    assert run(tiny_folder, tmp_path / "run", "--profile", "--progress") == 0
     said = capsys.readouterr().err
+    assert "4/4" in said and "4/4: reward" not in said  # the bar takes the place of the lines
     assert "operators of one step:" in said and "aten::" in said
     for phase in ("sample", "train", "step"):
         seconds, floor, ratio = map(float, re.search(rf"  {phase} +([\d.]+) +([\d.]+) +([\d.]+)x", said).groups())
@@ -521,7 +650,8 @@ def torchrun(folder, out, *more, reward="tests.test_train:word_reward", nproc=2)
 def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
     flags = ["--steps", "1", "--max-grad-norm", "1e9", "--prompts", "4", "--eval-problems", "3", "--eval-personas", "3"]
     assert run(tiny_folder, tmp_path / "one", *flags) == 0
-    assert torchrun(tiny_folder, tmp_path / "two", *flags, nproc=nproc).returncode == 0
+    done = torchrun(tiny_folder, tmp_path / "two", *flags, nproc=nproc)
+    assert done.returncode == 0 and done.stderr.count("golds: ") == 2       # of rank 0 alone
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert one["reward"] == two["reward"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
     for name, tensor in tensors(tmp_path / "one").items():
@@ -565,7 +695,22 @@ def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming after step" in done.stderr          # it did begin twice
+    assert re.search(r"train.py: another rank has died.* goes on after step \d\n", done.stderr)
     assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3] and (out / "model" / "config.json").is_file()
+
+
+def told_to_stop(problem, text: str, *, persona=None) -> float:
+    """Rank 1 alone gets SIGTERM, in the second of its 4 rewards of the third step."""
+    SPEAKERS.append(persona)
+    if torch.distributed.get_rank() and len(SPEAKERS) == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return word_reward(problem, text)
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(tiny_folder, tmp_path):
+    done = torchrun(tiny_folder, tmp_path / "run", "--save-every", "100", reward="tests.test_train:told_to_stop")
+    assert done.returncode == 1 and f"--resume {tmp_path / 'run'} goes on after step 2\n" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
 
 
 def rank_1_only(problem, text: str, *, persona=None) -> float:
@@ -604,7 +749,9 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path)
                                   ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
     assert run(tiny_folder, tmp_path / "run", "--steps", "2", *more) == 0
-    assert all(m["grad_norm"] >= 0 for m in metrics(tmp_path / "run"))
+    found, start = metrics(tmp_path / "run"), weights.load(str(tiny_folder), "float32")[0]
+    assert [m["skipped_steps"] for m in found] == [0, 0] and max(m["grad_norm"] for m in found) > 0
+    assert not torch.equal(tensors(tmp_path / "run")["model.norm.weight"], start.norm.weight)
 
 
 def test_p28_memory_does_not_grow(tiny_folder, tmp_path, monkeypatch):
@@ -633,6 +780,14 @@ def test_p28_memory_is_estimated_and_micro_batches_are_sized_to_fit(tiny_folder,
     assert "--recompute" in capsys.readouterr().err
 
 
+def test_p28_where_sampling_takes_most_the_micro_batches_still_fill_what_training_may_take(tiny_folder, capsys):
+    job = train.read(arguments(tiny_folder, "--memory", "0.2"))
+    policy, job.model.c.vocab_size = Policy(job.model, 1e-3, 0), 1_000_000
+    train.plan(policy, job)
+    parts = {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d+)", capsys.readouterr().err)}
+    assert parts["logits"] > 0.09 and parts["activations"] > 0.19 and parts["peak"] == 0.2
+
+
 def test_p28_activations_are_counted_as_they_are(tiny_folder):
     """What a forward keeps: in 4 layers some 8 to 40 vectors of the hidden size; recomputing keeps little of it."""
     model = weights.load(str(tiny_folder), "float32")[0]
@@ -649,17 +804,15 @@ def test_p28_activations_are_counted_as_they_are(tiny_folder):
 @pytest.mark.parametrize("flags, message", [
     (["--model", "/nowhere/model"], "no model at"), (["--task", "gsm9k"], "did you mean gsm8k"),
     (["--persona-prob", "1.5"], "between 0 and 1"), (["--group-size", "1"], "siblings"),
-    (["--steps", "0"], "at least 1"), (["--resume", "/nowhere/run"], "not a run folder"),
+    (["--steps", "0"], "between 1 and"), (["--resume", "/nowhere/run"], "not a run folder"),
     (["--reward", "nothing"], "module:function"), (["--reward", "tests.test_train:nan_reward"], "finite"),
-    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--learning-rate", "nan"], "finite"),
-    (["--personas", "/nowhere.jsonl"], "nowhere"), (["--dynamic-sampling", "-1"], "at least 0"),
+    (["--method", "rlvr", "--persona-prob", "0.5"], "no personas"), (["--resume", ""], "empty"),
+    (["--personas", "/nowhere.jsonl"], "nowhere"), (["--prompts", "200000", "--group-size", "8"], "million"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "only k1"),
     (["--dual-clip", "1", "--minibatches", "2"], "above 1 + clip_high"),
-    (["--memory", "inf"], "finite"), (["--learning-rate", "inf"], "finite"),
     (["--clip-high", "0.28"], "the ratio is 1"), (["--dual-clip", "3"], "--minibatches 2"),
     (["--loss", "reinforce", "--minibatches", "2"], "no ratio"), (["--minibatches", "3"], "2 groups"),
     (["--overlap", "--dynamic-sampling", "1"], "cannot go with"), (["--overlap", "--profile"], "choose one"),
-    (["--max-grad-norm", "-1"], "above 0"), (["--seed", "-1"], "at least 0"),
     (["--personas", "test"], "of the evaluation"), (["--method", "sft", "--dynamic-sampling", "1"], "unequal"),
     (["--overlap", "--method", "sft"], "imitates"), (["--method", "sft", "--correction", "truncate"], "cross-entropy"),
     (["--method", "distill", "--inner-epochs", "2"], "cross-entropy"), (["--teacher", "smollm2-135m"], "distill")])
@@ -674,15 +827,57 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     teacher = shutil.copytree(tiny_folder, tmp_path / "teacher")
     text = (teacher / "tokenizer.json").read_text()
     (teacher / "tokenizer.json").write_text(text.replace('"w50"', '"other"'))
-    (tmp_path / "mine.jsonl").write_text(json.dumps(vars(train.personas.load("test")[3])))
+    near = vars(train.personas.load("test")[3]) | {"split": "train"}
+    near["text"] = near["text"].upper().replace(" ", "  ").rstrip(".")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(near))
+    (tmp_path / "a.jsonl").write_text('{"question": "w3 w4?", "answer": "w5"}')
+    (tmp_path / "b.jsonl").write_text('{"question": " W3 w4", "answer": "w5"}')
+    evaluates = ["--eval-problems", "1"]
     monkeypatch.setitem(sys.modules, "wandb", None)
+    long, unread = tmp_path / "long.jsonl", tmp_path / "unread.jsonl"
+    ask = json.dumps({"question": "w3", "answer": "7"}) + "\n"
+    long.write_text(6 * ask + ask.replace("w3", "w3 " * 600) + ask)
+    unread.write_text(3 * ask.replace("7", r"\\frac{1}{"))
     for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
                         (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
+                        ([*evaluates, "--eval-pool", "train"], "144 of the evaluation's personas, such as"),
+                        ([*evaluates, "--task", str(tmp_path / "a.jsonl"), "--eval-task", str(tmp_path / "b.jsonl")],
+                         "1 of the evaluation's 1 questions are trained on"),
                         (["--personas", "conflict-test"], "30 of the evaluation's personas"),
                         (["--personas", "paraphrases-test"], "24 of the evaluation's personas"),
-                        (["--tracker", "wandb"], "pip install wandb")):
+                        (["--tracker", "wandb"], "pip install wandb"),
+                        (["--max-new-tokens", "500"], "--max-new-tokens 500 that exceeds the model's 512"),
+                        (["--eval-task", str(long), "--eval-problems", "2"], "problem 7 has up to 6"),
+                        (["--anchor-coef", "0.1", "--anchor-tokens", "500"], "--anchor-tokens 500"),
+                        (["--task", str(unread), "--reward", "rewards:correctness"], "can be correct"),
+                        (["--reward", "tests.test_train:no_reward"], "no_reward failed on problem"),
+                        (["--eval-problems", "3", "--eval-personas", "25"], "test has 24"),
+                        (["--memory", "1e-9"], "too little")):
         assert run(tiny_folder, tmp_path / "run", *flags) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_a_folder_that_can_be_used_again(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    CALLS.clear()
+    assert run(tiny_folder, out, "--reward", "tests.test_train:reward_that_breaks_later") == 2
+    assert "reward_that_breaks_later failed on problem" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert run(tiny_folder, out, "--steps", "1") == 0
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "-inf", "1000000000000000000000"])
+@pytest.mark.parametrize("flag", [a.option_strings[0] for a in parser()._actions if a.type in (int, float)])
+def test_a_number_that_no_run_can_mean_is_refused_by_the_name_of_its_flag(capsys, flag, value):
+    """At once: only what means "no limit" may be as large as it likes."""
+    if value[0] == "1" and flag in ("--max-grad-norm", "--reward-seconds"):
+        return
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        train.settings([f"{flag}={value}"])
+    said = capsys.readouterr().err + str(refusal.value)
+    assert flag in said and (isinstance(refusal.value, ValueError) or refusal.value.code == 2)
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
@@ -690,8 +885,9 @@ def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path, capsys):
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
     weights.save(model, tokenizer, tmp_path / "broken")
-    assert run(tmp_path / "broken", tmp_path / "run") == 2
-    assert "not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for start, more in ((tmp_path / "broken", []), (tiny_folder, ["--method", "distill", "--teacher"])):
+        assert run(start, tmp_path / "run", *more, *[str(tmp_path / "broken")][:len(more)]) == 2
+        assert "broken are not all finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_disk_too_full_for_the_checkpoints_is_refused(tiny_folder, tmp_path, capsys, monkeypatch):
@@ -719,6 +915,29 @@ def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(ti
                      for when in ("before", "after"))
     assert before["items"] == after["items"] and len(after["items"]) == 3 and before["steps"] == 0
     assert before["max_new_tokens"] == after["max_new_tokens"] == 5
+    assert (before["method"], after["method"]) == ("start", "permix")
+    for when, title in (("before", "before training: "), ("after", "permix after 2 steps: ")):
+        page = (tmp_path / "run" / "evaluation" / when / "report.html").read_text()
+        assert f"<title>{title}" in page and ("permix" in page.split("<footer>")[0]) == (when == "after")
+        assert "no system prompt" not in page and "own system prompt, if any" in page
+
+
+def test_files_of_ones_own_are_trained_and_evaluated_on_whole_or_split_between_them(tiny_folder, tmp_path, capsys):
+    for name, first in (("a", 3), ("b", 23)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"question": f"w{i} w{i + 1}?", "answer": f"w{i}"}) + "\n" for i in range(first, first + 20)))
+    (tmp_path / "who.jsonl").write_text("".join(
+        json.dumps({"name": f"w{i}", "text": f"w{i}.", "stratum": "x", "split": ("train", "test")[i % 2]}) + "\n"
+        for i in range(3, 9)))
+    a, b, who = (str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "who"))
+    flags = ["--task", a, "--personas", who, "--eval-pool", who, "--eval-problems", "50"]
+    for more, sizes in ((["--eval-task", b], (20, 20)), ([], (15, 5)), (["--eval-task", a], (15, 5))):
+        job = train.read(arguments(tiny_folder, *flags, *more))
+        assert (len(job.problems), len(job.held_out[0])) == sizes
+        assert [[p.name for p in pool] for pool in (job.pool, job.held_out[1])] == [["w4", "w6", "w8"],
+                                                                                   ["w3", "w5", "w7"]]
+        said = capsys.readouterr().err
+        assert f"{a}: {sizes[0]} problems, golds: {sizes[0]} text; {who}: 3 personas, 3 x\nevaluation: " in said
 
 
 def test_a_resumed_run_takes_no_step_back_and_samples_ahead_only_corrected(tiny_folder, tmp_path, capsys):
@@ -733,6 +952,9 @@ def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
     assert train.main(["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--steps", "2"]) == 2
     assert "its own folder" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "resuming after step 0" in capsys.readouterr().err
 
 
 def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tiny_folder, tmp_path, capsys,
@@ -744,6 +966,43 @@ def test_gradients_that_stay_broken_stop_the_run_with_its_checkpoints_intact(tin
     assert "5 gradients in a row" in errors and errors.count("was skipped") == 5
     assert len(metrics(tmp_path / "run")) == 7
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("more", [[], ["--method", "distill"]])
+def test_a_run_without_one_finite_step_does_not_end_well(tiny_folder, tmp_path, capsys, more):
+    """However short it is. The weights are finite, their logits are not: no completion can be sampled."""
+    model, tokenizer = weights.load(str(tiny_folder), "float32")
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    weights.save(model, tokenizer, tmp_path / "broken")
+    assert run(tmp_path / "broken", tmp_path / "run", "--steps", "2", *more) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "2 steps in a row had no finite logits" in errors[-1] and "8 completions were given up" in errors[1]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_have_become_infinite_are_not_saved(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Policy, "step", lambda self, max_norm:
+                        self.parameters[0].data.fill_(math.inf).sum().sign().item())
+    assert run(tiny_folder, tmp_path / "run") == 2
+    assert "no longer finite" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_resumed_run_records_what_was_changed_and_takes_flags_back(tiny_folder, tmp_path, capsys):
+    out, more = tmp_path / "run", ["--recompute", "--stop", "w9", "--entropy-coef", "0.01"]
+    assert run(tiny_folder, out, "--steps", "1", *more) == 0
+    unset = [flag for name in ("recompute", "stop", "reward") for flag in ("--unset", name)]
+    assert train.main(["--resume", str(out), "--steps", "2", *unset, "--entropy-coef", "0"]) == 0
+    assert "resuming after step 1" in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    (entry,) = config["resumed"]
+    assert entry["after"] == 1 and entry["changed"] == {
+        "steps": [1, 2], "recompute": [True, False], "stop": [["w9"], []], "entropy_coef": [0.01, 0.0],
+        "reward": ["tests.test_train:word_reward", "rewards:correctness"]}
+    assert config["settings"]["entropy_coef"] == 0 and config["settings"]["unset"] == []
+    for name, said in (("recompile", "no such flag"), ("model", "--model of a resumed run")):
+        assert train.main(["--resume", str(out), "--unset", name]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
@@ -770,14 +1029,13 @@ def test_p29_an_unknown_flag_is_an_error():
     assert stop.value.code == 2
 
 
-def test_p29_every_flag_is_read():
-    told = (ROOT / "training" / "settings.py").read_text()
-    body = told[told.index("def settings"):]
-    body += "".join(path.read_text() for path in (ROOT / "train.py", *ROOT.glob("training/*.py"))
-                    if path.name != "settings.py")
-    body += "".join(f".{field.name} " for field in dataclasses.fields(grpo.Loss))       # read by loss_of
-    unread = [a.dest for a in parser()._actions if a.dest != "help" and not re.search(rf"\.{a.dest}\b", body)]
-    assert unread == []
+@pytest.mark.parametrize("flags, defaults", [
+    ([], (0.7, 8, 12, 32, "plain", 3e-5)), (["--method", "rlvr"], (0.0, 8, 12, 32, "plain", 3e-5)),
+    (["--method", "sft", "--task", "gsm8k"], (0.0, 1, 64, 48, "short", 6e-5))])
+def test_the_defaults_are_those_that_help_names_by_method_and_task(flags, defaults):
+    args = train.settings(flags)
+    assert defaults == (args.persona_prob, args.group_size, args.prompts, args.max_new_tokens, args.prompt,
+                        args.learning_rate)
 
 
 def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
@@ -786,3 +1044,31 @@ def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
     train.settings(["--loss", "gspo", "--minibatches", "2"])
     train.settings([])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flags, work", [
+    (["--kl", "k1"], ["--kl-coef", "0.1"]), (["--kl-in", "reward", "--kl", "k1"], ["--kl-coef", "0.1"]),
+    (["--method", "rlvr", "--mix", "rollout"], ["--method", "permix"]),
+    (["--method", "rlvr", "--personas", "conflict-train"], ["--anchor-coef", "0.1"]),
+    (["--method", "sft", "--temperature", "1"], ["--method", "distill"]),
+    (["--method", "sft", "--truncated", "keep"], ["--method", "rlvr"]),
+    (["--method", "sft", "--stop", "x", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--anchor-count", "2"], ["--anchor-coef", "0.1"]), (["--anchor-answers", "9"], ["--anchor-coef", "0.1"]),
+    (["--anchor-tokens", "9"], ["--anchor-coef", "0.1"]), (["--micro-tokens", "9", "--memory", "1"], ["--memory", "0"]),
+    (["--shard", "1"], ["--shard", "0"]), (["--no-cuda-graphs", "--device", "cpu"], ["--device", "auto"]),
+    (["--overlap", "--save-every", "1"], ["--save-every", "2"]), (["--profile", "--steps", "2"], ["--steps", "3"]),
+    (["--eval-personas", "3", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--eval-task", "facts", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--unset", "kl"], None), (["--warmup", "50"], ["--steps", "50"])])
+def test_p31_a_flag_without_work_is_named_at_the_start(capsys, flags, work):
+    train.settings(flags)
+    said = re.findall(r"--[\w-]+(?= does nothing| 50 is longer)", capsys.readouterr().err)
+    assert said and set(said) <= set(flags)
+    if work:
+        train.settings([*flags, *work])
+        assert capsys.readouterr().err == ""
+
+
+def test_no_flags_help_tells_its_default_twice():
+    for action in parser()._actions:
+        assert (action.help or "").count("(default") <= 1 and "None" not in (action.help or ""), action.dest

@@ -7,12 +7,15 @@ written last, and then the folder is renamed into place. What a kill has torn is
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from common.command import one_line
+from common.files import sync, write_atomically
 from training.policy import Policy, ranks, wait
 
 
@@ -50,30 +53,41 @@ class Checkpoints:
 
     def save(self, policy: Policy, step: int) -> None:
         """Writes step-N. In the background only the copy of the state is waited for."""
+        policy.check_finite()
         self.finish()
         part = self.folder / f".step-{step:06d}.part"
         if ranks()[0] == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            for torn in self.folder.glob(".step-*.part"):
+                shutil.rmtree(torn)
             part.mkdir(parents=True)
         wait()
         if not self.thread:
-            dcp.save(policy.state(), checkpoint_id=part)
-            self.commit(part, step)
+            self.commit(part, step, lambda: dcp.save(policy.state(), checkpoint_id=part))
             return
         written = dcp.async_save(policy.state(), checkpoint_id=part, process_group=self.group)
-        self.writing = self.thread.submit(self.commit, part, step, written)
+        self.writing = self.thread.submit(self.commit, part, step, written.result)
 
-    def commit(self, part: Path, step: int, written: Future | None = None) -> None:
-        """Gives a written folder its manifest and its name, and removes older ones."""
-        if written:
-            written.result()
+    def commit(self, part: Path, step: int, written: Callable) -> None:
+        """Gives a folder its manifest and its name once it is written, and removes older ones.
+
+        Raises OSError where it could not be written, on a full disk say, and removes what is torn.
+        """
+        try:
+            written()
+        except dcp.api.CheckpointException as failed:   # a BaseException, with each rank's own
+            shutil.rmtree(part, ignore_errors=True)
+            error, _ = next(iter(failed.failures.values()))
+            if not isinstance(error, Exception):        # Ctrl-C
+                raise error from None
+            raise OSError(f"{part} could not be written ({one_line(error)})") from error
         if ranks()[0]:
             return
         target = self.folder / f"step-{step:06d}"
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-        (part / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+        write_atomically(part / "manifest.json", json.dumps({"step": step, "sizes": sizes}))
         shutil.rmtree(target, ignore_errors=True)  # a torn one of the same step
         part.rename(target)
+        sync(self.folder)
         there = sorted(self.folder.glob("step-*"))
         kept = [checkpoint for checkpoint in there if finished(checkpoint) is not None]
         for old in set(there) - set(kept[-self.keep:]):  # torn ones too
@@ -94,6 +108,11 @@ class Checkpoints:
             raise ValueError(f"{self.folder.parent}: its checkpoints and model need "
                              f"{needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free: "
                              "make room, or lower --keep")
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest whole checkpoint, 0 if there is none."""
+    return max((finished(checkpoint) or 0 for checkpoint in folder.glob("step-*")), default=0)
 
 
 def finished(checkpoint: Path) -> int | None:

@@ -31,8 +31,8 @@ def plan(policy: Policy, job) -> None:
         raise ValueError(f"--memory {args.memory:.4g} is too little: about "
                          f"{least['peak'] / 1e9:.2f} GB are needed; try --recompute, a smaller "
                          "--group-size, --max-new-tokens or --slots, or more ranks")
-    room = limit - least["peak"] + least["activations"]
-    args.micro_tokens = int(room / per_token)
+    beside = estimate(policy, job, limit, prompt + args.max_new_tokens)["peak"] - limit
+    args.micro_tokens = int((limit - beside) / per_token)
     parts = estimate(policy, job, args.micro_tokens * per_token, prompt + args.max_new_tokens)
     if ranks()[0] == 0:
         told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
@@ -64,7 +64,8 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     others = {m for m in (job.reference, job.author) if m is not None and m is not model}
     if others:
         parts["others"] = sum(p.numel() * p.itemsize for m in others for p in m.parameters())
-    sampling = parts["weights"] if on_cpu else 0        # rearranged, for the CPU's matmuls
+    parts["logits"] = rows * model.c.vocab_size * (size + 8)    # also in fp32, and their exp
+    sampling = parts["logits"] + on_cpu * parts["weights"]      # rearranged, for the CPU's matmuls
     training = parts["gradients"] + parts["activations"]
     held = ("weights", "masters", "AdamW", "cache", "checkpoint", "copy", "others")
     always = sum(parts.get(name, 0) for name in held)

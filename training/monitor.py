@@ -1,7 +1,7 @@
 """What a run says of itself: metrics, samples to read, where its time goes, warnings, trackers.
 
-metrics.jsonl comes first: a line a step, written before anything else looks at it. Left out:
-dashboards.
+metrics.jsonl comes first: a line a step, written before anything else looks at it. Its keys are
+defined in docs/formats.md. Left out: dashboards.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 
@@ -40,9 +41,10 @@ class Monitor:
         self.history = resumed(out, first) if self.speaks else []       # metrics of all steps
         self.said = set(symptoms(self.history)) if first else set()     # warnings, once a run
         self.broken = 0                                 # gradients in a row that were not finite
+        self.sound = False                              # has any step been finite?
         self.track = None
         if args.tracker and self.speaks:
-            self.track = tracker(args.tracker, out, vars(args))
+            self.track = tracker(args.tracker, out, vars(args), first)
         hidden = not self.speaks or not (args.progress or sys.stderr.isatty())
         self.bar = tqdm(total=args.steps, initial=first, unit="step", disable=hidden)
 
@@ -63,7 +65,8 @@ class Monitor:
         self.seconds[name] = round(time.perf_counter() - start, 4)
 
     def log(self, step: int, batch, metrics: dict, lag: int) -> None:
-        """Records a finished step. Raises ValueError after MAX_BROKEN steps without a gradient.
+        """Records a finished step. Raises ValueError after MAX_BROKEN steps without a gradient, or
+        after the last one if no step had any.
 
         batch: the step's train.Rollout. lag: how many steps old the weights are that sampled it.
         """
@@ -77,6 +80,7 @@ class Monitor:
         finite = finite and not all_given_up            # their logits were not finite
         overflow = self.policy.loss_scale > 1           # of fp16: nothing is broken
         self.broken = 0 if finite or overflow else self.broken + 1
+        self.sound = self.sound or finite or (overflow and self.policy.steps > 0)
         if self.speaks:
             record(self.out, step, batch, metrics)
             self.history.append(metrics)
@@ -86,8 +90,15 @@ class Monitor:
             self.bar.set_postfix(reward=f"{metrics['reward']:.2f}",
                                  tok_s=f"{metrics['tokens_per_second']:.0f}")
             self.bar.update()
-        if self.broken == MAX_BROKEN:
-            raise ValueError(f"{self.broken} gradients in a row were not finite: lower "
+            if self.bar.disable:
+                print(f"step {step + 1}/{self.args.steps}: reward {metrics['reward']:.3f}, "
+                      f"accuracy {metrics['accuracy']:.3f}, {metrics['seconds']['step']:.1f} s",
+                      file=sys.stderr)
+        if self.broken == MAX_BROKEN or step + 1 == self.args.steps and not self.sound:
+            count, what = self.broken or step + 1 - self.first, "gradients in a row were not finite"
+            if all_given_up:
+                what = "steps in a row had no finite logits to sample from"
+            raise ValueError(f"{count} {what}: lower "
                              "--learning-rate, and go on from the last checkpoint with "
                              f"--resume {self.out}")
 
@@ -120,6 +131,7 @@ def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
     own = {"rewards": batch.rewards.sum(), "completions": batch.rewards.numel(),
            "truncated": sum(c.truncated for c in completions),
            "errors": sum(c.error is not None for c in completions),
+           "correct": verdicts.count("correct"),
            "unverifiable": verdicts.count("unverifiable"), "tokens_sampled": batch.lengths.sum(),
            "groups": len(batch.rewards), "informative": grpo.informative(batch.rewards).sum(),
            "prefilled": prefilled([prompt for prompt, _ in batch.groups])} | sums
@@ -128,7 +140,8 @@ def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
     means = {name: own[name] / tokens if tokens else None for name in ("entropy", "kl", "gap")}
     flat = 1 - own["informative"] / own["groups"]
     return {
-        "reward": own["rewards"] / count, "entropy": means["entropy"], "kl": means["kl"],
+        "reward": own["rewards"] / count, "accuracy": own["correct"] / count,
+        "entropy": means["entropy"], "kl": means["kl"],
         **grpo.summarise({name: own[name] for name in grpo.SUMS}),
         "completion_length": own["tokens_sampled"] / count,
         "truncated_fraction": own["truncated"] / count,
@@ -160,11 +173,10 @@ def record(out: Path, step: int, batch, metrics: dict) -> None:
 
 
 def strata(batch) -> dict[str, float]:
-    """Mean reward by persona stratum, of this rank's completions."""
-    values = defaultdict(list)
-    for speakers, row in zip(batch.personas, batch.rewards.tolist(), strict=True):
-        for persona, value in zip(speakers, row, strict=True):
-            values[persona.stratum if persona else "none"].append(value)
+    """Share of correct completions by persona stratum, of this rank's."""
+    values, speakers = defaultdict(list), chain(*batch.personas)
+    for persona, verdict in zip(speakers, batch.verdicts, strict=True):
+        values[persona.stratum if persona else "none"].append(verdict == "correct")
     return {name: sum(v) / len(v) for name, v in sorted(values.items())}
 
 
@@ -247,8 +259,13 @@ def symptoms(history: list[dict]) -> dict[str, str]:
 
     The thresholds are ours.
     """
+    found = {}
+    if errors := sum(row.get("errors", 0) for row in history):
+        found["errors"] = (
+            f"{errors} completions were given up, since their logits were not finite; they earn "
+            "nothing: try a lower --learning-rate, or --dtype float32")
     if len(history) < WINDOW:
-        return {}
+        return found
 
     def mean(key: str, rows: list[dict]) -> float:
         values = [row[key] for row in rows if row.get(key) is not None]
@@ -260,7 +277,6 @@ def symptoms(history: list[dict]) -> dict[str, str]:
     last = {key: mean(key, history[-WINDOW:]) for key in keys}
     samples = history[-1].get("zero_variance_fraction") is not None     # else it imitates
     cut_off = f"{last['truncated_fraction']:.0%} of the completions are cut off"
-    found = {}
     if last["reward"] <= 0:
         found["no reward"] = (
             f"no completion was correct, {cut_off}: try an easier task, a larger "
@@ -303,18 +319,21 @@ def tracker_package(name: str):
         raise ValueError(f"--tracker {name} needs its package: pip install {name}") from error
 
 
-def tracker(name: str, out: Path, config: dict):
-    """log(metrics) for `--tracker`."""
+def tracker(name: str, out: Path, config: dict, first: int):
+    """log(metrics) for `--tracker`. A resumed run goes on as the same one, from step `first`."""
     module = tracker_package(name)
     if name == "tensorboard":
-        writer = module.SummaryWriter(str(out / "tensorboard"))
+        writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
         def log(metrics: dict) -> None:
             for key, value in flat(metrics).items():
                 writer.add_scalar(key, value, metrics["step"])
 
         return log
-    module.init(project="permix-rlvr", name=out.name, config=config)
+    kept = out / "wandb-id"
+    run = module.init(project="permix-rlvr", name=out.name, config=config, resume="allow",
+                      id=kept.read_text() if kept.exists() else None)
+    write_atomically(kept, run.id)
     return lambda metrics: module.log(flat(metrics), step=metrics["step"])
 
 

@@ -30,7 +30,8 @@ def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
 
     thread = ThreadPoolExecutor(1)                      # not `with`: the rewarder closes first
     for step in range(first, args.steps):
-        batch, lag = (ahead.result(), 1) if ahead else (roll_out(author, job, step), 0)
+        wanted, lag = ((ahead.result,), 1) if ahead else ((roll_out, author, job, step), 0)
+        batch = job.stop.agreed(*wanted)
         ahead = None
         if step + 1 < args.steps and (step + 1) % args.save_every:
             earlier.model.load_state_dict(job.author.state_dict())

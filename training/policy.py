@@ -185,6 +185,12 @@ class Policy:
             for p, master in zip(self.parameters, self.masters, strict=True):
                 p.copy_(whole(master.to(p.dtype)))
 
+    def check_finite(self) -> None:
+        """Raises ValueError before weights are saved that are not finite, on all ranks alike."""
+        if not all(p.isfinite().all() for p in self.parameters):
+            raise ValueError("the weights are no longer finite and are not saved: lower "
+                             "--learning-rate, and go on from the last checkpoint with --resume")
+
     def state(self) -> dict:
         """Everything a step changes, by name: the tensors themselves, not copies."""
         state = {"steps": self.steps, "masters": dict(zip(self.names, self.masters, strict=True))}

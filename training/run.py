@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import evaluate
 import personas
 import tasks
 import weights
+from common.command import note
 from common.files import commit, write_atomically
 from grpo import Loss
 from model import Transformer
@@ -23,9 +22,12 @@ from rewards import CORRECTNESS, Rewarder
 from rollout import Sampler, SamplingParams
 from training import monitor
 from training.anchor import Anchor
+from training.checkpoints import finished
+from training.checks import check, check_weights
 from training.minibatches import micro_tokens_for
 from training.policy import ranks, wait
 from training.settings import loss_of
+from training.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Job:
     rewarder: Rewarder
     held_out: tuple[list, list] | None  # problems and personas of the evaluation
     anchor: Anchor | None = None        # see `anchored`
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def imitates(self) -> bool:
@@ -51,6 +54,15 @@ class Job:
 
     def sampler(self, model: Transformer) -> Sampler:
         return Sampler(model, self.args.slots, not self.args.no_cuda_graphs)
+
+    @property
+    def temperature(self) -> float:
+        """Of the log-probs trained on: the one that the text was sampled at, also a teacher's.
+
+        At 1 a teacher's text, sampled at 0.6, would teach a policy that is sharper than its
+        teacher. Gold answers come from no sampler: they are learned by plain cross-entropy.
+        """
+        return self.args.temperature if self.author else 1.0
 
 
 def read(args) -> Job:
@@ -61,35 +73,43 @@ def read(args) -> Job:
     model.checkpointing = args.recompute
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"the weights of {args.model} are not all finite: it is broken, "
-                         "take another copy")
-    problems = tasks.put(tasks.load(args.task, "train", args.seed), args.prompt)
-    pool = personas.load(args.personas)
-    if tested := {p.text for p in pool} & personas.held_out_texts():
-        raise ValueError(f"--personas {args.personas} would train on {len(tested)} of the "
-                         "evaluation's personas: give train, conflict-train, paraphrases-train, "
-                         "or a file without them")
+    check_weights(args.model, model)
+    problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args))
+    held_out = held_out_of(args, problems) if args.eval_problems else None
+    problems = tasks.put(problems, args.prompt)
+    pool = personas.load(args.personas, "train")
+    tested = personas.held_out() + personas.load(args.eval_pool, "test")
+    if copies := personas.copies(pool, tested):
+        raise ValueError(f"--personas {args.personas} would train on {len(copies)} of the "
+                         f"evaluation's personas, such as {copies[0].name}: give a pool without "
+                         "them (train, conflict-train, paraphrases-train), or another --eval-pool")
     n = args.group_size if personas.shares_prompt(args.mix) else 1
     sampling = SamplingParams(n, args.max_new_tokens, args.temperature, stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
-    held_out = held_out_of(args) if args.eval_problems else None
     if args.tracker:
         monitor.tracker_package(args.tracker)
     reference = start_model(args, tokenizer) if args.kl_coef else None
     match args.method:
         case "sft":
             author = None
+            weights.turn_end(tokenizer, model.c.stop_ids)      # refused now if there is none
         case "distill" if args.teacher:
             author = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device)
+            check_weights(args.teacher, author)
         case "distill":
             author = reference or start_model(args, tokenizer)
         case _:
             author = model
+    job = Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
+              rewarder, held_out)
+    check(job)
     if not ranks()[0]:
         wait()
-    return Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
-               rewarder, held_out)
+    note(f"{tasks.counts(args.task, problems)}; {personas.counts(args.personas, pool)}")
+    if held_out:
+        note(f"evaluation: {tasks.counts(args.eval_task or args.task, held_out[0])}; "
+             f"{personas.counts(args.eval_pool, held_out[1])}")
+    return job
 
 
 def start_model(args, tokenizer) -> Transformer:
@@ -132,12 +152,15 @@ def run_folder(args) -> Path:
         if (out / "config.json").exists() and not goes_on:
             raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or "
                              "choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         versions["python"] = sys.version.split()[0]
-        settings = vars(args) | {"resume": None, "out": str(out)}
+        settings = vars(args) | {"resume": None, "unset": [], "out": str(out)}
         config = {"settings": settings, "method": args.method, "command": " ".join(sys.argv),
-                  "commit": commit(), "versions": versions}
+                  "commit": commit(), "versions": versions, "resumed": resumed(out, settings)}
         write_atomically(out / "config.json", json.dumps(config, indent=1))
         folder = [out]
     if dist.is_initialized():
@@ -145,16 +168,42 @@ def run_folder(args) -> Path:
     return folder[0]
 
 
+def resumed(out: Path, settings: dict) -> list[dict]:
+    """What config.json keeps of the run so far: for each time it was resumed, after which step, and
+    the command, commit and changed settings [old, new] of before."""
+    path = out / "config.json"
+    if not path.is_file():
+        return []
+    old = json.loads(path.read_text())
+    steps = [finished(checkpoint) or 0 for checkpoint in out.glob("checkpoints/step-*")]
+    changed = {name: [value, settings.get(name)] for name, value in old["settings"].items()
+               if value != settings.get(name)}
+    return [*old.get("resumed", []), {"after": max(steps, default=0), "command": old.get("command"),
+                                      "commit": old.get("commit"), "changed": changed}]
+
+
 # --------------------------------------------------------------------------------------------------
 # Evaluation before and after
 
 
-def held_out_of(args) -> tuple[list[tasks.Problem], list[personas.Persona]]:
+def held_out_of(args, trained: list[tasks.Problem],
+                ) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
-    training."""
-    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems)
-    speakers = personas.few(personas.load("test"), args.eval_personas)
-    return tasks.put(problems, args.prompt), speakers
+    training. Raises ValueError where a file asks what is trained on."""
+    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems,
+                          whole=not split_between(args))
+    if ".jsonl" in f"{args.task} {args.eval_task}":
+        tasks.check_disjoint(trained, problems)
+    pool = personas.load(args.eval_pool, "test")
+    count = args.eval_personas or min(9, len(pool))
+    if count > len(pool):
+        raise ValueError(f"--eval-personas {count}: {args.eval_pool} has {len(pool)}")
+    return tasks.put(problems, args.prompt), personas.few(pool, count)
+
+
+def split_between(args) -> bool:
+    """Whether one file is trained and evaluated on."""
+    return tasks.is_file_of(args.task, args.eval_task or args.task)
 
 
 def evaluated(job: Job, folder: Path, steps: int) -> dict:
@@ -172,6 +221,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
         if names == [p.name for p in speakers] and wanted.items() <= done.items():
             return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
+    if not steps:
+        info["method"] = "start"
     mine = None if args.reward == CORRECTNESS else args.reward
     params = evaluate.EvalParams(args.seed, args.max_new_tokens, reward=mine,
                                  reward_seconds=args.reward_seconds, stop=job.sampling.stop)
@@ -199,22 +250,3 @@ def before_after(before: dict, after: dict) -> str:
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {old:6.3f}  {new:6.3f}" for name, old, new in rows]
     return "\n".join([f"{'':{width}}  before   after", *lines])
-
-
-# --------------------------------------------------------------------------------------------------
-# Being stopped
-
-
-class Terminated(Exception):
-    """SIGTERM came, and the step that it came in has been saved."""
-
-
-@contextmanager
-def terminated():
-    """Yields a list that is no longer empty once SIGTERM has come."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,7 +30,10 @@ FLAGS = [
      "(in parts: 'file.gguf.part*')", {}),
     ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file", {}),
     ("out", None, "run folder (default: runs/METHOD-TASK-seedN)", {}),
-    ("resume", None, "run folder to continue with its own settings", {}),
+    ("resume", None, "run folder to continue with its own settings; what is given beside it is "
+     "changed, and recorded in its config.json", {}),
+    ("unset", [], "with --resume: a flag to set back to its default; may be repeated",
+     {"action": "append", "metavar": "FLAG"}),
     ("steps", 34, "batches; each is --inner-epochs x --minibatches optimizer steps", {}),
     ("seed", 0, "of problems, personas and samples", {}),
     # mix
@@ -44,9 +48,10 @@ FLAGS = [
      "them teach)", {"type": int}),
     ("group-size", None, "completions per problem, G (default: 8; sft has one gold answer)",
      {"type": int}),
-    ("max-new-tokens", None, "length limit of a completion (default: 32 for generated tasks, else "
-     "48)", {"type": int}),
-    ("temperature", 0.6, "of sampling, and of the log-probs trained on", {}),
+    ("max-new-tokens", None, "tokens of the longest completion (default: 32 for generated tasks, "
+     "else 48)", {"type": int}),
+    ("temperature", 0.6, "of sampling, and of the log-probs trained on; sft, whose text nobody "
+     "sampled, is cross-entropy at 1", {}),
     ("stop", [], "a string that ends a completion; may be repeated", {"action": "append"}),
     ("prompt", None, "how a problem is asked (default: plain for generated tasks, else short)",
      {"choices": sorted(tasks.PROMPTS)}),
@@ -57,7 +62,8 @@ FLAGS = [
     # reward
     ("reward", "rewards:correctness", "module:function, called with (problem, text, persona=...)",
      {}),
-    ("reward-seconds", 30.0, "time limit of one call of it; what is late earns nothing", {}),
+    ("reward-seconds", 30.0, "time limit of one call of it, in seconds; what is late earns nothing",
+     {}),
     ("truncated", "zero", "completions cut off: no reward, no loss, or kept",
      {"choices": ["zero", "mask", "keep"]}),
     ("overlong-buffer", 0, "DAPO: completions lose up to 1 over the last so many tokens before the "
@@ -82,12 +88,12 @@ FLAGS = [
      "answers", {}),
     ("anchor-count", 4, "role-play answers an optimizer step", {}),
     ("anchor-answers", 80, "role-play answers prepared before training", {}),
-    ("anchor-tokens", 40, "their length limit", {}),
+    ("anchor-tokens", 40, "their length limit, in tokens", {}),
     # step
     ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)",
      {"type": float}),
-    ("warmup", 2, "steps of linear warm-up", {}),
-    ("max-grad-norm", 1.0, "gradient clipping", {}),
+    ("warmup", 2, "optimizer steps of linear warm-up", {}),
+    ("max-grad-norm", 1.0, "norm that a step's whole gradient is cut down to; inf: none", {}),
     ("inner-epochs", 1, "how often a batch is gone through", {}),
     ("minibatches", 1, "optimizer steps each time: the batch's groups in so many parts (PPO)", {}),
     # where it computes
@@ -105,26 +111,30 @@ FLAGS = [
     ("overlap", False, "sample a step's batch while the one before is trained on, with a copy of "
      "the weights: one step off-policy, corrected", {}),
     # what is kept and said
-    ("eval-task", None, "task to evaluate on (default: --task's test split)", {}),
+    ("eval-task", None, "task to evaluate on; a file is used whole (default: --task's test split)",
+     {}),
     ("eval-problems", 50, "held-out problems before and after; 0: no evaluation", {}),
-    ("eval-personas", 9, "how many test personas, evenly from the strata", {}),
+    ("eval-pool", "test", "who speaks in the evaluation: test, conflict-test, paraphrases-test, or "
+     "a .jsonl file", {}),
+    ("eval-personas", None, "how many of them, evenly from the strata (default: 9, or all)",
+     {"type": int}),
     ("save-every", 20, "steps between checkpoints", {}),
     ("keep", 2, "checkpoints kept", {}),
     ("async-save", False, "write checkpoints while training goes on, from a copy of the state", {}),
     ("profile", False, "say where a step's time goes, beside the time of its matmuls alone", {}),
     ("tracker", None, "also log there", {"choices": list(TRACKERS)}),
-    ("progress", False, "progress bar even without a terminal", {}),
+    ("progress", False, "progress bar even without a terminal, in place of a line a step", {}),
 ]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.")
     for name, default, text, more in FLAGS:
         if isinstance(default, bool):
             more = {"action": "store_true"}
-        elif isinstance(default, int | float) and "choices" not in more:
-            more = {"type": type(default)}
+        elif isinstance(default, int | float | str):
+            text += f" (default: {default})"
+            more = more if "choices" in more else {"type": type(default)}
         p.add_argument(f"--{name}", default=default, help=text, **more)
     return p
 
@@ -136,30 +146,35 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     """
     p = parser()
     first, _ = p.parse_known_args(argv)
+    told = {name for name, value in vars(first).items() if value != p.get_default(name)}
+    if empty := [name for name in told if getattr(first, name) == ""]:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a value, or leave it out")
     before = settings_before(first) if first.resume else {}
-    p.set_defaults(**before)
+    unset = {flag.strip("-").replace("-", "_") for flag in first.unset}
+    if before and (unknown := unset - vars(first).keys()):
+        raise ValueError(f"--unset {unknown.pop()}: train.py has no such flag; --help lists them")
+    p.set_defaults(**{name: value for name, value in before.items() if name not in unset})
     if first.overlap and not before.get("overlap"):
         p.set_defaults(correction=None)                 # as --overlap wants it
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
     for name in ("model", "task", "method", "seed", "dtype"):
-        if before and getattr(args, name) != before[name]:
+        if getattr(args, name) != before.get(name, getattr(args, name)):
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start "
                              "a new run")
     small = args.task in tasks.GENERATED                # the embedded model often solves them
-    unset = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
+    defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
              "learning_rate": 3e-5 if small else 6e-5,
              "persona_prob": 0.7 if args.method == "permix" else 0.0,
              "correction": "truncate" if args.overlap else "none", "loss": "grpo"}
-    for name, value in unset.items():
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    if first.loss not in (None, "reinforce") and args.inner_epochs * args.minibatches == 1:
-        print(f"train.py: with one optimizer step a batch the ratio is 1 and the clip of "
-              f"{first.loss} does nothing; --minibatches 2 gives it work", file=sys.stderr)
+    for words in notes(args, told) if os.environ.get("RANK", "0") == "0" else ():
+        print(f"train.py: {words}", file=sys.stderr)
     return args
 
 
@@ -168,9 +183,10 @@ def settings_before(first: argparse.Namespace) -> dict:
     path = Path(first.resume) / "config.json"
     if not path.is_file():
         raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
-    before = json.loads(path.read_text()).get("settings")
-    if not before:
-        raise ValueError(f"{path} is not a run's: give the folder that train.py wrote")
+    try:
+        before = dict(json.loads(path.read_text())["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a run's: give the folder that train.py wrote") from error
     if before.get("advantage") == "std_sample":         # its name until November 2026
         before["advantage"] = "std"
     if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
@@ -189,25 +205,28 @@ def loss_of(args: argparse.Namespace) -> Loss:
 # --------------------------------------------------------------------------------------------------
 # What cannot mean what it says
 
-AT_LEAST = {
-    1: ("steps", "prompts", "group_size", "max_new_tokens", "inner_epochs", "minibatches",
-        "save_every", "keep", "eval_personas", "anchor_count",
-        "anchor_answers", "anchor_tokens"),
-    0: ("seed", "dynamic_sampling", "overlong_buffer", "anchor_coef", "memory", "shard",
-        "micro_tokens", "slots")}
+BOUNDS = {
+    (1, 10**9): ("steps", "save_every", "keep"),
+    (0, 10**9): ("warmup", "micro_tokens", "shard"),
+    (1, 10**6): ("prompts", "group_size", "max_new_tokens", "minibatches", "anchor_count",
+                 "anchor_answers", "anchor_tokens", "eval_personas"),
+    (0, 10**6): ("overlong_buffer", "eval_problems", "memory", "slots"),
+    (1, 1000): ("inner_epochs", "dual_clip"),
+    (0, 1000): ("kl_coef", "entropy_coef", "anchor_coef"), (0, 100): ("dynamic_sampling",),
+    (0, 10**18): ("seed",), (0, 1): ("persona_prob",),
+    (0.01, 100): ("temperature",), (1e-30, 1): ("learning_rate",),
+    (1e-30, math.inf): ("max_grad_norm",), (0.001, math.inf): ("reward_seconds",),
+    (0, math.inf): ("clip_low", "clip_high")}
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError, with what to do instead, for settings that cannot mean what they say."""
-    for least, names in AT_LEAST.items():
+    for (least, most), names in BOUNDS.items():
         for name in names:
-            if not getattr(args, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, "
-                                 f"not {getattr(args, name)}")
-    for name, value in vars(args).items():
-        may_be_infinite = name in ("max_grad_norm", "reward_seconds", "clip_low", "clip_high")
-        if isinstance(value, float) and not (math.isfinite(value) or may_be_infinite):
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:        # nan is not either
+                raise ValueError(f"--{name.replace('_', '-')} must be between {least} and {most}, "
+                                 f"not {value}")
     for refused, reason in refusals(args):
         if refused:
             raise ValueError(reason)
@@ -226,12 +245,9 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         (args.method == "rlvr" and args.persona_prob,
          "--method rlvr has no personas: use permix with --persona-prob, or leave it out"),
-        (not 0 <= args.persona_prob <= 1,
-         f"--persona-prob must be between 0 and 1, not {args.persona_prob}"),
-        (not (args.temperature > 0 and args.learning_rate > 0),
-         "--temperature and --learning-rate must be above 0 (greedy samples are all equal)"),
-        (not (args.max_grad_norm > 0 and args.reward_seconds > 0),
-         "--max-grad-norm and --reward-seconds must be above 0 (inf: no limit)"),
+        (args.prompts * args.group_size > 10**6,
+         f"--prompts {args.prompts} x --group-size {args.group_size} are more than a million "
+         "completions a step: give fewer"),
         (not args.overlong_buffer < args.max_new_tokens,
          "--overlong-buffer must be shorter than --max-new-tokens"),
         (args.teacher and args.method != "distill",
@@ -261,3 +277,37 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.prompts % world,
          f"--prompts {args.prompts} must be a multiple of the {world} processes"),
     ]
+
+
+def notes(args: argparse.Namespace, told: set[str]) -> Iterator[str]:
+    """What may be given and yet does nothing. Arms share a command line, so it is not refused.
+
+    told: the flags of this command line that are not at their default.
+    """
+    alone, sft = int(os.environ.get("WORLD_SIZE", 1)) == 1, args.method == "sft"
+    steps = args.inner_epochs * args.minibatches
+    idle = [
+        (not args.resume, ("unset",), "without --resume"),
+        (not args.persona_prob, ("mix",), "without --persona-prob"),
+        (not args.persona_prob and not args.anchor_coef, ("personas",), "without --persona-prob"),
+        (sft, ("temperature", "truncated"), "with --method sft, for which nobody samples"),
+        (sft and not args.eval_problems, ("stop",), "with --method sft, for which nobody samples"),
+        (not args.kl_coef, ("kl", "kl_in"), "without --kl-coef"),
+        (not args.anchor_coef, ("anchor_count", "anchor_answers", "anchor_tokens"),
+         "without --anchor-coef"),
+        (args.memory, ("micro_tokens",), "with --memory, which sizes the micro-batches"),
+        (alone, ("shard",), "in one process"),
+        (args.device == "cpu", ("no_cuda_graphs",), "on a CPU"),
+        (1 in (args.steps, args.save_every), ("overlap",), "with --steps 1 or --save-every 1"),
+        (args.steps < 3, ("profile",), "before a third step"),
+        (not args.eval_problems, ("eval_task", "eval_personas"), "with --eval-problems 0"),
+    ]
+    for does_nothing, names, where in idle:
+        for name in told.intersection(names) if does_nothing else ():
+            yield f"--{name.replace('_', '-')} does nothing {where}"
+    if "loss" in told and args.loss != "reinforce" and steps == 1:
+        yield (f"with one optimizer step a batch the ratio is 1 and the clip of {args.loss} does "
+               "nothing; --minibatches 2 gives it work")
+    if "warmup" in told and args.warmup > args.steps * steps:
+        yield (f"--warmup {args.warmup} is longer than the run's {args.steps * steps} optimizer "
+               "steps, so --learning-rate is never reached")

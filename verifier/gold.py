@@ -58,6 +58,8 @@ def read_gold(gold: str) -> Gold:
     end = gold[-MAX_ANSWER:]
     boxed = BOX.search(end) or "####" in end or "<answer>" in end
     try:
+        if len(gold) > MAX_ANSWER and not boxed:
+            raise TooBig(f"{len(gold)} characters")
         return _read((extract(end)[0] if boxed else gold).strip())
     except (TooBig, RecursionError, OverflowError, MemoryError) as error:
         return Gold(gold, problem=f"{type(error).__name__} {error}")

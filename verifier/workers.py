@@ -91,10 +91,12 @@ class Verifier:
         if worker:
             worker.stop()
 
-    def close(self) -> None:
-        """Finish what is queued, then stop the workers."""
-        with self._lock:
+    def close(self, drop: bool = False) -> None:
+        """Finish what is queued (drop: only what a worker has in hand), then stop the workers."""
+        with self._lock, contextlib.suppress(queue.Empty):
             self._closed = True
+            while drop:
+                self._queue.get_nowait()[-1].set_result(Verdict("unverifiable", "dropped"))
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:

@@ -7,13 +7,16 @@
     parity.py       a lesson: our logits against transformers'
 """
 
+import datetime
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from common.command import one_line
@@ -21,12 +24,24 @@ from model import Transformer
 from weights import devices, gguf, huggingface
 from weights.devices import DEVICES, DTYPES, computes_bf16, pick_device, pick_dtype
 from weights.huggingface import config_from_hf, save, state
-from weights.sources import EMBEDDED, GGUF_FILE, cache_folder, embedded_model, resolve, sha256
+from weights.sources import (
+    EMBEDDED,
+    GGUF_FILE,
+    cache_folder,
+    embedded_model,
+    from_wheels,
+    resolve,
+    sha256,
+)
 
 __all__ = [
     "DEVICES", "DTYPES", "EMBEDDED", "cache_folder", "computes_bf16", "config_from_hf",
-    "embedded_model", "load", "load_beside", "pick_device", "pick_dtype", "resolve", "save",
-    "sha256", "state"]
+    "embedded_model", "from_wheels", "load", "load_beside", "pick_device", "pick_dtype", "resolve",
+    "save", "sha256", "state", "turn_end"]
+
+# The day for chat templates that ask which day it is: the one that Llama 3.1's falls back on.
+TODAY = datetime.date(2024, 7, 26)
+ANSWER = "xyzzy"                                        # in the chat that tells a turn's end
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto"):
@@ -45,8 +60,10 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
             tokenizer = gguf_tokenizer(source)
         else:
             hf_config, tokenizer, tensors = huggingface.read(source)
+        pin_date(tokenizer)
         with torch.device("meta"):                      # no memory until the dtype is known
             model = Transformer(config_from_hf(hf_config))
+        model.c.stop_ids = stop_ids(source, hf_config, tokenizer)
         model.to(pick_dtype(dtype, device, hf_config.model_type)).to_empty(device=device)
         fill(model, tensors)
     except ImportError as error:
@@ -55,7 +72,6 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
         raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of "
                          "another kind: fetch it again)") from error
     model.hf_config = hf_config
-    model.c.stop_ids = stop_ids(source, hf_config, tokenizer)
     return model.eval(), tokenizer
 
 
@@ -85,36 +101,97 @@ def gguf_tokenizer(path: Path):
     return PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True)
 
 
+def pin_date(tokenizer) -> None:
+    """Writes TODAY into the chat template in place of `strftime_now(...)`, so that a run resumed
+    tomorrow has the same prompts (P37). A saved model keeps it.
+
+    Raises ValueError for a format that is not written out.
+    """
+    def pinned(template: str) -> str:
+        template = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
+                          lambda found: json.dumps(TODAY.strftime(found[2])), template)
+        if "strftime_now(" in template:
+            raise ValueError("its chat template computes a date that cannot be pinned: write the "
+                             "date into the template")
+        return template
+
+    template = tokenizer.chat_template
+    if isinstance(template, dict):                      # several, by name
+        tokenizer.chat_template = {name: pinned(text) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = pinned(template)
+
+
 def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copies each tensor into the parameter of its name, one at a time.
 
-    Raises ValueError on a missing, unknown or misshapen one.
+    Raises ValueError on a missing, unknown or misshapen one, and on a head that is not the
+    embeddings where the config says that it is.
     """
-    waiting = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    waiting = {parameter: name for name, parameter in parameters.items()}
+    if model.c.tied:
+        parameters["lm_head.weight"] = model.head_weight        # some files hold it twice
     with torch.no_grad():
         for name, tensor in tensors:
-            if name == "lm_head.weight" and model.c.tied:
-                continue                                # a copy of the embeddings
-            if name not in waiting:
+            if name not in parameters:
                 raise ValueError(f"unexpected weight {name} of shape {list(tensor.shape)}")
-            target = waiting.pop(name)
+            target = parameters[name]
             if target.shape != tensor.shape:
                 raise ValueError(f"weight {name} has shape {list(tensor.shape)}, "
                                  f"the config says {list(target.shape)}")
-            target.copy_(tensor)
+            if waiting.pop(target, None):
+                target.copy_(tensor)
+            elif not torch.equal(target, tensor.to(target)):
+                raise ValueError("lm_head.weight is not embed_tokens.weight: set "
+                                 "tie_word_embeddings to false in config.json")
             del tensor                                  # before the next one is read
     if waiting:
-        raise ValueError(f"{len(waiting)} weights are missing, first {next(iter(waiting))}")
+        first = next(iter(waiting.values()))
+        raise ValueError(f"{len(waiting)} weights are missing, first {first}")
 
 
 def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
     """Every id that ends a turn: the generation config's (Llama 3 lists several), the config's, the
-    tokenizer's."""
+    tokenizer's, and what the chat template puts behind an answer.
+
+    Raises ValueError where the template has tokens that the model has no embeddings for.
+    """
     found = [hf_config.eos_token_id, tokenizer.eos_token_id]
     generation = source / "generation_config.json"
     if generation.is_file():
         found.append(json.loads(generation.read_text()).get("eos_token_id"))
+    before, after = around_answer(tokenizer)
+    if before and max(before + after) >= hf_config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max(before + after))
+        raise ValueError(f"its chat template has the token {token!r}, for which the model has no "
+                         f"embedding (it has {hf_config.vocab_size}): the tokenizer is another's")
+    found.append(next((i for i in after if i in tokenizer.added_tokens_decoder), None))
     ids = set()
     for some in found:
         ids.update(some if isinstance(some, list) else [some])
     return sorted(ids - {None})
+
+
+def turn_end(tokenizer, stop_ids: list[int]) -> int:
+    """The stop id that the chat template closes an answer with; the tokenizer's EOS if it has none.
+
+    Raises ValueError where neither is among `stop_ids`.
+    """
+    for token in [*around_answer(tokenizer)[1], tokenizer.eos_token_id]:
+        if token in stop_ids:
+            return token
+    raise ValueError("neither the chat template's end of a turn nor the tokenizer's EOS stops this "
+                     "model: use one whose generation config names it")
+
+
+def around_answer(tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids that the chat template puts before and behind an answer; none where it is missing
+    or refuses."""
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (ValueError, TypeError, TemplateError):
+        return [], []
+    before, _, after = text.partition(ANSWER)
+    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))

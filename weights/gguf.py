@@ -205,10 +205,13 @@ def read_tensors(weights: dict, config) -> Iterator[tuple[str, Tensor]]:
     for name, raw in weights.items():
         if name == "rope_freqs.weight":                 # read with the config
             continue
-        *layer, part, kind = name.split(".")
-        if part not in (layer_names if layer else NAMES):
-            raise ValueError(f"unexpected weight {name}")
-        ours = f"layers.{layer[1]}.{layer_names[part]}" if layer else NAMES[part]
+        match name.split("."):
+            case ["blk", layer, part, kind] if part in layer_names:
+                ours = f"layers.{layer}.{layer_names[part]}"
+            case [part, kind] if part in NAMES:
+                ours = NAMES[part]
+            case _:
+                raise ValueError(f"unexpected weight {name}")
         offset = 1.0 if gemma and part.endswith("norm") else 0.0
         yield f"{ours}.{kind}", dequantised(raw, heads.get(part, 0), offset)
 

