@@ -10,8 +10,7 @@ a waiting prompt takes its place. Live rows stay contiguous: the last one moves 
 of its matmuls, which in half precision may turn a near tie). Each row has its own counter-based
 stream of uniform numbers (Philox). See sampling/draw.py.
 
-On a CPU in bf16 the weights are rearranged for small batches while a generation runs
-(`Transformer.reordered_weights`).
+On a CPU in bf16 a generation runs on rearranged weights (`Transformer.reorder`).
 
 Left out: beam search, speculative decoding.
 """
@@ -152,22 +151,24 @@ class Generation:
         self.spare = self.cache.row_kv.take()           # for what fills a batch up
 
     def run(self, on_token=None) -> Iterator[Completion]:
-        with self.model.reordered_weights():
-            self.reserve()
-            while self.waiting or self.prefilled or self.rows:
-                if self.sampler.current is not self:
-                    raise RuntimeError("another call of this Sampler took its cache")
-                decoding = len(self.rows)
+        self.reserve()
+        copies = self.model.reorder()
+        while self.waiting or self.prefilled or self.rows:
+            if self.sampler.current is not self:
+                raise RuntimeError("another call of this Sampler took its cache")
+            decoding = len(self.rows)
+            with self.model.reordered_weights(copies):
                 # Several prompts are prefilled together: a forward for one would be wasted.
                 if self.slots - decoding >= max(1, self.slots // 8) or not decoding:
                     self.admit()
                 self.next_tokens(decoding)
-                for row in self.rows if on_token else ():
-                    on_token(row.completion.tokens)
-                for i in reversed(range(len(self.rows))):       # a row that moves has been asked
-                    reason = self.finish_reason(self.rows[i].completion)
-                    if reason:
-                        yield self.retire(i, reason)
+            for row in self.rows if on_token else ():
+                on_token(row.completion.tokens)
+            finished = []               # handed out together: then another call may take the cache
+            for i in reversed(range(len(self.rows))):           # a row that moves has been asked
+                if reason := self.finish_reason(self.rows[i].completion):
+                    finished.append(self.retire(i, reason))
+            yield from finished
 
     def finish_reason(self, completion: Completion) -> str | None:
         """The stopping rule, asked after every token: why a completion is over, None if it is not.

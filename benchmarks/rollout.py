@@ -117,7 +117,7 @@ def matmuls(model, x: torch.Tensor, wide: torch.Tensor, head_tokens: int) -> Non
 def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
     """Seconds in the linear layers' matmuls alone: one prefill of the prompts, then `steps` decode steps."""
     prefill, decode = inputs(model, prompt_tokens), inputs(model, rows)
-    with model.reordered_weights():
+    with model.reordered_weights(model.reorder()):
         matmuls(model, *decode, rows)                   # warm-up
         start = time.perf_counter()
         matmuls(model, *prefill, 0)

@@ -106,7 +106,7 @@ def floor(folder: Path, length: float) -> float:
         return time.perf_counter() - start
 
     with torch.inference_mode():
-        with model.reordered_weights():
+        with model.reordered_weights(model.reorder()):
             sampling = seconds(prompt_tokens, 0) + round(length) * seconds(rows, rows)
         return sampling + 3 * seconds(prompt_tokens + completion_tokens, completion_tokens)
 

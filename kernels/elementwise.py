@@ -45,7 +45,7 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -
 def native_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
                         offset: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """(the norm, the sum, 1 / sqrt(mean(sum^2) + eps) of each vector in fp32)"""
-    x, N, heads, D = native.rows(x)
+    (x, N, heads, D), weight = native.rows(x), weight.contiguous()
     out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1], dtype=torch.float32)
     total = None
     if residual is not None:
@@ -68,7 +68,7 @@ class AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_total):
         x, weight, rstd = ctx.saved_tensors
-        x, D = x.contiguous(), x.shape[-1]
+        x, weight, D = x.contiguous(), weight.contiguous(), x.shape[-1]
         grad = torch.zeros_like(x) if grad is None else grad.contiguous()
         grad_total = grad_total if grad_total is None else grad_total.contiguous()
         dx = torch.empty_like(x)

@@ -43,7 +43,11 @@ static inline float exponential(float given) {
     return given < -87.f ? 0.f : result;
 }
 
-static inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+// 0 below -87, or a gate of -1e38 times e^-87 would be -1
+static inline float sigmoid(float x) {
+    float result = 1.f / (1.f + exponential(-x));
+    return x < -87.f ? 0.f : result;
+}
 
 // gelu_tanh(x) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 static inline float inner(float x) { return 1.5957691216f * (x + .044715f * x * x * x); }

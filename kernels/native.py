@@ -1,8 +1,9 @@
 """native.cpp compiled for this machine, once, where there is a C++ compiler.
 
 Without one, and in float64, the callers' plain torch does the same, slower. The library lies in the
-user's cache under a name made of its source, the compiler's flags and the processor. CXX names
-another compiler; an empty CXX means none.
+user's cache under a name made of its source, the compiler's flags and the processor, and of its own
+bytes: a file damaged since is not loaded, which could end the process, but compiled again. CXX
+names another compiler; an empty CXX means none.
 """
 
 import ctypes
@@ -69,10 +70,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     openmp = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")]
     for parallel in (["-fopenmp", *openmp], ["-fopenmp-simd"], []):
         command = [*compiler, *FLAGS, *WIDE, *parallel, "-D", f"T={TYPES[dtype]}", str(SOURCE)]
-        key = repr((SOURCE.read_text(), command, processor()))
-        target = cache_folder() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        key = digest(repr((SOURCE.read_text(), command, processor())).encode())
         with suppress(OSError, RuntimeError):           # no home, or a folder that takes no library
-            if target.exists() or compiled(command, target):
+            folder = cache_folder().absolute()          # dlopen looks elsewhere for a bare name
+            whole = (path for path in folder.glob(f"native-{key}-*.so")
+                     if path.stem.endswith(digest(path.read_bytes())))
+            if target := next(whole, None) or compiled(command, folder, f"native-{key}"):
                 return loaded(target)
     print("kernels/native.cpp does not compile here: a CPU runs slower without it", file=sys.stderr)
     return None
@@ -86,14 +89,18 @@ def loaded(target: Path) -> ctypes.CDLL:
     return found
 
 
-def compiled(command: list[str], target: Path) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        out = Path(folder) / "native.so"
-        done = subprocess.run([*command, "-o", str(out)], capture_output=True)
-        if done.returncode == 0:
-            os.replace(out, target)
-    return done.returncode == 0
+def compiled(command: list[str], folder: Path, name: str) -> Path | None:
+    """folder/name-<digest of the library>.so, or None where the compiler fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        out = Path(beside) / "native.so"
+        if subprocess.run([*command, "-o", str(out)], capture_output=True).returncode:
+            return None
+        return out.replace(folder / f"{name}-{digest(out.read_bytes())}.so")
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def processor() -> str:

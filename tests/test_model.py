@@ -213,7 +213,7 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
     ids = random_ids(20)
     with torch.no_grad():
         before = logits_of(model, ids)
-        with model.reordered_weights():
+        with model.reordered_weights(model.reorder()):
             inside = logits_of(model, ids)
         after = logits_of(model, ids)
     assert torch.equal(before, after) and not model.reordered
@@ -222,13 +222,13 @@ def test_small_batch_weights_give_the_same_output_and_are_gone_afterwards(tiny):
 
 def test_small_batch_weights_are_gone_after_an_exception_and_after_a_generation_closed_early(tiny):
     model = Transformer(tiny[0].c).to(torch.bfloat16).eval()
-    with pytest.raises(RuntimeError), model.reordered_weights():
+    with pytest.raises(RuntimeError), model.reordered_weights({"head": None}):
         raise RuntimeError
     assert not model.reordered
     for end in ("close", "throw"):
         tokens = generate(model, [[3, 4], [5, 6]], SamplingParams(max_tokens=4))
         next(tokens)
-        assert model.reordered or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert not model.reordered                      # nor while it waits
         with suppress(RuntimeError):
             tokens.close() if end == "close" else tokens.throw(RuntimeError)
         assert not model.reordered

@@ -89,6 +89,10 @@ def test_the_gate_and_its_gradients(activation, dtype):
     wide = torch.tensor([[-3e4, -200.0, -90.0, 0.0, 90.0, 200.0, 3e4]]).to(dtype)
     found = gated(wide, torch.ones_like(wide), activation)
     assert torch.allclose(found, wide.clamp(min=0), atol=1e-30)         # far from 0: 0, or the gate
+    huge = torch.tensor([[-1e13, -1e18, -1e30, -3e38]]).to(dtype).requires_grad_()
+    found = gated(huge, torch.ones_like(huge), activation)
+    slope = torch.autograd.grad(found.sum(), huge)[0][:, :2]            # of gelu's cube: beyond fp32
+    assert not found.any() and not slope.any()
 
 
 @compiled
@@ -172,6 +176,16 @@ def test_weights_of_another_dtype_are_not_misread(dtype):
     assert torch.equal(rms_norm(x, weight, 1e-5), torch_rms_norm(x, weight, 1e-5))
 
 
+@compiled
+def test_weights_that_are_a_view_are_not_misread(dtype):
+    wide = normal(64, 3, seed=1).to(dtype)
+    for weight in (wide[:, 1], wide[:1, 0].expand(64)):
+        x = normal(5, 64).to(dtype).requires_grad_()
+        found, wanted = (rms_norm(x, w, 1e-5) for w in (weight, weight.contiguous()))
+        assert torch.equal(found, wanted)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted)))
+
+
 @pytest.mark.parametrize("compiler, usable", [("", False), ("no-such-compiler", False),
                                               ("false", False), (None, True),
                                               ("env LC_ALL=C c++", True)])
@@ -186,6 +200,24 @@ def test_without_a_compiler_torch_takes_its_place(compiler, usable, dtype, tmp_p
     assert done.stdout.split() == [str(usable), "False", "False"], done.stderr
     assert ("does not compile" in done.stderr) == (compiler == "false")
     assert len(list(tmp_path.iterdir())) == usable      # nothing half-written stays
+
+
+@compiled
+@pytest.mark.parametrize("left", [0, 1000, 20_000])
+def test_a_damaged_library_in_the_cache_is_compiled_again(left, dtype, tmp_path):
+    """Loaded, its missing pages would end the process (SIGBUS). And the cache may be the working
+    directory, which dlopen doesn't search."""
+    def usable():
+        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True,
+                              cwd=tmp_path, env=os.environ | {"PERMIX_CACHE": ".",
+                                                              "PYTHONPATH": str(ROOT)})
+        assert done.stdout.split() == ["True", "False", "False"], done
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    (name, whole), = usable().items()
+    (tmp_path / name).write_bytes(whole[:left])
+    again = usable()
+    assert whole in again.values() and not again.get(name) == whole[:left]
 
 
 def test_a_cache_folder_that_takes_no_library_is_no_error(dtype, tmp_path):

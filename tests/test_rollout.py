@@ -1,5 +1,6 @@
 """The sampler: against transformers, against the trainer's forward, alone and in company."""
 
+import copy
 import json
 import random
 import subprocess
@@ -425,3 +426,38 @@ def test_two_calls_of_one_sampler_at_once_are_refused_and_an_abandoned_one_does_
     assert [c.tokens for c in sampler.generate(prompts, params)] == expected
     with pytest.raises(RuntimeError, match="another call"):
         list(first)
+
+
+def test_a_call_that_goes_on_after_another_began_takes_nothing_from_it(tiny):
+    """Rows that end in the same step as the one handed out are no longer the first call's."""
+    model, prompts = stopping(tiny[0]), random_prompts(4)
+    sampler, long = Sampler(model, slots=2), SamplingParams(max_tokens=9)
+    expected = sorted(c.tokens for c in sampler.generate(prompts, long))
+    first = sampler.generate(prompts, SamplingParams(max_tokens=3))
+    next(first)                                         # of two that end together
+    second = sampler.generate(prompts, long)
+    found = [next(second)]
+    with pytest.raises(RuntimeError, match="another call"):
+        list(first)
+    assert sorted(c.tokens for c in (*found, *second)) == expected
+
+
+def test_p15_a_call_that_waits_between_two_tokens_hands_no_old_weights_to_another_forward(tiny):
+    model = copy.deepcopy(tiny[0]).bfloat16()           # rearranged weights, where oneDNN takes bf16
+    packed = pack([([3, 4, 5], [[6, 7, 8]])], model)
+    waiting = generate(model, random_prompts(3), SamplingParams(max_tokens=2))
+    with torch.no_grad():
+        next(waiting)
+        for p in model.parameters():
+            p.mul_(0.5)
+        during = completion_logprobs(model, packed)[0]
+        waiting.close()
+        assert torch.equal(during, completion_logprobs(model, packed)[0])
+        copy.deepcopy(model)                            # an opaque copy would refuse this
+
+
+def test_room_for_prompts_is_made_for_those_there_are(tiny):
+    """And not for as many as the slots could hold, which a large --slots makes terabytes."""
+    sampler = Sampler(tiny[0], slots=10**9)
+    assert len(list(sampler.generate([[3, 4]] * 2, SamplingParams(n=2, max_tokens=2)))) == 4
+    assert sampler.cache.prefix_kv.entries <= 3 and sampler.cache.row_kv.entries <= 5
