@@ -108,6 +108,24 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.weight, self.eps, self.offset)
 
 
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a low-rank update (LoRA, arXiv 2106.09685):
+    x W^T + scale (x A^T) B^T, A [rank, in], B [out, rank]."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias, self.scale = base.weight, base.bias, scale
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.updated(x, super().forward(x))
+
+    def updated(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
 class Layer(nn.Module):
     """reordered: the model's, see Transformer.reordered_weights."""
 
@@ -145,7 +163,9 @@ class Layer(nn.Module):
             return tuple(m(x) for m in modules)
         weight, bias = self.reordered[modules[0]]
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return y.split_with_sizes([m.out_features for m in modules], -1)
+        parts = y.split_with_sizes([m.out_features for m in modules], -1)
+        return tuple(m.updated(x, part) if isinstance(m, LoRALinear) else part
+                     for m, part in zip(modules, parts, strict=True))
 
     def attention(self, x: Tensor, table: Tensor | None, attend) -> Tensor:
         c, a = self.c, self.self_attn

@@ -44,13 +44,14 @@ from model import Transformer, completion_logprobs, pack
 from rollout import Completion, Sampler
 from training.checkpoints import Checkpoints
 from training.memory import plan
-from training.minibatches import MicroBatch, minibatches, runs
+from training.minibatches import MicroBatch, micro_batches, minibatches, taken
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
 from training.run import Job, anchored, before_after, evaluated, read, run_folder
 from training.settings import settings
 from training.stop import Stopped, told
+from weights import lora
 
 # --------------------------------------------------------------------------------------------------
 # Mix, roll out, reward
@@ -199,8 +200,8 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
     if job.reference and job.loss.kl_in == "reward":
-        reference = [frozen_logprobs(job.reference, batch.groups[first:last], job.temperature)
-                     for first, last in runs(batch.groups, args.micro_tokens)]
+        reference = [frozen_logprobs(job.reference, taken(batch.groups, pieces), job.temperature)
+                     for pieces in micro_batches(batch.groups, args.micro_tokens)]
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
         total -= job.loss.kl_coef * divergence.view_as(total)
@@ -283,6 +284,8 @@ def train(job: Job, policy: Policy, out: Path) -> None:
     if ranks()[0] == 0:
         monitor.finish(samples=not job.imitates)
         weights.save(job.model, job.tokenizer, out / "model")
+        if args.lora_rank:
+            lora.save(job.model, args.model, out / "adapter")
 
 
 def run(args) -> None:

@@ -235,6 +235,8 @@ ARRIVALS = {
     "eval-personas": ("3", "few", "count", 3), "save-every": ("1", "save", "step", 1),
     "keep": ("7", "Checkpoints", "keep", 7), "async-save": (None, "Checkpoints", "background", True),
     "progress": (None, "tqdm", "disable", False), "optimizer": ("adamw8bit", "Policy", "eight_bit", True),
+    "lora-rank": ("3", "add", "rank", 3), "lora-alpha": ("6", "add", "alpha", 6),
+    "lora-targets": ("q_proj", "add", "targets", ["q_proj"]),
 }
 ELSEWHERE = {"model", "out", "resume", "unset", "overlap", "teacher", "memory", "tracker", "profile", "kl-in",
              "dual-clip"}
@@ -271,6 +273,7 @@ def seen(tiny_folder, tmp_path_factory):
         spy(patch, seen, tasks, "load", "load_task")
         spy(patch, seen, personas, "load", "load_personas")
         spy(patch, seen, weights, "load", "load_model")
+        spy(patch, seen, training.run.lora, "add")
         spy(patch, seen, Sampler, "generate")
         spy(patch, seen, Sampler, "__init__", "Sampler")
         spy(patch, seen, Policy, "step", "optimize")

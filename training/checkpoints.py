@@ -106,7 +106,8 @@ class Checkpoints:
         weights = sum(p.nbytes for p in policy.parameters)
         beside = sum(x.nbytes for state in policy.optimizer.state for x in state.values())
         shards = policy.mesh.size(1) if policy.mesh else 1
-        needed = more * (weights + shards * beside) + weights           # and the model at the end
+        model = sum(p.nbytes for p in policy.model.parameters())
+        needed = more * (weights + shards * beside) + model
         free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise ValueError(f"{self.folder.parent}: its checkpoints and model need "

@@ -15,25 +15,25 @@ from training.policy import Policy, ranks
 def plan(policy: Policy, job) -> None:
     """Sizes `--micro-tokens` so that the peak stays within `--memory` GB, and prints it by part.
 
-    job: a training.run.Job. Raises ValueError where even one group or the sampler's cache does not
-    fit.
+    job: a training.run.Job. Raises ValueError where even one completion or the sampler's cache does
+    not fit.
     """
     args, limit = job.args, job.args.memory * 1e9
     persona = max(job.pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     question = max(job.problems, key=lambda p: len(p.question)).question
     prompt = len(personas.prompt_ids(job.tokenizer, question, persona))
     completions = args.group_size if personas.shares_prompt(args.mix) else 1
-    group = prompt + completions * args.max_new_tokens
+    longest = prompt + args.max_new_tokens
     per_token = activation_bytes(policy.model, prompt, completions, args.max_new_tokens)
 
-    least = estimate(policy, job, group * per_token, prompt + args.max_new_tokens)
+    least = estimate(policy, job, longest * per_token, longest)
     if least["peak"] > limit:
         raise ValueError(f"--memory {args.memory:.4g} is too little: about "
                          f"{least['peak'] / 1e9:.2f} GB are needed; try --recompute, a smaller "
                          "--group-size, --max-new-tokens or --slots, or more ranks")
-    beside = estimate(policy, job, limit, prompt + args.max_new_tokens)["peak"] - limit
+    beside = estimate(policy, job, limit, longest)["peak"] - limit
     args.micro_tokens = int((limit - beside) / per_token)
-    parts = estimate(policy, job, args.micro_tokens * per_token, prompt + args.max_new_tokens)
+    parts = estimate(policy, job, args.micro_tokens * per_token, longest)
     if ranks()[0] == 0:
         told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         print(f"memory, estimated GB: {told}", file=sys.stderr)
@@ -49,6 +49,7 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     """
     args, model = job.args, policy.model
     count, size = sum(p.numel() for p in policy.parameters), model.dtype.itemsize
+    whole = {p: p.nbytes for p in model.parameters()}
     on_cpu, kept = model.device.type == "cpu", defaultdict(int)
     for state in policy.optimizer.state:
         for name, x in state.items():
@@ -56,17 +57,17 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     slots = args.slots or slots_for(model, row_tokens)
     rows = min(slots, args.prompts // ranks()[1] * args.group_size)
     widest = max(p.numel() for p in policy.parameters)
-    parts = {"weights": count * size, **kept,
+    parts = {"weights": sum(whole.values()), **kept,
              "gradients": count * 4 + widest * size,    # their sum, and one of a micro-batch's
              "activations": activations,
              "cache": rows * row_tokens * token_bytes(model) * (1 + args.overlap)}
     if args.async_save and on_cpu:
-        parts["checkpoint"] = kept["moments"] + kept["masters"] + parts["weights"]
+        parts["checkpoint"] = kept["moments"] + kept["masters"] + count * size
     if args.overlap:
-        parts["copy"] = parts["weights"]
+        parts["copy"] = count * size
     others = {m for m in (job.reference, job.author) if m is not None and m is not model}
     if others:
-        parts["others"] = sum(p.numel() * p.itemsize for m in others for p in m.parameters())
+        parts["others"] = sum(p.nbytes for m in others for p in m.parameters() if p not in whole)
     parts["logits"] = rows * model.c.vocab_size * (size + 8)    # also in fp32, and their exp
     sampling = parts["logits"] + on_cpu * parts["weights"]      # rearranged, for the CPU's matmuls
     training = parts["gradients"] + parts["activations"]

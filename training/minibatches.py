@@ -32,25 +32,23 @@ def minibatches(batch, advantages: Tensor, kept: Tensor, job) -> list[list[Micro
     on another number of ranks.
     """
     args, device, n = job.args, job.model.device, len(batch.completions) // len(batch.groups)
-    lengths, advantages, kept = (x.view(-1, n) for x in (batch.lengths, advantages, kept))
-    live = (advantages * kept).any(1)
+    lengths, advantages, kept = (x.flatten() for x in (batch.lengths, advantages, kept))
+    live = (advantages * kept).view(-1, n).any(1)
     if args.kl_coef or args.entropy_coef:
         live[:] = True
     parts = []
     for part in torch.arange(len(batch.groups)).tensor_split(args.minibatches):
-        counts = summed([(lengths[part] * kept[part]).sum(), kept[part].sum()])
+        rows = (part[:, None] * n + torch.arange(n)).flatten()
+        counts = summed([(lengths[rows] * kept[rows]).sum(), kept[rows].sum()])
         micros, ids = [], part[live[part]].tolist()
-        for first, last in runs([batch.groups[i] for i in ids], args.micro_tokens):
-            chosen = ids[first:last]
-            weights = grpo.token_weights(lengths[chosen].flatten(), job.loss.normaliser, *counts,
-                                         args.max_new_tokens, kept[chosen].flatten())
-            sampled = []
-            for i in chosen:
-                for completion in batch.completions[i * n:(i + 1) * n]:
-                    sampled += completion.logprobs
+        for pieces in micro_batches([batch.groups[i] for i in ids], args.micro_tokens):
+            rows = [ids[i] * n + j for i, completions in pieces for j in completions]
+            weights = grpo.token_weights(lengths[rows], job.loss.normaliser, *counts,
+                                         args.max_new_tokens, kept[rows])
+            sampled = [x for row in rows for x in batch.completions[row].logprobs]
             micros.append(MicroBatch(
-                [batch.groups[i] for i in chosen], lengths[chosen].flatten().to(device),
-                advantages[chosen].flatten().to(device), weights.to(device),
+                taken([batch.groups[i] for i in ids], pieces), lengths[rows].to(device),
+                advantages[rows].to(device), weights.to(device),
                 torch.tensor(sampled, device=device)))
         parts.append(micros)
     return parts
@@ -61,8 +59,19 @@ def micro_tokens_for(device: torch.device) -> int:
     return 2048 if device.type in ("cpu", "mps") else 8192
 
 
-def runs(groups: list, limit: int) -> Iterator[tuple[int, int]]:
-    """Runs of whole groups of at most `limit` packed tokens, or of one longer group, as (first,
-    last + 1)."""
-    return chunks([len(prompt) + sum(map(len, completions)) for prompt, completions in groups],
-                  limit)
+def micro_batches(groups: list, limit: int) -> Iterator[list[tuple[int, range]]]:
+    """Runs of groups of at most `limit` packed tokens, as (group, which of its completions).
+
+    A longer group is cut: each part has the prompt again, and one completion at least.
+    """
+    pieces = [(i, range(*span)) for i, (prompt, completions) in enumerate(groups)
+              for span in chunks([len(c) for c in completions], max(1, limit - len(prompt)))]
+    sizes = [len(prompt) + sum(map(len, completions))
+             for prompt, completions in taken(groups, pieces)]
+    for first, last in chunks(sizes, limit):
+        yield pieces[first:last]
+
+
+def taken(groups: list, pieces: list[tuple[int, range]]) -> list:
+    """The pieces as groups."""
+    return [(groups[i][0], [groups[i][1][j] for j in completions]) for i, completions in pieces]

@@ -16,7 +16,8 @@ def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
     shorter run had ended, it samples one more batch that way.
     """
     args, device, ahead = job.args, job.model.device, None
-    author, earlier = job.sampler(job.author), job.sampler(copy.deepcopy(job.author))
+    frozen = {id(p): p for p in job.author.parameters() if not p.requires_grad}     # not copied
+    author, earlier = job.sampler(job.author), job.sampler(copy.deepcopy(job.author, frozen))
     on_gpu = device.type == "cuda"
     stream = torch.cuda.Stream(device) if on_gpu else None
 

@@ -94,7 +94,8 @@ class Policy:
     def __init__(self, model: Transformer, learning_rate: float, warmup: int, shard: int = 0,
                  eight_bit: bool = False):
         self.model, self.learning_rate, self.warmup = model, learning_rate, warmup
-        self.names, self.parameters = zip(*model.named_parameters(), strict=True)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = zip(*trained, strict=True)
         self.scaled = model.dtype == torch.float16
         self.loss_scale = 2.0 ** 16 if self.scaled else 1.0
         self.good_steps, self.skipped = 0, 0

@@ -28,6 +28,7 @@ from training.minibatches import micro_tokens_for
 from training.policy import ranks, wait
 from training.settings import loss_of
 from training.stop import Stop
+from weights import lora
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def read(args) -> Job:
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     check_weights(args.model, model)
+    if args.lora_rank:
+        lora.add(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.seed)
     problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args))
     held_out = held_out_of(args, problems) if args.eval_problems else None
     problems = tasks.put(problems, args.prompt)
@@ -88,7 +91,7 @@ def read(args) -> Job:
     rewarder = Rewarder(args.reward, args.reward_seconds)
     if args.tracker:
         monitor.tracker_package(args.tracker)
-    reference = start_model(args, tokenizer) if args.kl_coef else None
+    reference = start_model(args, model, tokenizer) if args.kl_coef else None
     match args.method:
         case "sft":
             author = None
@@ -97,7 +100,7 @@ def read(args) -> Job:
             author = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device)
             check_weights(args.teacher, author)
         case "distill":
-            author = reference or start_model(args, tokenizer)
+            author = reference or start_model(args, model, tokenizer)
         case _:
             author = model
     job = Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
@@ -112,8 +115,10 @@ def read(args) -> Job:
     return job
 
 
-def start_model(args, tokenizer) -> Transformer:
-    """Read anew from --model, so that no checkpoint can have changed it."""
+def start_model(args, model: Transformer, tokenizer) -> Transformer:
+    """Read anew from --model, so that no checkpoint can have changed it. Adapters leave it whole."""
+    if args.lora_rank:
+        return lora.without(model)
     return weights.load_beside(args.model, tokenizer, args.dtype, args.device)
 
 
@@ -124,7 +129,7 @@ def anchored(job: Job) -> Job:
     """
     if not job.args.anchor_coef:
         return job
-    start = job.reference or start_model(job.args, job.tokenizer)
+    start = job.reference or start_model(job.args, job.model, job.tokenizer)
     return replace(job, anchor=Anchor(job.sampler(start), job.tokenizer, job.pool, job.args))
 
 

@@ -22,6 +22,7 @@ import weights
 from common.command import Parser
 from grpo import Loss
 from training.monitor import TRACKERS
+from weights import lora
 
 # name, default, help, and what else argparse should know
 FLAGS = [
@@ -91,8 +92,12 @@ FLAGS = [
     ("anchor-answers", 80, "role-play answers prepared before training", {}),
     ("anchor-tokens", 40, "their length limit, in tokens", {}),
     # step
-    ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else 6e-5)",
-     {"type": float}),
+    ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else "
+     "6e-5; ten times that with --lora-rank)", {"type": float}),
+    ("lora-rank", 0, "train low-rank updates of this rank, the model stays frozen; 0: all weights",
+     {}),
+    ("lora-alpha", 32.0, "they are scaled by this, divided by the rank", {}),
+    ("lora-targets", ",".join(lora.TARGETS), "the linear layers that get them", {}),
     ("optimizer", "adamw", "adamw8bit keeps its moments in 8 bits, and needs torchao",
      {"choices": ["adamw", "adamw8bit"]}),
     ("warmup", 2, "optimizer steps of linear warm-up", {}),
@@ -162,14 +167,14 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
-    for name in ("model", "task", "method", "seed", "dtype"):
+    for name in ("model", "task", "method", "seed", "dtype", "lora_rank", "lora_targets", "optimizer"):
         if getattr(args, name) != before.get(name, getattr(args, name)):
-            raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start "
-                             "a new run")
+            raise ValueError(f"--{name.replace('_', '-')} of a resumed run is {before[name]}; for "
+                             "another one start a new run")
     small = args.task in tasks.GENERATED                # the embedded model often solves them
     defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
-             "learning_rate": 3e-5 if small else 6e-5,
+             "learning_rate": (3e-5 if small else 6e-5) * (10 if args.lora_rank else 1),
              "persona_prob": 0.7 if args.method == "permix" else 0.0,
              "correction": "truncate" if args.overlap else "none", "loss": "grpo"}
     for name, value in defaults.items():
@@ -210,11 +215,11 @@ def loss_of(args: argparse.Namespace) -> Loss:
 
 BOUNDS = {
     (1, 10**9): ("steps", "save_every", "keep"),
-    (0, 10**9): ("warmup", "micro_tokens", "shard"),
+    (0, 10**9): ("warmup", "micro_tokens", "shard"), (0, 10**5): ("lora_rank",),
     (1, 10**6): ("prompts", "group_size", "max_new_tokens", "minibatches", "anchor_count",
                  "anchor_answers", "anchor_tokens", "eval_personas"),
     (0, 10**6): ("overlong_buffer", "eval_problems", "memory", "slots"),
-    (1, 1000): ("inner_epochs", "dual_clip"),
+    (1, 1000): ("inner_epochs", "dual_clip"), (1e-6, 10**6): ("lora_alpha",),
     (0, 1000): ("kl_coef", "entropy_coef", "anchor_coef"), (0, 100): ("dynamic_sampling",),
     (0, 10**18): ("seed",), (0, 1): ("persona_prob",),
     (0.01, 100): ("temperature",), (1e-30, 1): ("learning_rate",),
@@ -246,6 +251,8 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
     usual = (Loss.clip_low, Loss.clip_high), (recipe.get("clip_low"), recipe.get("clip_high"))
     return [
+        (unknown := [t for t in args.lora_targets.split(",") if t not in lora.TARGETS],
+         f"--lora-targets {', '.join(unknown)}: give some of {','.join(lora.TARGETS)}"),
         (args.optimizer == "adamw8bit" and not find_spec("torchao"),
          "--optimizer adamw8bit needs torchao: pip install torchao"),
         (args.method == "rlvr" and args.persona_prob,
@@ -300,6 +307,7 @@ def notes(args: argparse.Namespace, told: set[str]) -> Iterator[str]:
         (not args.kl_coef, ("kl", "kl_in"), "without --kl-coef"),
         (not args.anchor_coef, ("anchor_count", "anchor_answers", "anchor_tokens"),
          "without --anchor-coef"),
+        (not args.lora_rank, ("lora_alpha", "lora_targets"), "without --lora-rank"),
         (args.memory, ("micro_tokens",), "with --memory, which sizes the micro-batches"),
         (alone, ("shard",), "in one process"),
         (args.device == "cpu", ("no_cuda_graphs",), "on a CPU"),

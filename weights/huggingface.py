@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.files import whole_folder
 from model import Config, Transformer, inverse_frequencies
+from weights import lora
 
 ARCHITECTURES = {                                       # model_type: what a saved config names
     "llama": "LlamaForCausalLM",
@@ -143,9 +144,10 @@ def safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def state(model: Transformer) -> dict[str, Tensor]:
-    """The parameters on the CPU, by the names they have in a Hugging Face checkpoint."""
+    """The parameters on the CPU, by the names they have in a Hugging Face checkpoint. Adapters are
+    merged into the weights that they update."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in lora.merged(model):
         theirs = name if name.startswith("lm_head") else f"model.{name}"
         tensors[theirs] = parameter.detach().to("cpu").contiguous()
     return tensors
