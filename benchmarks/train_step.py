@@ -93,7 +93,7 @@ def floor(folder: Path, length: float) -> float:
     from personas import prompt_ids
 
     model, tokenizer = weights.load(str(folder / "model"), device="cpu")
-    problems = tasks.from_file(folder / "problems.jsonl", "all")
+    problems = tasks.from_file(folder / "problems.jsonl", "all", whole=True)
     prompt_tokens = sum(len(prompt_ids(tokenizer, p.question, None)) for p in problems)
     rows = PROMPTS * GROUP
     completion_tokens = round(rows * length)

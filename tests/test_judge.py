@@ -507,7 +507,7 @@ READ = {  # kind: (reply, score) with None where it must be asked for again
 
 @pytest.mark.parametrize("reply, score", [
     pytest.param(reply, score, id=f"{kind}: {reply!r}") for kind, cases in READ.items() for reply, score in cases])
-def test_a_score_is_read_or_not_from_a_reply(reply, score):
+def test_p40_a_score_is_read_or_not_from_a_reply(reply, score):
     assert replies.score(reply) == score
 
 

@@ -175,7 +175,7 @@ def test_two_curves_are_compared_where_both_have_been_by_hand():
 
 
 @pytest.mark.parametrize("n_items, accuracy", SIZES)
-def test_s2_is_unbiased_for_every_true_spread_where_the_spread_of_accuracies_is_not(n_items, accuracy):
+def test_p41_s2_is_unbiased_for_every_true_spread_where_the_spread_of_accuracies_is_not(n_items, accuracy):
     for spread in SPREADS:
         tables = many(n_items, accuracy, spread)
         got = squares(tables)
