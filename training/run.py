@@ -116,7 +116,7 @@ def read(args) -> Job:
 
 
 def start_model(args, model: Transformer, tokenizer) -> Transformer:
-    """Read anew from --model, so that no checkpoint can have changed it. Adapters leave it whole."""
+    """Read anew from --model, so that no checkpoint can have changed it; adapters do not."""
     if args.lora_rank:
         return lora.without(model)
     return weights.load_beside(args.model, tokenizer, args.dtype, args.device)

@@ -135,6 +135,9 @@ FLAGS = [
 ]
 
 
+FIXED = "model", "task", "method", "seed", "dtype", "lora_rank", "lora_targets", "optimizer"
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(description="PerMix-RLVR: persona-mixed RL with verifiable rewards.")
     for name, default, text, more in FLAGS:
@@ -167,7 +170,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
-    for name in ("model", "task", "method", "seed", "dtype", "lora_rank", "lora_targets", "optimizer"):
+    for name in FIXED:
         if getattr(args, name) != before.get(name, getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')} of a resumed run is {before[name]}; for "
                              "another one start a new run")

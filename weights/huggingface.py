@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.files import whole_folder
 from model import Config, Transformer, inverse_frequencies
-from weights import lora
+from weights.lora import merged
 
 ARCHITECTURES = {                                       # model_type: what a saved config names
     "llama": "LlamaForCausalLM",
@@ -147,7 +147,7 @@ def state(model: Transformer) -> dict[str, Tensor]:
     """The parameters on the CPU, by the names they have in a Hugging Face checkpoint. Adapters are
     merged into the weights that they update."""
     tensors = {}
-    for name, parameter in lora.merged(model):
+    for name, parameter in merged(model):
         theirs = name if name.startswith("lm_head") else f"model.{name}"
         tensors[theirs] = parameter.detach().to("cpu").contiguous()
     return tensors
