@@ -772,7 +772,7 @@ def test_p28_memory_is_estimated_and_micro_batches_are_sized_to_fit(tiny_folder,
     assert run(tiny_folder, tmp_path / "run", "--steps", "1", "--memory", "0.02") == 0
     said = capsys.readouterr().err
     parts = dict(re.findall(r"(\w+) (\d+\.\d+)", said.split("estimated GB: ")[1].splitlines()[0]))
-    assert {"weights", "AdamW", "gradients", "activations", "cache", "peak"} <= parts.keys()
+    assert {"weights", "moments", "gradients", "activations", "cache", "peak"} <= parts.keys()
     assert 0 < float(parts["peak"]) <= 0.02
     assert run(tiny_folder, tmp_path / "none", "--memory", "0.0001") == 2
     assert "--recompute" in capsys.readouterr().err
