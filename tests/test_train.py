@@ -977,7 +977,8 @@ def test_a_run_without_one_finite_step_does_not_end_well(tiny_folder, tmp_path, 
     weights.save(model, tokenizer, tmp_path / "broken")
     assert run(tmp_path / "broken", tmp_path / "run", "--steps", "2", *more) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert "2 steps in a row had no finite logits" in errors[-1] and "8 completions were given up" in errors[1]
+    assert "2 steps in a row had no finite logits" in errors[-1]
+    assert any("8 completions were given up" in line for line in errors)
     assert not (tmp_path / "run" / "model").exists()
 
 
