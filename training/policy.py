@@ -213,14 +213,15 @@ class Policy:
                              "--learning-rate, and go on from the last checkpoint with --resume")
 
     def state(self) -> dict:
-        """Everything a step changes, by name: the tensors themselves, not copies."""
+        """Everything a step changes, by name: the tensors themselves, but for rows of weights. Those
+        are copied, or torch's background save would take the whole weights they are views of."""
         state = {"steps": self.optimizer.steps}
         if self.scaled:
             state |= {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
         for name, p, own, more in zip(self.names, self.parameters, self.optimizer.weights,
                                       self.optimizer.state, strict=True):
-            state[name] = {key: self.over_ranks(x, SHARDED, p)
-                           for key, x in {"weight": own, **more}.items()}
+            tensors = {"weight": own.clone() if self.mesh else own, **more}
+            state[name] = {key: self.over_ranks(x, SHARDED, p) for key, x in tensors.items()}
         return state
 
     def restored(self, state: dict) -> None:
@@ -228,4 +229,7 @@ class Policy:
         self.optimizer.steps = state["steps"]
         if self.scaled:
             self.loss_scale, self.good_steps = state["loss_scale"], state["good_steps"]
+        for name, own in zip(self.names, self.optimizer.weights, strict=True):
+            if self.mesh:
+                own.copy_(state[name]["weight"].to_local())
         self.gather()
