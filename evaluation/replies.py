@@ -12,7 +12,7 @@ Left out: grades in other languages than English, and letters. They are asked fo
 import re
 import unicodedata
 
-ONE = r"(?<=[:=])\s*one\b|^\W*one\b(?=\W*$)|\bone(?= out of 5\b)"  # and not "a good one"
+ONE = r"(?<=[:=])\s*one\b|^[^\w\n]*one\b(?=[^\w\n]*$)|\bone(?= out of 5\b)"  # and not "a good one"
 DIGITS = {"zero": "0", "two": "2", "three": "3", "four": "4", "five": "5"}
 THOUGHT = r"<(think|thinking|thought|reasoning|reflection)>.*?(?:</\1>|\Z)"
 SCALE = (  # the form and not the grade, in this order
@@ -50,6 +50,8 @@ TAKEN_BACK = re.compile(r"\b(?:reflection|wait|actually|revis\w+|correct(?:ion|e
                         r"instead|reconsider\w*|sorry|second thought|hmm)\b", re.I)
 SUMMED_UP = re.compile(r"\b(?:final|finally|therefore|thus|hence|so|overall|conclusion)\b", re.I)
 
+RULE, HEAD = re.compile(r"[\s|:-]*-[\s|:-]*"), re.compile("(?:score|rating|grade)s?", re.I)
+
 
 def score(reply):
     """The grade 1..5 that a reply states, or None: ask again."""
@@ -83,13 +85,36 @@ def plain(reply):
     text = re.sub(r"<(score|rating|grade)>", r"\n\1: ", text, flags=re.I)
     text = re.sub(r"</?\w+>|<\|.*?\|>", "\n", text)
     text = re.sub(r"[*_`#$\"{}\\]", " ", text)
+    text = re.sub(r"\bmax(?:imum)? score[\s:=]{1,5}\d+", " ", text, flags=re.I)
     text = re.sub(r"out of (?:an? |the )?(?:possible |maximum |max )?(?:of )?5\b", "out of 5", text)
     text = re.sub(rf"\b({'|'.join(DIGITS)})\b", lambda word: DIGITS[word[0].lower()], text,
                   flags=re.I)
     text = re.sub(ONE, " 1", text, flags=re.I | re.M)
     for form in SCALE:
         text = re.sub(form, " ", text, flags=re.I)
-    return text
+    return without_tables(text)
+
+
+def without_tables(text):
+    """Tables with a column of scores, a line a row: "Overall score: 4". A legend stays as it is."""
+    lines = text.split("\n")
+    for i in range(len(lines) - 2):
+        if not ("|" in lines[i + 1] and RULE.fullmatch(lines[i + 1])):
+            continue
+        place = [n for n, cell in enumerate(cells(lines[i])) if HEAD.fullmatch(cell)]
+        last = min(len(lines), i + 50)
+        end = next((n for n in range(i + 2, last) if "|" not in lines[n]), last)
+        if len(place) != 1 or place == [0] and end - i > 3:  # grades and what they mean
+            continue
+        for n in range(i + 2, end):
+            row = cells(lines[n])
+            if place[0] < len(row):
+                lines[n] = f"{row[0] if place[0] else ''} score: {row[place[0]]}"
+    return "\n".join(lines)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def stated(text, found):

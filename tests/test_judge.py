@@ -291,6 +291,20 @@ READ = {  # kind: (reply, score) with None where it must be asked for again
         ("1. The voice is right.\n2. The facts are right.", None),
         ("**Score:** -", None),
     ],
+    "tables and JSON": [
+        ("| Criterion | Score |\n|---|---|\n| Voice | 4 |", 4),
+        ("| Criterion | **Score** |\n|:--|--:|\n| **Voice** | **4/5** |", 4),
+        ("| Score | Reason |\n|---|---|\n| 2 | Two of 5 facts are wrong |", 2),
+        ("| Criterion | Score |\n|---|---|\n| Voice | 4 |\n| Overall | 3 |", 3),
+        ("| Criterion | Score |\n|---|---|\n| Voice | 4 |\n| Facts | 2 |", None),
+        ("| Criterion | Score |\n|---|---|\n| Voice | 4 |\n| Facts | 7 |", None),
+        ("| Criterion | Score | Grade |\n|---|---|---|\n| Voice | 4 | 2 |", None),
+        ("| Score | Meaning |\n|---|---|\n| 1 | worst |\n| 5 | best |", None),
+        ("| Score | Meaning |\n|---|---|\n| 1 | worst |\n| 5 | best |\n\nScore: 4", 4),
+        ('{"max_score": 5, "score": 2}', 2),
+        ('{"score": 2, "maximum score": 5}', 2),
+        ('{"max_score": 5}', None),
+    ],
     "thoughts": [
         ("<think>Score: 2? Maybe 3.</think>\nScore: 4", 4),
         ("a 2 at first\n</think>\n4", 4),
@@ -511,7 +525,7 @@ def test_p40_a_score_is_read_or_not_from_a_reply(reply, score):
     assert replies.score(reply) == score
 
 
-@pytest.mark.parametrize("part", ["* ", "- ", "score ", "1 ", "(1 x", "\n", "</think>", "Score: 4 or "])
+@pytest.mark.parametrize("part", ["* ", "- ", "score ", "1 ", "(1 x", "\n", "</think>", "Score: 4 or ", "| ", "|-|\n", "|score|\n|-|\n"])
 def test_a_long_reply_is_read_in_a_moment(part):
     start = time.time()
     replies.score(part * 5000)

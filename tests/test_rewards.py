@@ -386,6 +386,15 @@ def test_p25_the_form_of_an_answer_earns_nothing(answer, expected):
     assert verdict("7", answer) == expected
 
 
+@pytest.mark.parametrize(("answer", "expected"), [
+    (r"\boxed{{{} 7}}", "wrong"), (r"\boxed{{{} 7", "wrong"), (r"\boxed{{{} 6}} so \boxed{{7}}", "correct"),
+    (r"\boxed{{6}} {} so it is 7", "correct"),
+])  # fmt: skip
+def test_p25_the_rest_of_a_box_that_is_too_long_is_no_answer(answer, expected):
+    assert verify("7", answer.format("+ 0" * 10_000)).verdict == expected
+    assert verify("7", answer.format("+ 0" * 10_000), "What is 3 + 4?").verdict == expected
+
+
 @pytest.mark.parametrize(("text", "expected"), [
     (r"\boxed{\frac{1}{\sqrt{2}}}", (r"\frac{1}{\sqrt{2}}", "box")), (r"\boxed{\boxed{3}}", ("3", "box")),
     (r"\boxed{\{1, 2\}}", (r"\{1, 2\}", "box")), ("so\n#### 1,234", ("1,234", "####")),

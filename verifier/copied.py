@@ -4,6 +4,7 @@
 paid for it learns no other answer. So an answer earns nothing where it
   is plain arithmetic on numbers (12 - 9, 48 / 8), and the gold is a number
   stands in the question, and is not in the gold's form: the 5! of "Evaluate 5!"
+  is a fraction that can be reduced, where the question asks for lowest terms
   does what the question asks to be worked out (a root, a power ...), and the gold is a number
 Usual final forms earn: 3/4, 2 sqrt 3, and 2^10 where the question has no power.
 """
@@ -24,6 +25,7 @@ _RUN = re.compile(r"(?:[\d.+\-−–*/^()\[\]{}×÷·√π%!|=²³⁴⁵⁶⁷�
                   r"|\b(?:sqrt|log|ln|sin|cos|tan|x)(?![a-z])|\b[a-zA-Z]\b|(?<=\d)[a-zA-Z]\b|[ ])+")
 _CONVERTS = re.compile(r"\b(?:decimal|percent|fraction|convert|express|write|simplif|reduce|lowest"
                        r"|round|rewrite)", re.I)
+_REDUCES = re.compile(r"\b(?:simplif|simplest|reduced?\b|lowest terms)", re.I)
 _SENTENCE = re.compile(r"[^.?!\n]*(?:\.(?=\d)[^.?!\n]*)*[.?!\n]?")
 _ONE = ("num", 1)
 MAX_QUESTION = 4000  # characters of a question that are looked at: its end
@@ -59,14 +61,21 @@ def is_copied(goal: tuple, tree: tuple, question: str) -> bool:
     for part in (tree, value):
         if _key(part) in asked and (not _is_final(part) or _CONVERTS.search(question)):
             return True
+    if _REDUCES.search(question) and _is_quotient(goal) and _is_quotient(value):
+        return not _is_final(value)                     # 6/8, where the lowest terms were asked
     return is_rational(goal) and bool(_kinds(tree) & kinds)
 
 
 def _is_final(tree) -> bool:
     """A number in a usual final form: 5, 0.75, a fraction in lowest terms."""
-    if tree[0] == "div" and all(side[0] == "num" for side in tree[1:]) and tree[2][1]:
+    if _is_quotient(tree):
         return (tree[1][1] / tree[2][1]).denominator == tree[2][1]
     return tree[0] in ("num", "sym", "const")
+
+
+def _is_quotient(tree) -> bool:
+    """One number over another: 6/8."""
+    return tree[0] == "div" and tree[1][0] == tree[2][0] == "num" and tree[2][1] != 0
 
 
 @lru_cache(maxsize=1024)

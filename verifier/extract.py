@@ -26,6 +26,7 @@ _BARE_BOX = re.compile(                                 # \\boxed 12, \\boxed\\f
     r"(?:[-+]?\d[\d,]*(?:\.\d+)?(?![\w^])|[A-Za-z](?![\w^])|[-+\\(\[\d][^\s$]*)")
 _BOX_GOES_ON = re.compile(                              # $\\boxed 5 + 1$
     r"\s*(?:[-+*/^]|\\cdot|\\times)[^$\n]{1,100}(?=\$)")
+_MINUS_BEFORE_BOX = re.compile(r"(?:[$=]|\\[(\[])\s*([-−]\s*)$")
 _JOINT = re.compile(r"""
     [\s$]* (?: (?:,|;|&|\band\b|\bor\b|和|或|\\text\s*\{\s*(?:,|and|or)?\s*\}
                  |\\q?quad|\\[,; ]) [\s$]* ){1,6}
@@ -34,14 +35,15 @@ _JOINS = re.compile(r"[,;&和或]|\band\b|\bor\b")
 _LABEL = re.compile(r"((?:\b[A-Za-z]\w?|\\[a-z]+)(?:_\w)?\s*=)[\s$]*$")
 _TAG = re.compile(r"<(/?)(?:final[_ ])?answer>", re.I)
 _STATEMENT = re.compile(r"""
-    (?:\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b|答案|答え|답|Ответ)
+    (?:\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b|答案|故选|答え|답|Ответ)
     (?:\s+(?:to|for)\b[^.\n]{0,80}?)?
     \s*(?:\*\*|__)?\s*
-    (?:is|are|was|be|would\ be|will\ be|should\ be|comes\ to|equals|:|=|是|为|為|は|은)
+    (?:is|are|was|be|would\ be|will\ be|should\ be|comes\ to|equals|:|=|是|为|為|は|은|(?<=故选))
     (?:\s*(?:\*\*|__))?
     (?:\s*(?:simply|just|therefore|thus|equal\ to|:))*""", re.I | re.X)
 _SOLUTIONS = re.compile(
-    r"\b(?:solutions?|roots?|values?|results?|zeros|point)\b[^.\n=]{0,40}?\s(?:is|are|:)", re.I)
+    r"\b(?:solutions?|roots?|values?|results?|zeros|point|numbers|integers)\b"
+    r"[^.\n=]{0,40}?\s(?:is|are|:)", re.I)
 _RETRACTION = re.compile(
     r"\b(?:wait|actually|scratch that|correction|on second thought|hold on|oops)\b"
     r"|\?\s*(?:no|nay)\b", re.I)
@@ -77,8 +79,23 @@ def extract(text: str, in_words: bool = False) -> tuple[str, str]:
     in_words: the answer asked for is a text. Then no number is looked for; the last resort is the
     whole text.
     """
-    text = text[-MAX_ANSWER:]
+    text = end_of(text)
     return _extract(text if in_words else in_digits(_spaced(text)), in_words)
+
+
+def end_of(text: str) -> str:
+    """The last MAX_ANSWER characters. The rest of a box that begins before them is no answer."""
+    cut = len(text) - MAX_ANSWER
+    if cut <= 0:
+        return text
+    begun = BOX.match(text, max(0, text.rfind(r"\boxed", 0, cut), text.rfind(r"\fbox", 0, cut)))
+    if begun and text.startswith("{", begun.end()):
+        end = closing_brace(text, begun.end())
+        if end >= cut:
+            return r"\boxed{}" + text[end + 1 :]
+        if end < 0:
+            return r"\boxed{" + text[cut:]
+    return text[cut:]
 
 
 def stated(text: str) -> str:
@@ -180,6 +197,7 @@ def _last_boxes(text: str) -> tuple[str | None, int]:
             boxes.append((match.start(), bare.end(), content))
     if not boxes:
         return None, -1
+    boxes = [_with_minus(text, *box) for box in boxes]
     items, (start, _, content) = [], boxes[-1]
     for before in boxes[-2::-1]:
         joint = _JOINT.fullmatch(text, before[1], start)
@@ -190,6 +208,12 @@ def _last_boxes(text: str) -> tuple[str | None, int]:
     label = _LABEL.search(text[max(0, start - 20) : start]) if items else None
     items.append((label[1] if label else "") + content)
     return ", ".join(reversed(items)), start
+
+
+def _with_minus(text: str, start: int, end: int, content: str) -> tuple[int, int, str]:
+    """A box with the minus before it, in a formula: $-\\boxed{5}$."""
+    minus = _MINUS_BEFORE_BOX.search(text, max(0, start - 20), start)
+    return (minus.start(1), end, f"-({content})") if minus else (start, end, content)
 
 
 def closing_brace(text: str, start: int) -> int:

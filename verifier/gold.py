@@ -19,7 +19,7 @@ KINDS = ("number", "expression", "text", "unreadable")
 
 COSTUME = re.compile(
     r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm|textnormal)\s*\{([^{}]*)\}")
-CHOICE = re.compile(r"\(?([A-J])\)?|\(([a-j])\)")
+CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice) )?(?:\(?([A-J])\)?|\(([a-j])\))")
 CLOCK = re.compile(r"\d{1,2}(?::\d\d)? ?(?:[ap]\.? ?m\b\.?)|\d{1,2}:\d\d:\d\d", re.I)
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:](?=\s))[\s~.:]*(?=\S)(.+)", re.S)
 _VERB = re.compile(
@@ -28,6 +28,7 @@ _LABEL = re.compile(
     r"\W{0,3}(?:(?:final |my )?(?:ans|results?|solutions?|value|total)\b\s*[:=]\W{0,3}"
     r"|(?:so|hence|thus|therefore|then)\b,? )", re.I)
 # Words are no products: yes is not y*e*s. What is made of usual variables stays one: xy, abc.
+_LISTED = re.compile(r",? and |, ?")
 _LETTERS = re.compile(r"[A-Za-z]{2,}")
 _VARIABLES = ("abcd", "xyzwt", "mnkpq", "pqrst", "uvw", "rh", "ABCDEF", "PQRST", "XYZ")
 
@@ -77,7 +78,7 @@ def _read(text: str) -> Gold:
         if value.tree is not None or re.match(r"[A-Za-z\\]", value.text):
             return Gold(text, letter=both[1] or both[2], value=value)
     in_words = "" if "\\" in text else whole_number(text)   # \\text{two} stays a text
-    if is_word(plain) and not in_words or CLOCK.fullmatch(words(text)):
+    if are_words(plain) and not in_words or CLOCK.fullmatch(words(text)):
         return Gold(text)
     if re.fullmatch("[A-Z]{2,}", text):                 # the segment AB
         return Gold(text)
@@ -113,6 +114,11 @@ def is_word(text: str) -> bool:
         return False
     return not any(set(text) <= set(letters) for letters in _VARIABLES) and bool(
         re.search("[aeiouyAEIOUY]", text))
+
+
+def are_words(text: str) -> bool:
+    """A word, or a list of words: Tom; Ann and Bob."""
+    return all(is_word(item) for item in _LISTED.split(text))
 
 
 def tree_of(text: str) -> tuple | None:
@@ -181,7 +187,7 @@ def same_text(gold: str, found: str) -> bool:
     if len(found) > 2000:
         found = found[-2000:]
     goal, said = words(gold), words(found)
-    if goal == said:
+    if goal == said or _LISTED.split(goal) == _LISTED.split(said):
         return True
     if re.search(r"[^\w\s.,:'-]", bare(gold)):
         try:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from verifier.copied import is_copied, left_to_do, without_question
 from verifier.equal import same
-from verifier.extract import MAX_ANSWER, extract, stated
+from verifier.extract import end_of, extract, stated
 from verifier.gold import (
     CLOCK,
     COSTUME,
@@ -66,7 +66,7 @@ def judged(gold: str, answer: str, question: str, deep: bool) -> Verdict:
     goal = read_gold(gold)
     in_words = goal.tree is None and not goal.letter
     if question:
-        answer = without_question(answer[-MAX_ANSWER:], question)
+        answer = without_question(end_of(answer), question)
     found, rule = extract(answer, in_words)
     if goal.problem:
         return Verdict("unverifiable", goal.problem[:100], found)

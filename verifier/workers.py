@@ -22,7 +22,7 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from verifier.extract import MAX_ANSWER
+from verifier.extract import end_of
 from verifier.value import Undecided
 from verifier.verdict import Verdict, judged, verify
 
@@ -128,7 +128,7 @@ class Worker:
 
         A worker that died by itself is tried once more.
         """
-        request = json.dumps([text[-MAX_ANSWER:] for text in (gold, answer, question)]) + "\n"
+        request = json.dumps([end_of(text) for text in (gold, answer, question)]) + "\n"
         for _ in range(2):
             if not self.ready:
                 self.ready = bool(self._read(60.0)[0])  # imports are not the answer's fault
