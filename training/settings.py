@@ -139,6 +139,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+FIXED = ("model", "task", "method", "seed", "dtype")    # for the whole of a run
+
+
 def settings(argv: list[str] | None) -> argparse.Namespace:
     """The settings. First come the flags, then the loss's recipe, a resumed run's, the defaults.
 
@@ -159,7 +162,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
-    for name in ("model", "task", "method", "seed", "dtype"):
+    for name in FIXED:
         if getattr(args, name) != before.get(name, getattr(args, name)):
             raise ValueError(f"--{name} of a resumed run is {before[name]}; for another one start "
                              "a new run")
@@ -189,9 +192,26 @@ def settings_before(first: argparse.Namespace) -> dict:
         raise ValueError(f"{path} is not a run's: give the folder that train.py wrote") from error
     if before.get("advantage") == "std_sample":         # its name until November 2026
         before["advantage"] = "std"
+    for action in parser()._actions[1:]:                # the first is --help
+        value = before.get(action.dest, None if action.dest in FIXED else action.default)
+        if not is_for(action, value):
+            raise ValueError(f"{path} has {value!r} for {action.dest}, which train.py does not "
+                             "write: put the file back as it was")
     if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
         raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
     return before
+
+
+def is_for(action: argparse.Action, value) -> bool:
+    """Whether a value of a config.json is of the kind that its flag gives."""
+    if value is None:
+        return action.default is None
+    if action.choices:
+        return value in list(action.choices)
+    if isinstance(action.default, list):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    kind = bool if action.nargs == 0 else action.type or str
+    return type(value) is kind or kind is float and type(value) is int
 
 
 def loss_of(args: argparse.Namespace) -> Loss:
