@@ -231,6 +231,9 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or "
                          "put its chat_template.jinja into the model's folder")
+    if not shows_question(tokenizer):
+        raise ValueError("the chat template leaves out what the user says: mend it, or take the "
+                         "chat_template.jinja of the model's maker")
     if len(chat) > 1 and chat[0]["role"] == "system" and not has_system_role(tokenizer):
         (system, first), rest = chat[:2], chat[2:]
         chat = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
@@ -249,6 +252,15 @@ def has_system_role(tokenizer) -> bool:
         return probe.text in tokenizer.apply_chat_template(messages("Hello", probe), tokenize=False)
     except TemplateError:
         return False
+
+
+@lru_cache(maxsize=8)
+def shows_question(tokenizer) -> bool:
+    """Does the rendered prompt show a user's message? One that cannot be rendered is told later."""
+    try:
+        return "xyzzy" in tokenizer.apply_chat_template(messages("xyzzy", None), tokenize=False)
+    except (TemplateError, TypeError):
+        return True
 
 
 # --------------------------------------------------------------------------------------------------

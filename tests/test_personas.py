@@ -373,6 +373,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line():
         personas.prompt_ids(tokenizer_with(None), "2 + 2?", None)
 
 
+@pytest.mark.parametrize("template", [
+    "<s>Hello", "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"])
+def test_a_template_that_leaves_out_the_question_is_refused(template):
+    with pytest.raises(ValueError, match="leaves out what the user says"):
+        personas.prompt_ids(tokenizer_with(template), "2 + 2?", personas.Persona("a", "You are A.", "x", "train"))
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'x' + 3 }}", "{% if %}"])
 def test_a_template_that_cannot_render_a_chat_is_told_in_one_line(template):
     with pytest.raises(ValueError, match="^the chat template cannot render this chat: .+$"):
