@@ -148,6 +148,8 @@ def from_row(where: str, row: dict) -> Persona:
                              "each a string")
     if row["name"] == "none":                           # in results: the prompt without a persona
         raise ValueError(f"{where}: no persona may be named none; give it another name")
+    if row["stratum"] == "none":                        # in metrics.jsonl: where nobody spoke
+        raise ValueError(f"{where}: no stratum may be named none; give it another name")
     if row["split"] not in SPLITS:
         raise ValueError(f"{where}: split {row['split']!r} is neither train nor test")
     if not isinstance(row["kind"], str):
