@@ -148,6 +148,8 @@ def from_row(where: str, row: dict) -> Persona:
                              "each a string")
     if row["name"] == "none":                           # in results: the prompt without a persona
         raise ValueError(f"{where}: no persona may be named none; give it another name")
+    if row["stratum"] == "none":                        # in metrics.jsonl: where nobody spoke
+        raise ValueError(f"{where}: no stratum may be named none; give it another name")
     if row["split"] not in SPLITS:
         raise ValueError(f"{where}: split {row['split']!r} is neither train nor test")
     if not isinstance(row["kind"], str):
@@ -231,6 +233,9 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or "
                          "put its chat_template.jinja into the model's folder")
+    if not shows_question(tokenizer):
+        raise ValueError("the chat template leaves out what the user says: mend it, or take the "
+                         "chat_template.jinja of the model's maker")
     if len(chat) > 1 and chat[0]["role"] == "system" and not has_system_role(tokenizer):
         (system, first), rest = chat[:2], chat[2:]
         chat = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
@@ -249,6 +254,15 @@ def has_system_role(tokenizer) -> bool:
         return probe.text in tokenizer.apply_chat_template(messages("Hello", probe), tokenize=False)
     except TemplateError:
         return False
+
+
+@lru_cache(maxsize=8)
+def shows_question(tokenizer) -> bool:
+    """Does the rendered prompt show a user's message? One that cannot be rendered is told later."""
+    try:
+        return "xyzzy" in tokenizer.apply_chat_template(messages("xyzzy", None), tokenize=False)
+    except (TemplateError, TypeError):
+        return True
 
 
 # --------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def load_reward(spec: str) -> Callable[..., float]:
         raise ValueError(f"a reward is named module:function, like {CORRECTNESS}, not {spec!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:                          # the module's own mistakes too
+    except (Exception, SystemExit) as error:            # the module's own mistakes too
         raise ValueError(f"reward {spec!r}: cannot import module {module_name!r} "
                          f"({type(error).__name__}: {one_line(error)})") from error
     function = getattr(module, name, None)
@@ -183,7 +183,10 @@ class Rewarder:
 
     def _call(self, problem, text: str, persona) -> Reward:
         try:
-            value = float(self._function(problem, text, persona=persona))
+            value = self._function(problem, text, persona=persona)
+            if isinstance(value, str | bytes):          # which float() would read
+                raise TypeError(f"it gave the text {value!r}, not a number")
+            value = float(value)
         except BaseException as error:                  # also SystemExit: it would end the thread
             raise ValueError(f"--reward {self.spec} failed on problem {problem.id}: "
                              f"{type(error).__name__}: {one_line(error)}") from error

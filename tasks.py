@@ -155,6 +155,7 @@ def from_file(path: Path, split: str, whole: bool) -> list[Problem]:
     if not placed:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")
     warn_of_copies(path, [copies for copies in lines.values() if len(copies) > 1])
+    check_ids(placed)
     if split != "all":
         own = of_split(path, placed, splits, split)
         if own is None and not whole:
@@ -162,6 +163,15 @@ def from_file(path: Path, split: str, whole: bool) -> list[Problem]:
         placed = placed if own is None else own
     warn_of_golds(placed)
     return [problem for _, problem in placed]
+
+
+def check_ids(placed: list[tuple[str, Problem]]) -> None:
+    """Raises ValueError where two problems share a name, by which an evaluation counts votes."""
+    first = {}
+    for where, problem in placed:
+        if (before := first.setdefault(problem.id, where)) is not where:
+            raise ValueError(f"{where}: the `id` {problem.id[:60]!r} is also that of {before}; "
+                             "give each its own, or leave `id` out of all")
 
 
 def asked(problem: Problem) -> str:
@@ -198,6 +208,8 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
                          "or remove the line")
     kind = str(row.get("kind") or row.get("type") or row.get("subject") or stem)
     names = (row.get("id"), row.get("unique_id"), number)
+    if any(isinstance(name, dict | list) for name in names):
+        raise ValueError(f"{where}: an `id` is text or a number; give it one, or leave `id` out")
     name = next(str(name) for name in names if name not in (None, ""))
     return Problem(question.strip(), gold_of(str(answer)), name, kind)
 

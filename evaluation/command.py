@@ -94,3 +94,6 @@ def check(args):
     out = Path(args.out).absolute()
     if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
         raise ValueError(f"--out {args.out} is, or lies in, a file: give a folder")
+    if out.resolve() in [Path(folder).resolve() for folder in args.compare or ()]:
+        raise ValueError(f"--out {args.out} is a folder of --compare, whose report it would "
+                         "overwrite: give another")

@@ -331,13 +331,14 @@ def read_arm(folder, role=None):
     for key in ("method", "personas", "items", "correct", "lottery"):
         if key not in results:
             raise ValueError(f"{file} is no evaluation: it has no {key!r}")
+    if not measures.has_table(results):
+        raise ValueError(f"{file} is broken: its answers do not fit its problems: evaluate again")
     found = "start" if results.get("steps") == 0 else results["method"] or folder.name
     return role or found, results
 
 
 def rank(row):
-    """The order of (role, results, folder): by arm, then by training seed, which pairs the seeds of
-    two arms."""
+    """The order of (role, results, folder): by arm, then by training seed, which pairs arms."""
     role, results, _ = row
     arm = ARMS.index(role) if role in ARMS else len(ARMS)
     return arm, results.get("training_seed") or 0, "fidelity" not in results
@@ -348,18 +349,17 @@ def folders(paths, out, roles=None, seed=0):
     side_by_side.
 
     paths: folders as read_arm reads them; roles: a name for each. Several of one role are training
-    seeds of one arm. Of the start model, which has none, one is enough. ValueError where two
-    folders of an arm have the same training seed, as two ablations of one method would.
+    seeds of one arm; of the start model one is enough. ValueError where two have one training seed.
     """
     given = roles or [None] * len(paths)
     if len(paths) < 2 or len(given) != len(paths):
         raise ValueError("--compare needs at least two folders, and --roles one name for each")
-    found = [(*read_arm(Path(folder), role), Path(folder))
-             for folder, role in zip(paths, given, strict=True)]
+    found = [(*read_arm(Path(p), role), Path(p)) for p, role in zip(paths, given, strict=True)]
     arms, transcripts, metrics = {}, {}, {}
     for role, results, folder in sorted(found, key=rank):
         before, number = arms.get(role, []), results.get("training_seed")
         if role == "start" and before and results["model"] == before[0]["model"]:
+            check_comparable([before[0], results])
             continue
         repeated = number is not None and number in [run.get("training_seed") for run in before]
         unknown = number is None and before and not roles  # two seeds, or two models?

@@ -292,3 +292,13 @@ def lengths(rows, n_items):
         out.append({"tokens": float(tokens.mean()), "truncated": float(cut.mean()),
                     "accuracy_finished": finished})
     return out
+
+
+def has_table(results: dict) -> bool:
+    """Whether a results dict says of each persona and item if the answer is right."""
+    try:
+        tables = [results["correct"][row["name"]] for row in results["personas"]]
+        return bool(tables) and all(isinstance(table, str) and set(table) <= {"0", "1"}
+                                    and len(table) == len(results["items"]) for table in tables)
+    except (TypeError, KeyError):
+        return False

@@ -56,6 +56,11 @@ def check(args: argparse.Namespace) -> None:
     out, prompts = Path(args.out or ""), Path(args.prompts or "")
     checks = [
         (args.slots < 0, f"--slots must be 0 (as suits the device) or more, not {args.slots}"),
+        (args.n > 10**6, f"--n must be at most a million, not {args.n}"),
+        (args.temperature == 0 and args.n > 1,
+         "at --temperature 0 all completions of a prompt are the same: leave out --n"),
+        (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1, 0),
+         "at --temperature 0 --top-k, --top-p and --min-p do nothing: leave them out"),
         (args.prompts and not prompts.is_file(), f"no file {prompts}"),
         (args.prompts and args.persona,
          "--persona is for the chat; in --prompts put it into the messages"),
@@ -117,7 +122,7 @@ def chat(sampler, tokenizer, params: SamplingParams, args: argparse.Namespace) -
     """Turns from stdin until it ends; tokens are printed as they come."""
     messages = [{"role": "system", "content": args.persona}] if args.persona else []
     print("(end with Ctrl-D)", file=sys.stderr)
-    for number, line in enumerate(sys.stdin):
+    for number, line in enumerate(sys.stdin or ()):     # None where it is closed
         messages.append({"role": "user", "content": line.strip()})
         prompt = personas.chat_ids(tokenizer, messages)
         shown = ""

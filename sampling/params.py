@@ -27,6 +27,7 @@ class SamplingParams:
             (self.top_k < 0, f"--top-k must be 0 (off) or more, not {self.top_k}"),
             (not 0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}"),
             (not 0 <= self.min_p <= 1, f"--min-p must be in [0, 1], not {self.min_p}"),
+            (not 0 <= self.seed <= 10**18, f"--seed must be from 0 to 10^18, not {self.seed}"),
             ("" in self.stop, "--stop must not be empty: it would end every completion")]
         for wrong, message in checks:
             if wrong:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import compare, lottery, measures, plots, report
+from evaluation import command, compare, lottery, measures, plots, report
 from tests.test_evaluate import persona_tables
 
 
@@ -268,3 +268,32 @@ def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
 def test_learning_curves_of_several_seeds_are_averaged_step_by_step():
     runs = [[{"step": i, "reward": base + i, "entropy": None} for i in range(n)] for base, n in ((0, 3), (1, 2))]
     assert plots.mean_curve(runs) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 1.5}]
+
+
+@pytest.mark.parametrize("change", [
+    {"personas": "abc"}, {"personas": []}, {"correct": {}}, {"correct": []}, {"items": None}, {"items": []}])
+def test_results_whose_tables_do_not_fit_are_broken_in_one_line(tmp_path, change):
+    row = {"method": "rlvr", "lottery": [], "personas": [{"name": "none"}], "items": [{}] * 2,
+           "correct": {"none": "01"}}
+    (tmp_path / "results.json").write_text(json.dumps(row))
+    assert compare.read_arm(tmp_path)[0] == "rlvr"
+    (tmp_path / "results.json").write_text(json.dumps(row | change))
+    with pytest.raises(ValueError, match="results.json is broken: its answers do not fit"):
+        compare.read_arm(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["0", "0x", None, [0, 1]])
+def test_a_table_that_is_no_text_of_0_and_1_for_each_item_is_none(table):
+    row = {"personas": [{"name": "none"}], "items": [{}] * 2, "correct": {"none": table}}
+    assert not measures.has_table(row)
+
+
+def test_a_start_model_evaluated_otherwise_is_refused_not_dropped(tmp_path):
+    for name, run in (("a", results_of(BASE, 0)), ("b", results_of(BASE, 0) | {"max_new_tokens": 9})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(run | {"method": "start", "model": "m"}))
+    with pytest.raises(ValueError, match="cannot be paired: they differ in 'max_new_tokens'"):
+        compare.folders([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="whose report it would overwrite"):
+        command.check(command.parse(["--compare", "x", str(tmp_path), "--out", str(tmp_path / "x" / "..")]))

@@ -103,7 +103,8 @@ def test_the_real_personagym_file_is_read():
     ({"name": "x", "text": " ", "stratum": "s"}, "no text"), ({"name": "x", "text": "You are x."}, "no stratum"),
     ({"name": "x", "text": "t", "stratum": "s", "split": "dev"}, "neither train nor test"),
     ({"name": "x", "text": "t", "stratum": "s", "kind": 3}, "kind must be a string"),
-    ({"name": "none", "text": "t", "stratum": "s"}, "named none"), ({"nmae": "x"}, "no name"),
+    ({"name": "x", "text": "t", "stratum": "none"}, "no stratum may be named none"),
+    ({"name": "none", "text": "t", "stratum": "s"}, "no persona may be named none"), ({"nmae": "x"}, "no name"),
     ({"name": "x", "text": "You are \ud800.", "stratum": "s"}, "half a character"),
     ({"persona": "", "questions": {}}, "no name"), ({"persona": 3, "questions": {}}, "no name"),
     ({"name": "a", "text": "You are a.", "stratum": "s"}, "second persona named 'a'"),
@@ -371,6 +372,13 @@ def test_a_model_that_thinks_unless_told_otherwise_is_told_otherwise():
 def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line():
     with pytest.raises(ValueError, match="no chat template: use an instruction-tuned model"):
         personas.prompt_ids(tokenizer_with(None), "2 + 2?", None)
+
+
+@pytest.mark.parametrize("template", [
+    "<s>Hello", "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"])
+def test_a_template_that_leaves_out_the_question_is_refused(template):
+    with pytest.raises(ValueError, match="leaves out what the user says"):
+        personas.prompt_ids(tokenizer_with(template), "2 + 2?", personas.Persona("a", "You are A.", "x", "train"))
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'x' + 3 }}", "{% if %}"])

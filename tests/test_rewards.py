@@ -198,11 +198,12 @@ def test_a_gold_is_a_number_an_expression_a_text_or_unreadable(gold, kind):
 def test_the_golds_of_a_file_are_counted_and_an_unreadable_one_is_a_warning_with_its_line(tmp_path, capsys):
     path = tmp_path / "golds.jsonl"
     golds = ["5", "yes", r"\frac{1}{2", "7", r"2\sqrt{3}"]
-    path.write_text("\n".join(json.dumps({"question": "q", "answer": gold}) for gold in golds))
-    tasks.load(str(path), "all")
-    warning, counts = capsys.readouterr().err.splitlines()
+    path.write_text("\n".join(json.dumps({"question": f"is it {gold}", "answer": gold}) for gold in golds))
+    problems = tasks.load(str(path), "all")
+    [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {path}, line 3: the gold '\\\\frac{{1}}{{2' can't be read")
-    assert counts == f"{path}: 5 golds: 2 number, 1 text, 1 unreadable, 1 expression"
+    counts = tasks.counts("a.jsonl", problems)
+    assert counts == "a.jsonl: 5 problems, golds: 2 number, 1 text, 1 unreadable, 1 expression"
 
 
 # -- P24: safe ---------------------------------------------------------------------------------------------------------
@@ -445,7 +446,7 @@ def moody(problem, text, *, persona=None):
         raise KeyError("x")
     if text == "exit":
         sys.exit(3)
-    return {"nan": float("nan"), "none": None, "minus": -0.5}.get(text, 0.5)
+    return {"nan": float("nan"), "none": None, "minus": -0.5, "words": "0.5"}.get(text, 0.5)
 
 
 def old_style(problem, text):
@@ -533,7 +534,8 @@ def test_a_closed_rewarder_takes_no_more_calls(spec):
 
 
 @pytest.mark.parametrize(("text", "says"), [("raise", "KeyError: missing 'x'"), ("exit", "SystemExit: 3"),
-                                            ("none", "TypeError"), ("nan", "gave nan")])
+                                            ("none", "TypeError"), ("nan", "gave nan"),
+                                            ("words", "it gave the text '0.5', not a number")])
 def test_a_reward_that_fails_or_is_not_finite_is_one_line_with_its_name_and_the_problem(text, says):
     with Rewarder("tests.test_rewards:moody") as rewarder:
         future, after = rewarder.submit(SEVEN, text), rewarder.submit(SEVEN, "fine")
@@ -563,8 +565,10 @@ def test_a_time_limit_that_is_no_time_is_refused(limit):
         Rewarder(time_limit_s=limit)
 
 
-def test_a_module_that_cannot_be_run_is_one_line_too(tmp_path, monkeypatch):
-    (tmp_path / "torn_reward.py").write_text("def short(problem, text\n")
+@pytest.mark.parametrize("source", ["def short(problem, text\n", "import sys\nsys.exit(0)\n"])
+def test_a_module_that_cannot_be_run_is_one_line_too(tmp_path, monkeypatch, source):
+    monkeypatch.delitem(sys.modules, "torn_reward", raising=False)
+    (tmp_path / "torn_reward.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="cannot import module 'torn_reward'") as error:
         load_reward("torn_reward:short")

@@ -260,6 +260,7 @@ def test_many_prompts_of_random_lengths_finish_in_bounded_memory(tiny):
     ({"n": 0}, "--n must"), ({"temperature": -1.0}, "--temperature"),
     ({"temperature": float("nan")}, "--temperature"), ({"temperature": 1e-40}, "--temperature"),
     ({"top_k": -1}, "--top-k"), ({"top_p": 0.0}, "--top-p"), ({"min_p": 1.5}, "--min-p"),
+    ({"seed": -1}, "--seed"), ({"seed": 10**19}, "--seed"),
     ({"max_tokens": 0}, "--max-new-tokens"), ({"stop": ("x", "")}, "--stop must not be empty")])
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -365,6 +366,7 @@ def test_a_file_without_prompts_is_refused(tiny_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag, value", [
+    ("--n", 10**8), ("--seed", -1),
     ("--slots", -1), ("--slots", "nan"), ("--n", 0), ("--n", "inf"), ("--max-new-tokens", 0),
     ("--max-new-tokens", "1e9"), ("--temperature", "nan"), ("--temperature", "inf"),
     ("--temperature", -1), ("--top-k", -1), ("--top-p", "nan"), ("--min-p", "inf"),
@@ -373,6 +375,17 @@ def test_a_file_without_prompts_is_refused(tiny_folder, tmp_path, capsys):
     ("--out", __file__), ("--dtype", "int8"), ("--device", "tpu")])
 def test_a_flag_that_cannot_work_is_named_before_the_model_is_loaded(capsys, flag, value):
     assert flag in refusal(capsys, "--model", "/nowhere", "--prompts", __file__, flag, value)
+
+
+@pytest.mark.parametrize("flag, value", [("--n", 3), ("--top-k", 5), ("--top-p", 0.9), ("--min-p", 0.1)])
+def test_a_flag_that_does_nothing_in_greedy_decoding_is_refused(capsys, flag, value):
+    flags = ["--model", "/nowhere", "--prompts", __file__, "--temperature", 0]
+    assert flag in refusal(capsys, *flags, flag, value)
+
+
+def test_a_chat_without_a_terminal_ends(tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert rollout.main(["--model", str(tiny_folder)]) == 0 and not capsys.readouterr().out
 
 
 def test_an_absurd_limit_is_told_of_and_an_absurd_number_of_slots_costs_nothing(

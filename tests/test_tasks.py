@@ -320,6 +320,9 @@ def test_gold_id_and_kind_are_read_from_the_usual_fields(tmp_path):
     ('{"question": "\\ud83d", "answer": "1"}', "half a character"),
     ('{"question": 5, "answer": "1"}', "no `question`"), ('["q", "1"]', "not an object"),
     ('{"question": "q", "ans', "not JSON"), ("\udcff", "not JSON"),
+    ('{"question": "q", "answer": "1", "id": ["a"]}', "an `id` is text or a number"),
+    ('{"question": "q", "answer": "1", "unique_id": {}}', "an `id` is text or a number"),
+    ('{"question": "q", "answer": "1", "id": 1}', "the `id` '1' is also that of"),     # the first line's number
 ])
 def test_a_bad_line_is_an_error_of_one_line_that_names_file_and_number(tmp_path, bad, says):
     path = tmp_path / "bad.jsonl"

@@ -24,6 +24,7 @@ import train
 import weights
 from model import completion_hidden
 from rollout import Sampler
+from tests.conftest import make_reference
 from training import monitor
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes
@@ -362,6 +363,26 @@ def test_an_old_runs_name_of_the_advantage_is_understood(tiny_folder, tmp_path):
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace('"advantage": "std"', '"advantage": "std_sample"'))
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 0
+
+
+@pytest.mark.parametrize("change", [
+    {"steps": "many"}, {"steps": 2.5}, {"loss": "ppo"}, {"learning_rate": [1]}, {"overlap": "no"}, {"method": "dance"},
+    {"stop": "abc"}, {"group_size": True}, {"model": 3}, {"task": None}, {"eval_task": 5}, {"device": {}}])
+def test_a_config_json_that_somebody_wrote_into_is_refused_by_the_name_of_the_setting(tmp_path, change):
+    told = vars(train.settings([]))
+    (tmp_path / "config.json").write_text(json.dumps({"settings": told}))
+    assert vars(train.settings(["--resume", str(tmp_path)])) == told | {"resume": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps({"settings": told | change}))
+    with pytest.raises(ValueError, match=f"config.json has .* for {next(iter(change))}, which"):
+        train.settings(["--resume", str(tmp_path)])
+
+
+def test_a_checkpoint_of_another_model_is_told_in_one_line(tiny_folder, tmp_path, capsys):
+    start, out = shutil.copytree(tiny_folder, tmp_path / "start"), tmp_path / "run"
+    assert run(start, out, "--steps", "1") == 0
+    make_reference("llama").save_pretrained(start)
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 2
+    assert "step-000001 does not fit this model, or is broken" in capsys.readouterr().err
 
 
 def test_the_runs_own_model_is_no_start_model(tiny_folder, tmp_path, capsys):

@@ -37,7 +37,8 @@ class Checkpoints:
         """Restores the newest whole checkpoint and returns its step, 0 if there is none.
 
         Another number of ranks may have written it. The run then goes on equal up to the order of
-        summation (with `--minibatches`: with other parts).
+        summation (with `--minibatches`: with other parts). Raises ValueError where it is of another
+        model.
         """
         for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
             step = finished(checkpoint)
@@ -46,7 +47,12 @@ class Checkpoints:
                       file=sys.stderr)
                 continue
             state = policy.state()
-            dcp.load(state, checkpoint_id=checkpoint)
+            try:
+                dcp.load(state, checkpoint_id=checkpoint)
+            except dcp.api.CheckpointException as failed:
+                raise ValueError(f"{checkpoint} does not fit this model, or is broken "
+                                 f"({one_line(first_error(failed))}): put its model or its files "
+                                 "back, or remove it to go on from the one before") from failed
             policy.restored(state)
             return step
         return 0
@@ -76,9 +82,7 @@ class Checkpoints:
             written()
         except dcp.api.CheckpointException as failed:   # a BaseException, with each rank's own
             shutil.rmtree(part, ignore_errors=True)
-            error, _ = next(iter(failed.failures.values()))
-            if not isinstance(error, Exception):        # Ctrl-C
-                raise error from None
+            error = first_error(failed)
             raise OSError(f"{part} could not be written ({one_line(error)})") from error
         if ranks()[0]:
             return
@@ -115,6 +119,14 @@ class Checkpoints:
                              "make room, or lower --keep")
 
 
+def first_error(failed: BaseException) -> Exception:
+    """Of a CheckpointException, what went wrong on one rank. Raises Ctrl-C again."""
+    error, _ = next(iter(failed.failures.values()))
+    if not isinstance(error, Exception):
+        raise error from None
+    return error
+
+
 def newest(folder: Path) -> int:
     """The step of the newest whole checkpoint, 0 if there is none."""
     return max((finished(checkpoint) or 0 for checkpoint in folder.glob("step-*")), default=0)
@@ -127,5 +139,5 @@ def finished(checkpoint: Path) -> int | None:
         sizes = manifest["sizes"].items()
         complete = all((checkpoint / name).stat().st_size == size for name, size in sizes)
         return manifest["step"] if complete else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -150,6 +150,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+FIXED = ("model", "task", "method", "seed", "dtype")    # for the whole of a run
+
+
 def settings(argv: list[str] | None) -> argparse.Namespace:
     """The settings. First come the flags, then the loss's recipe, a resumed run's, the defaults.
 
@@ -200,9 +203,26 @@ def settings_before(first: argparse.Namespace) -> dict:
         raise ValueError(f"{path} is not a run's: give the folder that train.py wrote") from error
     if before.get("advantage") == "std_sample":         # its name until November 2026
         before["advantage"] = "std"
+    for action in parser()._actions[1:]:                # the first is --help
+        value = before.get(action.dest, None if action.dest in FIXED else action.default)
+        if not is_for(action, value):
+            raise ValueError(f"{path} has {value!r} for {action.dest}, which train.py does not "
+                             "write: put the file back as it was")
     if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
         raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
     return before
+
+
+def is_for(action: argparse.Action, value) -> bool:
+    """Whether a value of a config.json is of the kind that its flag gives."""
+    if value is None:
+        return action.default is None
+    if action.choices:
+        return value in list(action.choices)
+    if isinstance(action.default, list):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    kind = bool if action.nargs == 0 else action.type or str
+    return type(value) is kind or kind is float and type(value) is int
 
 
 def loss_of(args: argparse.Namespace) -> Loss:
@@ -316,7 +336,8 @@ def notes(args: argparse.Namespace, told: set[str]) -> Iterator[str]:
         (args.device == "cpu", ("no_cuda_graphs",), "on a CPU"),
         (1 in (args.steps, args.save_every), ("overlap",), "with --steps 1 or --save-every 1"),
         (args.steps < 3, ("profile",), "before a third step"),
-        (not args.eval_problems, ("eval_task", "eval_personas"), "with --eval-problems 0"),
+        (not args.eval_problems, ("eval_task", "eval_personas", "eval_pool"),
+         "with --eval-problems 0"),
     ]
     for does_nothing, names, where in idle:
         for name in told.intersection(names) if does_nothing else ():
