@@ -213,8 +213,8 @@ class Policy:
                              "--learning-rate, and go on from the last checkpoint with --resume")
 
     def state(self) -> dict:
-        """Everything a step changes, by name: the tensors themselves, but for rows of weights. Those
-        are copied, or torch's background save would take the whole weights they are views of."""
+        """Everything a step changes, by name: the tensors themselves. But a rank's rows of weights
+        are copies, since torch's background save takes no views."""
         state = {"steps": self.optimizer.steps}
         if self.scaled:
             state |= {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
