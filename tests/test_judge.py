@@ -525,7 +525,8 @@ def test_p40_a_score_is_read_or_not_from_a_reply(reply, score):
     assert replies.score(reply) == score
 
 
-@pytest.mark.parametrize("part", ["* ", "- ", "score ", "1 ", "(1 x", "\n", "</think>", "Score: 4 or ", "| ", "|-|\n", "|score|\n|-|\n"])
+@pytest.mark.parametrize("part", ["* ", "- ", "score ", "1 ", "(1 x", "\n", "</think>", "Score: 4 or ", "| ", "|-|\n",
+                                  "|score|\n|-|\n"])
 def test_a_long_reply_is_read_in_a_moment(part):
     start = time.time()
     replies.score(part * 5000)
