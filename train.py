@@ -17,8 +17,9 @@ summed over ranks; no collective depends on what a rank has drawn.
 is weighted by its reward, and those without a reward are left out. A teacher's text is learned at
 the temperature it was sampled at, gold answers at 1.
 
-Behind this file, in training/: settings, masters and ranks (policy.py), checkpoints, what surrounds
-a run (run.py). Left out: a critic, a replay buffer, rollouts that lag by more than a step.
+Behind this file, in training/: settings, ranks (policy.py), masters (adamw.py), checkpoints, what
+surrounds a run (run.py), how it ends early (stop.py). Left out: a critic, a replay buffer, rollouts
+that lag by more than a step.
 """
 
 import math

@@ -3,6 +3,7 @@
     sources.py      where the files are: the embedded model is fetched, parts are joined
     huggingface.py  folders read and written; what distinguishes one family from another
     gguf.py         llama.cpp's files, read
+    lora.py         adapters: added, left out, merged, saved for peft
     devices.py      where a model computes, and in which dtype
     parity.py       a lesson: our logits against transformers'
 """
