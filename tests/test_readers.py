@@ -234,8 +234,9 @@ def test_gemma_reads_like_a_language_model():
 def kept_run(folder, arm, seed, rows):
     """An evaluation as results/run.py keeps it."""
     folder.mkdir(parents=True)
-    results = {"method": arm, "training_seed": seed, "personas": [], "items": [], "correct": {},
-               "lottery": []}
+    results = {"method": arm, "training_seed": seed, "items": [{"id": "1", "kind": "sum"}],
+               "personas": [{"name": name, "stratum": name} for name in ("none", "pirate")],
+               "correct": {"none": "1", "pirate": "0"}, "lottery": []}
     (folder / "results.json").write_text(json.dumps(results))
     rows = [row | {"id": row["question"]} for row in rows]
     text = json.dumps(transcripts.compact(rows))
