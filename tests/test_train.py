@@ -855,7 +855,7 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     monkeypatch.setitem(sys.modules, "wandb", None)
     long, unread = tmp_path / "long.jsonl", tmp_path / "unread.jsonl"
     ask = json.dumps({"question": "w3", "answer": "7"}) + "\n"
-    long.write_text(6 * ask + ask.replace("w3", "w3 " * 600) + ask)
+    long.write_text(ask.replace("w3", "w3 " * 600) + ask)
     unread.write_text(3 * ask.replace("7", r"\\frac{1}{"))
     for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
                         (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
@@ -866,7 +866,7 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
                         (["--personas", "paraphrases-test"], "24 of the evaluation's personas"),
                         (["--tracker", "wandb"], "pip install wandb"),
                         (["--max-new-tokens", "500"], "--max-new-tokens 500 that exceeds the model's 512"),
-                        (["--eval-task", str(long), "--eval-problems", "2"], "problem 7 has up to 6"),
+                        (["--eval-task", str(long), "--eval-problems", "2"], "problem 1 has up to 6"),
                         (["--anchor-coef", "0.1", "--anchor-tokens", "500"], "--anchor-tokens 500"),
                         (["--task", str(unread), "--reward", "rewards:correctness"], "can be correct"),
                         (["--reward", "tests.test_train:no_reward"], "no_reward failed on problem"),
