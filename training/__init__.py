@@ -1,1 +1,1 @@
-"""Behind train.py: settings and checks, AdamW on masters, ranks, checkpoints, the monitor, the anchor, the run."""
+"""Behind train.py: settings, checks, AdamW, ranks, checkpoints, the monitor, the anchor, the run."""
