@@ -1,1 +1,1 @@
-"""Behind train.py: settings, checks, AdamW, ranks, checkpoints, the monitor, the anchor, the run."""
+"""Behind train.py: settings, AdamW, ranks, checkpoints, the monitor, the anchor, the run."""
