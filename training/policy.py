@@ -203,8 +203,9 @@ class Policy:
     @torch.no_grad()
     def gather(self) -> None:
         """Each rank's rows to all."""
-        for p in self.parameters if self.mesh else ():
-            p.copy_(self.over_ranks(self.own(p), SHARDED, p).full_tensor())
+        if self.mesh:
+            for p, own in zip(self.parameters, self.optimizer.weights, strict=True):
+                p.copy_(self.over_ranks(own, SHARDED, p).full_tensor())
 
     def check_finite(self) -> None:
         """Raises ValueError before weights are saved that are not finite, on all ranks alike."""

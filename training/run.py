@@ -22,7 +22,7 @@ from rewards import CORRECTNESS, Rewarder
 from rollout import Sampler, SamplingParams
 from training import monitor
 from training.anchor import Anchor
-from training.checkpoints import finished
+from training.checkpoints import newest
 from training.checks import check, check_weights
 from training.minibatches import micro_tokens_for
 from training.policy import ranks, wait
@@ -180,11 +180,10 @@ def resumed(out: Path, settings: dict) -> list[dict]:
     if not path.is_file():
         return []
     old = json.loads(path.read_text())
-    steps = [finished(checkpoint) or 0 for checkpoint in out.glob("checkpoints/step-*")]
     changed = {name: [value, settings.get(name)] for name, value in old["settings"].items()
                if value != settings.get(name)}
-    return [*old.get("resumed", []), {"after": max(steps, default=0), "command": old.get("command"),
-                                      "commit": old.get("commit"), "changed": changed}]
+    last = {"after": newest(out / "checkpoints"), "changed": changed}
+    return [*old.get("resumed", []), last | {key: old.get(key) for key in ("command", "commit")}]
 
 
 # --------------------------------------------------------------------------------------------------

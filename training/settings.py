@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import grpo
 import personas
 import tasks
 import weights
-from common.command import Parser
+from common.command import Parser, note
 from grpo import Loss
 from training.monitor import TRACKERS
 from weights import lora
@@ -187,8 +186,8 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    for words in notes(args, told) if os.environ.get("RANK", "0") == "0" else ():
-        print(f"train.py: {words}", file=sys.stderr)
+    for words in notes(args, told):
+        note(f"train.py: {words}")
     return args
 
 
