@@ -305,6 +305,7 @@ def run(args) -> None:
         job = anchored(job)
         with job.stop.hold():
             train(job, policy, out)
+        del policy                                      # its moments
         if evaluates:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
             if talks:

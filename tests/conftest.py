@@ -50,10 +50,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_reference(family: str):
+def make_reference(family: str, **sizes):
     """A random transformers model with weights large enough that every norm, bias and scale matters."""
     torch.manual_seed(0)
-    settings = SIZES | FAMILIES[family]
+    settings = SIZES | FAMILIES[family] | sizes
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -93,6 +93,15 @@ def family(request, tmp_path_factory):
 def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     make_reference("llama3").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory):
+    """As tiny_folder, in bf16 and with matrices wide enough for moments of 8 bits."""
+    folder = tmp_path_factory.mktemp("wide")
+    make_reference("llama3", hidden_size=64, intermediate_size=128).bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -331,7 +331,7 @@ def test_pretended_training_on_a_gpu_before_the_a100_takes_the_cpus_steps_withou
     ["--loss", "dapo", "--kl-coef", "0.1", "--entropy-coef", "0.01", "--dynamic-sampling", "1"],
     ["--loss", "gspo", "--inner-epochs", "2", "--correction", "mask"], ["--method", "distill"], ["--method", "sft"],
     ["--mix", "rollout", "--minibatches", "2"], ["--anchor-coef", "0.5", "--anchor-answers", "6"],
-    ["--memory", "0.1"], ["--profile"], ["--async-save"]], ids=" ".join)
+    ["--memory", "9"], ["--profile"], ["--async-save"]], ids=" ".join)
 def test_pretended_training_takes_the_cpus_steps(tiny_folder, tmp_path, monkeypatch, counts, more):
     flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--steps", "3" if "--profile" in more else "2", *more]
     assert train.main([*flags, "--out", str(tmp_path / "there")]) == 0

@@ -300,3 +300,10 @@ def test_the_picture_begins_each_arm_at_the_start_model():
     lines = fig.axes[0].get_lines()
     assert [line.get_xydata()[0].tolist() for line in lines] == [[0.2, 10], [0.2, 10]]
     assert lines[1].get_xydata()[2] == pytest.approx([0.7, 0])
+
+
+@pytest.mark.slow
+def test_recipes_say_what_the_script_counts_of_what_fits_on_which_card():
+    from benchmarks import memory
+
+    assert memory.table() in (RESULTS / "recipes.md").read_text()

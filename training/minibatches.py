@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import grpo
-from model import chunks
+from model import Transformer, chunks
 from training.policy import summed
 
 
@@ -54,9 +54,10 @@ def minibatches(batch, advantages: Tensor, kept: Tensor, job) -> list[list[Micro
     return parts
 
 
-def micro_tokens_for(device: torch.device) -> int:
-    """Packed tokens in a forward and backward that keep a device busy."""
-    return 2048 if device.type in ("cpu", "mps") else 8192
+def micro_tokens_for(model: Transformer) -> int:
+    """Packed tokens in a forward and backward that keep a device busy; half as many in fp32, which
+    is as busy with them and keeps as many bytes."""
+    return (4096 if model.device.type in ("cpu", "mps") else 16384) // model.dtype.itemsize
 
 
 def micro_batches(groups: list, limit: int) -> Iterator[list[tuple[int, range]]]:
