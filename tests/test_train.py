@@ -684,16 +684,18 @@ def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
     assert one["personas"] == two["personas"]           # which the ranks have sampled together
 
 
-@pytest.mark.parametrize("more", [["--shard", "1"], ["--shard", "2"], ["--async-save"], *SMALLER], ids=" ".join)
+@pytest.mark.parametrize("more", [["--shard", "1"], ["--shard", "2"], ["--async-save"], ["--optimizer", "adamw8bit"],
+                                  ["--lora-rank", "4"]], ids=" ".join)
 def test_p20_a_run_goes_on_with_another_number_of_ranks(wide_folder, tmp_path, more):
     """Masters and moments sharded over two ranks, or replicated: read back by one. Equal up to summation order."""
-    alone = more if more in SMALLER else []
+    near = 5e-4 if "adamw8bit" in more else 1e-4        # moments that round to their other neighbour
+    alone = more if more[0] in ("--optimizer", "--lora-rank") else []
     assert run(wide_folder, tmp_path / "one", "--steps", "4", *alone) == 0
     assert torchrun(wide_folder, tmp_path / "two", "--steps", "2", *more).returncode == 0
     assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4", "--shard", "0"]) == 0
     assert [m["reward"] for m in metrics(tmp_path / "two")] == [m["reward"] for m in metrics(tmp_path / "one")]
     for name, tensor in tensors(tmp_path / "one").items():
-        assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-4, name
+        assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= near, name
 
 
 def dies_once(problem, text: str, *, persona=None) -> float:
