@@ -101,6 +101,14 @@ def test_p34_sampler_and_trainer_run_the_adapter_before_and_after_a_step_and_aft
     assert all(torch.equal(a, b) for a, b in zip(before, plain.parameters(), strict=True))     # the base is frozen
 
 
+@pytest.mark.parametrize("more", [["--lora-rank", "8"], ["--lora-alpha", "4"], ["--lora-targets", "q_proj"],
+                                  ["--optimizer", "adamw8bit"], ["--unset", "lora-rank"]], ids=" ".join)
+def test_what_is_trained_and_how_is_one_thing_for_a_whole_run(tiny_folder, tmp_path, capsys, more):
+    assert run(tiny_folder, tmp_path / "run", "--steps", "1", *FLAGS) == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2", *more]) == 2
+    assert f"{more[-1] if more[0] == '--unset' else more[0][2:]} of a resumed run is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_p20_a_run_with_adapters_resumes_as_the_same_run_and_saves_two_folders(tiny_folder, tmp_path, dtype):
     flags = [*FLAGS, "--dtype", dtype, "--kl-coef", "0.1"]
@@ -109,7 +117,6 @@ def test_p20_a_run_with_adapters_resumes_as_the_same_run_and_saves_two_folders(t
     assert train.main(["--resume", str(tmp_path / "half"), "--steps", "4"]) == 0
     assert metrics(tmp_path / "half") == metrics(tmp_path / "whole") and metrics(tmp_path / "half")[-1]["kl"] > 0
     assert same(tensors(tmp_path / "half"), tensors(tmp_path / "whole"))
-    assert train.main(["--resume", str(tmp_path / "half"), "--steps", "5", "--lora-rank", "8"]) == 2
     config = json.loads((tmp_path / "half" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["base_model_name_or_path"] == str(tiny_folder)
 

@@ -134,7 +134,8 @@ FLAGS = [
 ]
 
 
-FIXED = "model", "task", "method", "seed", "dtype", "lora_rank", "lora_targets", "optimizer"
+IDENTITY = ("model", "task", "method", "seed", "dtype")             # in every config.json
+FIXED = (*IDENTITY, "lora_rank", "lora_alpha", "lora_targets", "optimizer")  # for a whole run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,9 +148,6 @@ def parser() -> argparse.ArgumentParser:
             more = more if "choices" in more else {"type": type(default)}
         p.add_argument(f"--{name}", default=default, help=text, **more)
     return p
-
-
-FIXED = ("model", "task", "method", "seed", "dtype")    # for the whole of a run
 
 
 def settings(argv: list[str] | None) -> argparse.Namespace:
@@ -203,7 +201,7 @@ def settings_before(first: argparse.Namespace) -> dict:
     if before.get("advantage") == "std_sample":         # its name until November 2026
         before["advantage"] = "std"
     for action in parser()._actions[1:]:                # the first is --help
-        value = before.get(action.dest, None if action.dest in FIXED else action.default)
+        value = before.get(action.dest, None if action.dest in IDENTITY else action.default)
         if not is_for(action, value):
             raise ValueError(f"{path} has {value!r} for {action.dest}, which train.py does not "
                              "write: put the file back as it was")
