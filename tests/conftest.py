@@ -5,8 +5,11 @@ Tests run on the CPU, also where there is a GPU: all but those of test_gpu.py se
 
 import copy
 import os
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test may wait for a network
 
@@ -17,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import weights
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
          "pad_token_id": 2, "tie_word_embeddings": False}
@@ -78,6 +82,23 @@ def no_gpu(request):
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")        # for the processes that a test starts
         yield
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a file as `python NAME FLAGS` would, but in this process: (returncode, stdout, stderr)."""
+    def run(name: str, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))

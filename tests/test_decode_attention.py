@@ -164,6 +164,15 @@ def test_both_survive_scores_of_thousands():
         assert relative_error(found, expected) < 1e-3                   # of scores rounded in fp32
 
 
+def test_p42_each_gives_the_same_bits_twice_and_for_a_row_in_another_place():
+    step = long_step(torch.float16)
+    other = sample(**MIXED, dtype=torch.float16)
+    assert torch.equal(decode(step, 0.2), decode(step, 0.2))
+    turned = Step(*(x.flip(0) for x in other[:3]), other.row_kv, other.prefix_kv,
+                  Rows(*(x.flip(0) for x in other.rows)))
+    assert torch.equal(decode(other, 0.2), decode(turned, 0.2).flip(0))
+
+
 # --------------------------------------------------------------------------------------------------
 # Triton
 
@@ -201,16 +210,6 @@ def test_triton_with_splits_writes_the_new_token_and_reads_no_cache_in_its_place
         for cache, new in zip(step.row_kv, (step.k, step.v), strict=True):
             assert torch.equal(cache[entry, :, length], new[b])
             assert cache[entry, :, length + 1:].isnan().all()
-
-
-@in_interpreter
-def test_p42_triton_gives_the_same_bits_twice_and_for_a_row_in_another_place():
-    step = long_step(torch.float16)
-    other = sample(**MIXED, dtype=torch.float16)
-    assert torch.equal(decode(step, 0.2), decode(step, 0.2))
-    turned = Step(*(x.flip(0) for x in other[:3]), other.row_kv, other.prefix_kv,
-                  Rows(*(x.flip(0) for x in other.rows)))
-    assert torch.equal(decode(other, 0.2), decode(turned, 0.2).flip(0))
 
 
 @in_interpreter
@@ -255,6 +254,7 @@ def test_triton_refuses_mixed_dtypes_and_strided_heads():
             decode(wrong, 0.2)
 
 
+@pytest.mark.slow
 @outside
 def test_triton_kernels_pass_these_tests_in_the_interpreter():
     pytest.importorskip("triton")
@@ -265,6 +265,7 @@ def test_triton_kernels_pass_these_tests_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-4000:]
 
 
+@pytest.mark.slow
 @outside
 @pytest.mark.parametrize("chip", [*SHARED_LIMIT, "sm_75"])
 def test_triton_kernels_compile_ahead_of_time_without_spills(chip):

@@ -408,17 +408,13 @@ def test_p6_the_embedded_model_s_prompt_is_what_its_template_says(embedded):
 # The command line
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "personas.py", *flags], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_shows_a_batch_under_both_mixes():
-    out = run("--persona-prob", "1").stdout
+def test_the_command_shows_a_batch_under_both_mixes(script):
+    out = script("personas.py", "--persona-prob", "1").stdout
     groups = personas.mix(personas.load("train"), 1.0, "prompt", ["0:0"], 1, 0)
     assert "mixed per prompt" in out and "mixed per rollout" in out and out.count(groups[0][0].name) >= 4
 
 
 @pytest.mark.parametrize("flags, says", [(["--persona-prob", "2"], "must lie in"), (["--rho", "1"], "unrecognized")])
-def test_a_user_s_mistake_ends_in_exit_code_2_and_no_traceback(flags, says):
-    done = run(*flags)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and not done.stdout
+def test_a_user_s_mistake_ends_in_exit_code_2_and_no_traceback(script, flags, says):
+    done = script("personas.py", *flags)
+    assert done.returncode == 2 and says in done.stderr and not done.stdout

@@ -203,6 +203,7 @@ def write_gradient(folder: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_p10_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_folder, tmp_path):
     call = f"from tests.test_train import write_gradient; write_gradient({str(tiny_folder)!r}, {str(tmp_path / 'g')!r})"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -536,6 +537,7 @@ def late_reward(problem, text: str, *, persona=None) -> float:
     return word_reward(problem, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, code, more", [(signal.SIGTERM, 143, ["--dynamic-sampling", "1"]),
                                              (signal.SIGINT, 130, ["--overlap", "--async-save"])])
 def test_a_signal_waits_for_no_hanging_reward_and_saves_the_steps_that_are_done(tiny_folder, tmp_path, monkeypatch,
@@ -586,6 +588,7 @@ def test_a_disk_that_fills_is_one_line_and_leaves_the_last_checkpoint(tiny_folde
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--async-save"]])
 def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_folder, tmp_path, more):
     """kill -9 at random moments, checkpoint writing included; the environment's KILLS says how often."""
@@ -612,6 +615,7 @@ def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tiny_fol
     assert (out / shards).read_bytes() == (tmp_path / "whole" / shards).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, number, more", [(signal.SIGTERM, 143, []), (signal.SIGINT, 130, []),
                                                (signal.SIGTERM, 143, ["--async-save", "--save-every", "3"])])
 def test_p20_a_signal_saves_the_steps_that_are_done_and_the_run_goes_on_from_there(tiny_folder, tmp_path, how,
@@ -665,6 +669,7 @@ def torchrun(folder, out, *more, reward="tests.test_train:word_reward", nproc=2)
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
     flags = ["--steps", "1", "--max-grad-norm", "1e9", "--prompts", "4", "--eval-problems", "3", "--eval-personas", "3"]
@@ -679,6 +684,7 @@ def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
     assert one["personas"] == two["personas"]           # which the ranks have sampled together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--shard", "1"], ["--shard", "2"], ["--async-save"]])
 def test_p20_a_run_goes_on_with_another_number_of_ranks(tiny_folder, tmp_path, more):
     """Masters and moments sharded over two ranks, or replicated: read back by one. Equal up to summation order."""
@@ -705,6 +711,7 @@ def dies_once(problem, text: str, *, persona=None) -> float:
 ROOT_OF_RUN = Path(os.environ.get("RUN_THAT_DIES", "/nowhere"))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_run_finishes(tiny_folder, tmp_path, monkeypatch):
     out = tmp_path / "restarted"
     monkeypatch.setenv("RUN_THAT_DIES", str(out))
@@ -726,6 +733,7 @@ def told_to_stop(problem, text: str, *, persona=None) -> float:
     return word_reward(problem, text)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_saves(tiny_folder, tmp_path):
     done = torchrun(tiny_folder, tmp_path / "run", "--save-every", "100", reward="tests.test_train:told_to_stop")
     assert done.returncode == 1 and f"--resume {tmp_path / 'run'} goes on after step 2\n" in done.stderr
@@ -739,6 +747,7 @@ def rank_1_only(problem, text: str, *, persona=None) -> float:
     return word_reward(problem, text) if dist.get_rank() else 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_p21_a_rank_with_nothing_to_train_on_hangs_nobody(tiny_folder, tmp_path, nproc):
     done = torchrun(tiny_folder, tmp_path / "starved", "--prompts", 4, reward="tests.test_train:rank_1_only",
