@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test may wait for a network
+if "PYTEST_XDIST_WORKER" in os.environ:                 # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -472,12 +472,19 @@ def test_the_start_model_is_that_of_the_model_flag_whatever_a_checkpoint_holds(t
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(tiny_folder, tmp_path, capsys):
-    for name in ("a", "b"):
-        assert run(tiny_folder, tmp_path / name) == 0
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    """The folder of an undisturbed run, to compare with: not to be written into."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(tiny_folder, out) == 0
+    return out
+
+
+def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(whole, tiny_folder, tmp_path, capsys):
+    a, b = whole, tmp_path / "b"
+    assert run(tiny_folder, b) == 0
     lines = re.findall(r"^step (\d)/4: reward [\d.]+, accuracy [\d.]+, [\d.]+ s$", capsys.readouterr().err, re.M)
-    assert "".join(lines) == "12341234"
-    a, b = tmp_path / "a", tmp_path / "b"
+    assert "".join(lines) == "1234"
     assert metrics(a) == metrics(b) and same(tensors(a), tensors(b))
     assert [m["step"] for m in metrics(a)] == [0, 1, 2, 3]
     for name in ("config.json", "samples.jsonl", "curves.png", "model/config.json", "model/tokenizer.json"):
@@ -495,15 +502,13 @@ def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path, dtype):
     assert same(tensors(tmp_path / "half"), tensors(tmp_path / "whole"))
 
 
-def test_p20_a_torn_checkpoint_is_passed_over_for_the_one_before(tiny_folder, tmp_path, capsys):
-    assert run(tiny_folder, tmp_path / "whole") == 0
+def test_p20_a_torn_checkpoint_is_passed_over_for_the_one_before(whole, tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "torn", "--steps", "3") == 0
     newest = tmp_path / "torn" / "checkpoints" / "step-000003" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert train.main(["--resume", str(tmp_path / "torn"), "--steps", "4"]) == 0
     assert "cannot be read" in capsys.readouterr().err
-    assert metrics(tmp_path / "torn") == metrics(tmp_path / "whole")
-    assert same(tensors(tmp_path / "torn"), tensors(tmp_path / "whole"))
+    assert metrics(tmp_path / "torn") == metrics(whole) and same(tensors(tmp_path / "torn"), tensors(whole))
 
 
 def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tiny_folder, tmp_path):
@@ -686,14 +691,14 @@ def test_several_ranks_take_the_same_step_as_one(tiny_folder, tmp_path, nproc):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--shard", "1"], ["--shard", "2"], ["--async-save"]])
-def test_p20_a_run_goes_on_with_another_number_of_ranks(tiny_folder, tmp_path, more):
+def test_p20_a_run_goes_on_with_another_number_of_ranks(whole, tiny_folder, tmp_path, more):
     """Masters and moments sharded over two ranks, or replicated: read back by one. Equal up to summation order."""
-    assert run(tiny_folder, tmp_path / "one", "--steps", "4") == 0
     assert torchrun(tiny_folder, tmp_path / "two", "--steps", "2", *more).returncode == 0
     assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4", "--shard", "0"]) == 0
-    assert [m["reward"] for m in metrics(tmp_path / "two")] == [m["reward"] for m in metrics(tmp_path / "one")]
-    for name, tensor in tensors(tmp_path / "one").items():
-        assert (tensor - tensors(tmp_path / "two")[name]).abs().max() <= 1e-4, name
+    assert [m["reward"] for m in metrics(tmp_path / "two")] == [m["reward"] for m in metrics(whole)]
+    found = tensors(tmp_path / "two")
+    for name, tensor in tensors(whole).items():
+        assert (tensor - found[name]).abs().max() <= 1e-4, name
 
 
 def dies_once(problem, text: str, *, persona=None) -> float:
@@ -756,13 +761,11 @@ def test_p21_a_rank_with_nothing_to_train_on_hangs_nobody(tiny_folder, tmp_path,
     assert len(metrics(tmp_path / "starved")) == 4
 
 
-def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path):
-    asked = {}
-    for arm in ("permix", "rlvr"):
-        assert run(tiny_folder, tmp_path / arm, "--method", arm) == 0
-        lines = [json.loads(line) for line in (tmp_path / arm / "samples.jsonl").read_text().splitlines()]
-        asked[arm] = [line["question"] for line in lines]
-    assert asked["permix"] == asked["rlvr"]
+def test_p27_arms_see_the_same_problems_in_the_same_order(whole, tiny_folder, tmp_path):
+    assert run(tiny_folder, tmp_path / "rlvr", "--method", "rlvr") == 0
+    permix, rlvr = ([json.loads(line)["question"] for line in (out / "samples.jsonl").read_text().splitlines()]
+                    for out in (whole, tmp_path / "rlvr"))
+    assert permix == rlvr
 
 
 @pytest.mark.parametrize("more", [["--mix", "rollout", "--minibatches", "3"],
@@ -776,7 +779,7 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(tiny_folder, tmp_path)
                                   ["--correction", "truncate"],
                                   ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
-    assert run(tiny_folder, tmp_path / "run", "--steps", "2", *more) == 0
+    assert run(tiny_folder, tmp_path / "run", "--steps", "2", "--save-every", "2", *more) == 0
     found, start = metrics(tmp_path / "run"), weights.load(str(tiny_folder), "float32")[0]
     assert [m["skipped_steps"] for m in found] == [0, 0] and max(m["grad_norm"] for m in found) > 0
     assert not torch.equal(tensors(tmp_path / "run")["model.norm.weight"], start.norm.weight)
@@ -794,7 +797,10 @@ def test_p28_memory_does_not_grow(tiny_folder, tmp_path, monkeypatch):
         record(*args)
 
     monkeypatch.setattr(monitor, "record", watch)
+    gc.collect()
+    gc.freeze()                                         # what the tests before have left is not looked at
     run(tiny_folder, tmp_path / "run", "--steps", "12")
+    gc.unfreeze()
     assert max(counts[8:]) <= max(counts[2:5])
 
 

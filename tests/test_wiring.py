@@ -583,8 +583,9 @@ def low_reward(problem, text: str, *, persona=None) -> float:
     return float(statistics.median(words or [99]) < 50)
 
 
-@pytest.mark.parametrize("flags", [f"--loss {name} --minibatches 2" for name in grpo.RECIPES if name != "reinforce"]
-                         + ["--loss reinforce", "--loss reinforce --advantage rloo"])
+@pytest.mark.parametrize("flags", ["--loss reinforce", *(pytest.param(flags, marks=pytest.mark.slow) for flags in [
+    "--loss reinforce --advantage rloo",
+    *(f"--loss {name} --minibatches 2" for name in grpo.RECIPES if name != "reinforce")])])
 def test_each_loss_learns_a_reward_that_can_be_learnt(tiny_folder, flags):
     """From a third of the completions to four of five within 12 batches."""
     job = train.read(arguments(tiny_folder, "--steps", "12", "--reward", "tests.test_wiring:low_reward", "--group-size",
