@@ -135,6 +135,12 @@ def embedded_path():
 
 
 @pytest.fixture(scope="session")
+def embedded_tokenizer(embedded_path):
+    """The embedded model's, without its weights, which take seconds to read."""
+    return weights.gguf_tokenizer(embedded_path)
+
+
+@pytest.fixture(scope="session")
 def embedded(embedded_path):
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32."""
     return weights.load(weights.EMBEDDED, "float32", "cpu")

@@ -94,6 +94,7 @@ def test_a_saved_folder_is_the_same_model_to_transformers(family, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_embedded_models_greedy_tokens_equal_transformers(embedded, tmp_path, count=8, length=40):
     """In fp32 on the same dequantised weights; transformers decodes one left-padded batch. The slowest test here, so it

@@ -321,9 +321,9 @@ def name_reward(problem, text: str, *, persona=None) -> float:
 
 
 @pytest.fixture(scope="session")
-def wordy(embedded_path, tmp_path_factory):
+def wordy(embedded_tokenizer, tmp_path_factory):
     """The folder of a tiny random model behind the embedded model's tokenizer: prompts that can be read."""
-    folder, tokenizer = tmp_path_factory.mktemp("wordy"), weights.gguf_tokenizer(embedded_path)
+    folder, tokenizer = tmp_path_factory.mktemp("wordy"), embedded_tokenizer
     torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model("llama", **sizes | {"tie_word_embeddings": True})
