@@ -157,7 +157,7 @@ def test_luck_that_several_runs_share_is_not_taken_for_a_persona_effect():
         assert one == pytest.approx(six)
 
 
-@pytest.mark.parametrize("n_seeds", [2, 3])
+@pytest.mark.parametrize("n_seeds", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_interval_over_training_seeds_covers_the_mean_of_all_seeds_in_simulation(n_seeds):
     rng, covered, spread = np.random.default_rng(n_seeds), 0, 0.1
     for run in range(400):

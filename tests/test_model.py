@@ -56,8 +56,10 @@ def test_logits_equal_transformers(family):
     assert (logits_of(ours, ids) - reference(torch.tensor([ids])).logits[0]).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedy_continuation_equals_transformers(family):
+    """Quick are its two halves: equal logits above, and p3 in test_rollout.py, cached decoding against a forward."""
     ours, reference, _ = family
     prompts = [random_ids(n, n) for n in (5, 23)]
     params = SamplingParams(max_tokens=64, temperature=0)

@@ -492,8 +492,9 @@ def test_a_run_leaves_its_folder_and_the_same_seed_gives_the_same_run(whole, tin
     assert sorted(p.name for p in (a / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])          # in bf16 the masters are not the model
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_p20_a_resumed_run_is_the_same_run(tiny_folder, tmp_path, dtype):
+    """In bf16 the masters are not the model."""
     flags = ["--dtype", dtype, "--warmup", "4"]         # which goes on too
     assert run(tiny_folder, tmp_path / "whole", *flags) == 0
     assert run(tiny_folder, tmp_path / "half", "--steps", "2", *flags) == 0
@@ -658,6 +659,7 @@ def test_sampling_ahead_changes_nothing_where_the_weights_stand_still(tiny_folde
     assert ahead == plain
 
 
+@pytest.mark.slow
 def test_the_profile_names_phases_floors_and_operators(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "run", "--profile", "--progress") == 0
     said = capsys.readouterr().err
@@ -768,16 +770,16 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(whole, tiny_folder, tm
     assert permix == rlvr
 
 
-@pytest.mark.parametrize("more", [["--mix", "rollout", "--minibatches", "3"],
-                                  ["--loss", "gspo"], ["--loss", "cispo"],
+@pytest.mark.parametrize("more", [["--mix", "rollout", "--minibatches", "3", "--dual-clip", "3"],
                                   ["--loss", "dapo", "--kl-coef", "0.1", "--entropy-coef", "0.01"],
                                   ["--loss", "dapo", "--dynamic-sampling", "1", "--overlong-buffer", "2"],
-                                  ["--kl-coef", "0.1", "--kl", "k1"], ["--dual-clip", "3", "--minibatches", "2"],
-                                  ["--stop", "w9", "--stop", "w8 w7"],
-                                  ["--method", "sft"], ["--method", "distill"],
+                                  ["--method", "distill"],
                                   ["--method", "sft", "--mix", "rollout", "--persona-prob", "0.5"],
-                                  ["--correction", "truncate"],
-                                  ["--anchor-coef", "0.5", "--anchor-answers", "6"], ["--recompute"]])
+                                  ["--anchor-coef", "0.5", "--anchor-answers", "6", "--recompute"],
+                                  *(pytest.param(more, marks=pytest.mark.slow) for more in [
+                                      ["--loss", "gspo"], ["--loss", "cispo"], ["--kl-coef", "0.1", "--kl", "k1"],
+                                      ["--stop", "w9", "--stop", "w8 w7"], ["--correction", "truncate"],
+                                      ["--method", "sft"]])])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
     assert run(tiny_folder, tmp_path / "run", "--steps", "2", "--save-every", "2", *more) == 0
     found, start = metrics(tmp_path / "run"), weights.load(str(tiny_folder), "float32")[0]
