@@ -101,7 +101,7 @@ def test_p34_sampler_and_trainer_run_the_adapter_before_and_after_a_step_and_aft
     assert all(torch.equal(a, b) for a, b in zip(before, plain.parameters(), strict=True))     # the base is frozen
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_p20_a_run_with_adapters_resumes_as_the_same_run_and_saves_two_folders(tiny_folder, tmp_path, dtype):
     flags = [*FLAGS, "--dtype", dtype, "--kl-coef", "0.1"]
     assert run(tiny_folder, tmp_path / "whole", *flags) == 0
