@@ -22,6 +22,7 @@ from tests.test_kernels import SHARED_LIMIT
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest")
 outside = pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+once = pytest.mark.parametrize("written_in", ["torch"], indirect=True)     # whatever `decode` runs
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # of relative_error; the definition rounds scores too
 BOUNDS = dict(zip(DTYPES, (2e-6, 1e-3, 8e-3) if INTERPRETED else (8e-6, 4e-3, 3e-2), strict=True))
@@ -255,6 +256,7 @@ def test_triton_refuses_mixed_dtypes_and_strided_heads():
 
 
 @pytest.mark.slow
+@once
 @outside
 def test_triton_kernels_pass_these_tests_in_the_interpreter():
     pytest.importorskip("triton")
@@ -266,6 +268,7 @@ def test_triton_kernels_pass_these_tests_in_the_interpreter():
 
 
 @pytest.mark.slow
+@once
 @outside
 @pytest.mark.parametrize("chip", [*SHARED_LIMIT, "sm_75"])
 def test_triton_kernels_compile_ahead_of_time_without_spills(chip):
