@@ -66,7 +66,7 @@ def run(tests: str, folder: Path, log: Path) -> int | None:
         import pytest
 
         quick = "-x -q --assert=plain -p no:cacheprovider -p no:hypothesispytest".split()
-        code = pytest.main([*shlex.split(tests), *quick])
+        code = pytest.main([*shlex.split(tests), *quick, "-m", ""])             # slow ones too
         sys.stdout.flush()
         os._exit(int(code))
     for _ in range(LIMIT * 10):

@@ -5,10 +5,15 @@ Tests run on the CPU, also where there is a GPU: all but those of test_gpu.py se
 
 import copy
 import os
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test may wait for a network
+if "PYTEST_XDIST_WORKER" in os.environ:                 # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -17,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import weights
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
          "pad_token_id": 2, "tie_word_embeddings": False}
@@ -80,6 +86,23 @@ def no_gpu(request):
         yield
 
 
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a file as `python NAME FLAGS` would, but in this process: (returncode, stdout, stderr)."""
+    def run(name: str, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
+
+
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def family(request, tmp_path_factory):
     """(our model, transformers' model, folder), for each family in turn."""
@@ -118,6 +141,12 @@ def embedded_path():
         return weights.embedded_model()
     except ValueError as error:
         pytest.skip(f"the embedded model cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer(embedded_path):
+    """The embedded model's, without its weights, which take seconds to read."""
+    return weights.gguf_tokenizer(embedded_path)
 
 
 @pytest.fixture(scope="session")

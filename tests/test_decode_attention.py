@@ -22,6 +22,7 @@ from tests.test_kernels import SHARED_LIMIT
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest")
 outside = pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+once = pytest.mark.parametrize("written_in", ["torch"], indirect=True)     # whatever `decode` runs
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # of relative_error; the definition rounds scores too
 BOUNDS = dict(zip(DTYPES, (2e-6, 1e-3, 8e-3) if INTERPRETED else (8e-6, 4e-3, 3e-2), strict=True))
@@ -164,6 +165,15 @@ def test_both_survive_scores_of_thousands():
         assert relative_error(found, expected) < 1e-3                   # of scores rounded in fp32
 
 
+def test_p42_each_gives_the_same_bits_twice_and_for_a_row_in_another_place():
+    step = long_step(torch.float16)
+    other = sample(**MIXED, dtype=torch.float16)
+    assert torch.equal(decode(step, 0.2), decode(step, 0.2))
+    turned = Step(*(x.flip(0) for x in other[:3]), other.row_kv, other.prefix_kv,
+                  Rows(*(x.flip(0) for x in other.rows)))
+    assert torch.equal(decode(other, 0.2), decode(turned, 0.2).flip(0))
+
+
 # --------------------------------------------------------------------------------------------------
 # Triton
 
@@ -201,16 +211,6 @@ def test_triton_with_splits_writes_the_new_token_and_reads_no_cache_in_its_place
         for cache, new in zip(step.row_kv, (step.k, step.v), strict=True):
             assert torch.equal(cache[entry, :, length], new[b])
             assert cache[entry, :, length + 1:].isnan().all()
-
-
-@in_interpreter
-def test_p42_triton_gives_the_same_bits_twice_and_for_a_row_in_another_place():
-    step = long_step(torch.float16)
-    other = sample(**MIXED, dtype=torch.float16)
-    assert torch.equal(decode(step, 0.2), decode(step, 0.2))
-    turned = Step(*(x.flip(0) for x in other[:3]), other.row_kv, other.prefix_kv,
-                  Rows(*(x.flip(0) for x in other.rows)))
-    assert torch.equal(decode(other, 0.2), decode(turned, 0.2).flip(0))
 
 
 @in_interpreter
@@ -255,6 +255,8 @@ def test_triton_refuses_mixed_dtypes_and_strided_heads():
             decode(wrong, 0.2)
 
 
+@pytest.mark.slow
+@once
 @outside
 def test_triton_kernels_pass_these_tests_in_the_interpreter():
     pytest.importorskip("triton")
@@ -265,6 +267,8 @@ def test_triton_kernels_pass_these_tests_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-4000:]
 
 
+@pytest.mark.slow
+@once
 @outside
 @pytest.mark.parametrize("chip", [*SHARED_LIMIT, "sm_75"])
 def test_triton_kernels_compile_ahead_of_time_without_spills(chip):

@@ -236,6 +236,7 @@ def test_p20_a_run_in_fp16_goes_on_with_its_scale(tiny_folder, tmp_path, monkeyp
 # -- the pretended GPU ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @outside
 def test_host_and_device_never_mix_in_a_second_pytest_on_a_pretended_gpu():
     pytest.importorskip("triton")

@@ -1,5 +1,6 @@
 """The words against the code: links, files and commands that the documents name."""
 
+import importlib
 import inspect
 import json
 import re
@@ -23,13 +24,31 @@ PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks"
          *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
 
 
+PITFALLS = (ROOT / "docs" / "pitfalls.md").read_text()
+TEST_LINK = re.compile(r"\[test\]\(\.\./tests/(\w+)\.py#(\w+)\)")
+
+
 def test_every_pitfall_links_a_test_that_exists():
-    text = (ROOT / "docs" / "pitfalls.md").read_text()
-    assert re.findall(r"^\*\*P(\d+) ", text, re.M) == [str(i) for i in range(1, 43)]
-    links = re.findall(r"\[test\]\(\.\./(tests/\w+\.py)#(\w+)\)", text)
+    assert re.findall(r"^\*\*P(\d+) ", PITFALLS, re.M) == [str(i) for i in range(1, 43)]
+    links = TEST_LINK.findall(PITFALLS)
     assert len(links) >= 42
-    for path, name in links:
-        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), f"{path}: no {name}"
+    for file, name in links:
+        assert re.search(rf"^def {name}\(", (ROOT / f"tests/{file}.py").read_text(), re.M), f"{file}: no {name}"
+
+
+def is_quick(file: str, name: str) -> bool:
+    """Whether `python -m pytest` runs a test here: it is not slow, and not left to a GPU or to another pytest."""
+    module = importlib.import_module(f"tests.{file}")
+    of_all = getattr(module, "pytestmark", [])
+    marks = [*(of_all if isinstance(of_all, list) else [of_all]), *getattr(getattr(module, name), "pytestmark", [])]
+    return not any(mark.name == "slow" or mark.name == "skipif" and mark.args[0] for mark in marks)
+
+
+def test_every_pitfall_has_a_test_in_the_quick_suite():
+    assert is_quick("test_docs", "test_every_pitfall_has_a_test_in_the_quick_suite")
+    assert not is_quick("test_train", "test_p21_a_rank_with_nothing_to_train_on_hangs_nobody")
+    pitfalls = re.split(r"^\*\*(?=P\d)", PITFALLS, flags=re.M)[1:]
+    assert not [text.split(".")[0] for text in pitfalls if not any(is_quick(*link) for link in TEST_LINK.findall(text))]
 
 
 def test_every_relative_link_resolves():

@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +157,7 @@ def test_luck_that_several_runs_share_is_not_taken_for_a_persona_effect():
         assert one == pytest.approx(six)
 
 
-@pytest.mark.parametrize("n_seeds", [2, 3])
+@pytest.mark.parametrize("n_seeds", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_interval_over_training_seeds_covers_the_mean_of_all_seeds_in_simulation(n_seeds):
     rng, covered, spread = np.random.default_rng(n_seeds), 0, 0.1
     for run in range(400):
@@ -206,22 +204,17 @@ def test_identification_equals_the_hand_computed_posterior_and_ties_score_chance
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    return weights.load("smollm2-135m")
-
-
-@pytest.fixture(scope="module")
-def tiny(embedded):
+def tiny(embedded_tokenizer):
     """(a random 2-layer float32 model, the embedded model's tokenizer)."""
     torch.manual_seed(0)
-    c = model_module.Config(vocab_size=embedded[0].c.vocab_size, hidden_size=32, intermediate_size=48, num_layers=2,
+    c = model_module.Config(vocab_size=len(embedded_tokenizer), hidden_size=32, intermediate_size=48, num_layers=2,
                             num_heads=4, num_kv_heads=2, head_dim=8, rms_eps=1e-5, max_positions=2048, tied=True,
-                            attn_scale=8 ** -0.5, activation="silu", windows=[0, 0], rope=embedded[0].c.rope[:2],
-                            stop_ids=embedded[0].c.stop_ids)
+                            attn_scale=8 ** -0.5, activation="silu", windows=[0, 0], rope=[{"rope_theta": 1e5}] * 2,
+                            stop_ids=[2])
     model = model_module.Transformer(c)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.4) if weight.dim() > 1 else torch.nn.init.ones_(weight)
-    return model.eval(), embedded[1]
+    return model.eval(), embedded_tokenizer
 
 
 def ready(pair):
@@ -494,7 +487,9 @@ def test_the_model_reads_its_own_answers_beside_the_start_model(tiny, tiny_folde
     assert all(row["by_start"] == row["by_self"] for row in rows)
 
 
-def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised(embedded):
+@pytest.mark.slow
+def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised():
+    embedded = weights.load(weights.EMBEDDED)
     speakers = voices("a pirate captain", "a five-year-old child", "a nuclear physicist", "a medieval knight",
                       "a chef from Naples", "a cowboy in Texas", "a drill sergeant", "a Buddhist monk")
     got, _ = played(*embedded, speakers, ["How was your day?", "What are you afraid of?"], embedded[0], 24)
@@ -559,10 +554,9 @@ def test_a_users_files_are_evaluated_whole_and_the_file_of_the_run_only_where_it
                                            f"{who}: 2 personas, 2 x\n")
 
 
-def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two():
-    run = [sys.executable, str(ROOT / "evaluate.py")]
-    got = subprocess.run([*run, "--personnas", "x"], capture_output=True, text=True)
-    assert got.returncode == 2 and "personnas" in got.stderr and "Traceback" not in got.stderr
+def test_p29_an_unknown_flag_is_an_error_and_help_fits_a_screen_or_two(script):
+    got = script("evaluate.py", "--personnas", "x")
+    assert got.returncode == 2 and "personnas" in got.stderr
     with pytest.raises(SystemExit, match="0"):
         evaluate.parse(["--help"])
 

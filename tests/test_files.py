@@ -2,14 +2,10 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from common import files
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
@@ -52,13 +48,13 @@ def test_a_wrong_line_of_a_users_file_is_named_by_its_number(tmp_path, line, say
         list(files.numbered(path, "text"))
 
 
-@pytest.mark.parametrize("script, flag, meant", [
+@pytest.mark.parametrize("name, flag, meant", [
     ("train.py", "--mehtod", "--method"), ("evaluate.py", "--persona", "--personas"), ("rollout.py", "--temprature",
     "--temperature"), ("tasks.py", "--limt", "--limit"), ("rewards.py", "--anser", "--answer")])
-def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(script, flag, meant):
-    done = subprocess.run([sys.executable, script, flag, "x"], cwd=ROOT, capture_output=True, text=True)
+def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(script, name, flag, meant):
+    done = script(name, flag, "x")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"{script}: ") and f"did you mean {meant}?" in done.stderr
+    assert done.stderr.startswith(f"{name}: ") and f"did you mean {meant}?" in done.stderr
 
 
 def test_the_commit_says_whether_files_were_changed_since_and_without_git_there_is_none(tmp_path, monkeypatch):

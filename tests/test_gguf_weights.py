@@ -316,6 +316,7 @@ def test_loading_drops_each_tensor_before_it_reads_the_next(tmp_path):
         assert len(seen) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_qwen2_file_with_152k_tokens_and_mixed_kinds_equals_transformers(tmp_path):
     """As published Qwen2.5 files are: Q4_K in most places, Q6_K and Q5_0 in some, Q8_0 embeddings."""

@@ -67,7 +67,7 @@ def dry(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def script(tmp_path):
+def more_stages(tmp_path):
     path = tmp_path / "more_stages.py"
     path.write_text(SCRIPT)
     return [sys.executable, str(path)]
@@ -81,6 +81,7 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_every_stage_ends_and_the_folder_holds_few_files(dry):
     summary, out, printed = dry
     assert {name: entry["state"] for name, entry in summary["stages"].items()} == dict.fromkeys(STAGES, "done")
@@ -90,6 +91,7 @@ def test_every_stage_ends_and_the_folder_holds_few_files(dry):
     assert all(f"| **{name}** | done |" in printed for name in STAGES)
 
 
+@pytest.mark.slow
 def test_each_measurement_is_a_number_beside_its_floor_or_peer(dry):
     stages = dry[0]["stages"]
     for name in ("card", "logprob", "decode", "train"):
@@ -103,6 +105,7 @@ def test_each_measurement_is_a_number_beside_its_floor_or_peer(dry):
     assert any("graphs" in row["what"] and "needs a GPU" in row.get("note", "") for row in decode)
 
 
+@pytest.mark.slow
 def test_each_request_of_the_mixed_load_ends_at_its_own_length(dry):
     loads = [row for row in dry[0]["stages"]["decode"]["rows"] if "requests" in row["what"]]
     assert len(loads) == 2                              # 6 requests of 4 to 12 tokens
@@ -110,6 +113,7 @@ def test_each_request_of_the_mixed_load_ends_at_its_own_length(dry):
     assert len({row["tokens_out"] for row in loads}) == 1
 
 
+@pytest.mark.slow
 def test_the_main_job_and_the_arms_are_in_the_summary(dry):
     summary, out, _ = dry
     main = values(summary["stages"]["main"])
@@ -121,8 +125,9 @@ def test_the_main_job_and_the_arms_are_in_the_summary(dry):
                 "experiment/tables.md"} <= set(archive.getnames())
 
 
-def test_a_crash_and_a_cut_lose_no_measurement_and_stop_no_other_stage(script, tmp_path, tiny_folder):
-    run = started(script, tmp_path / "out", tiny_folder, ["card", "crash", "wrong", "hang", "logprob"], hangs=20)
+@pytest.mark.slow
+def test_a_crash_and_a_cut_lose_no_measurement_and_stop_no_other_stage(more_stages, tmp_path, tiny_folder):
+    run = started(more_stages, tmp_path / "out", tiny_folder, ["card", "crash", "wrong", "hang", "logprob"], hangs=20)
     printed, said = run.communicate(timeout=300)
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert run.returncode == 1, printed + said
@@ -135,10 +140,11 @@ def test_a_crash_and_a_cut_lose_no_measurement_and_stop_no_other_stage(script, t
     assert "RuntimeError: on purpose" in printed and "before it hangs" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_running_stage_and_still_gives_the_table(script, tmp_path, tiny_folder, number):
+def test_a_signal_ends_the_running_stage_and_still_gives_the_table(more_stages, tmp_path, tiny_folder, number):
     out = tmp_path / "out"
-    run = started(script, out, tiny_folder, ["hang", "card"])
+    run = started(more_stages, out, tiny_folder, ["hang", "card"])
     began = time.monotonic()
     while "before it hangs" not in ((out / "hang.json").read_text() if (out / "hang.json").exists() else ""):
         assert time.monotonic() - began < 120 and run.poll() is None
@@ -150,6 +156,7 @@ def test_a_signal_ends_the_running_stage_and_still_gives_the_table(script, tmp_p
     assert gone(int(values(entry)["before it hangs"])) and "| **hang** | stopped" in printed
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_the_first_ones_stages_and_reads_its_card(dry, tmp_path, tiny_folder):
     killed = dry[0]["stages"] | {"decode": {"state": "running", "commit": ""}}      # its command was
     (tmp_path / "decode.json").write_text('{"rows": [], "failed": ["of what it had"]}')
@@ -167,13 +174,13 @@ def test_a_second_run_keeps_the_first_ones_stages_and_reads_its_card(dry, tmp_pa
 @pytest.mark.parametrize("flags, words", [
     (["--minutes", "-1"], "--minutes must be positive"), (["--stages", "cards"], "invalid choice"),
     (["--model", "/nowhere"], "no model at")])
-def test_wrong_usage_is_one_line(flags, words, tmp_path):
-    run = subprocess.run([*GPU, "--out", str(tmp_path), "--device", "cpu", *flags], capture_output=True, text=True)
+def test_wrong_usage_is_one_line(script, flags, words, tmp_path):
+    run = script("benchmarks/gpu.py", "--out", tmp_path, "--device", "cpu", *flags)
     assert run.returncode == 2 and words in run.stderr and len(run.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_line_says_how_to_dry_run(tmp_path):
-    run = subprocess.run([*GPU, "--out", str(tmp_path)], capture_output=True, text=True)
+def test_without_a_gpu_the_line_says_how_to_dry_run(script, tmp_path):
+    run = script("benchmarks/gpu.py", "--out", tmp_path)
     assert run.returncode == 2
     assert run.stderr == "gpu.py: no GPU here: --device cpu dry-runs every stage in small sizes\n"

@@ -544,13 +544,8 @@ def test_a_kind_that_does_not_exist_is_refused_by_each_function():
             call()
 
 
-def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, lesson.__file__, *arguments], capture_output=True, text=True, timeout=120)
-
-
 def test_the_script_prints_every_advantage_and_the_twelve_cases():
-    done = run_script()
+    done = subprocess.run([sys.executable, lesson.__file__], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
     assert all(f" {name} " in done.stdout for name in KINDS["advantage"])
     assert "rloo   +0.667 -0.667 -0.667 +0.667" in done.stdout
@@ -558,8 +553,8 @@ def test_the_script_prints_every_advantage_and_the_twelve_cases():
     assert done.stdout.rstrip().endswith(last)
 
 
-def test_the_script_refuses_an_unknown_flag_in_one_line():
-    done = run_script("--unknown")
+def test_the_script_refuses_an_unknown_flag_in_one_line(script):
+    done = script("docs/losses.py", "--unknown")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 

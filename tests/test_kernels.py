@@ -259,6 +259,7 @@ def test_p22_triton_offsets_pass_2_to_the_31():
     assert max(relative_errors(outputs_and_gradients(path(), hidden, far_apart, targets), expected)) < 1e-6
 
 
+@pytest.mark.slow
 @outside
 def test_p22_triton_kernels_pass_these_tests_in_the_interpreter():
     pytest.importorskip("triton")
@@ -277,6 +278,7 @@ def release(package):
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that one program may use
 
 
+@pytest.mark.slow
 @outside
 @pytest.mark.parametrize("chip", list(SHARED_LIMIT))
 def test_p22_triton_kernels_compile_ahead_of_time_without_spills(chip):

@@ -109,7 +109,7 @@ def test_what_is_trained_and_how_is_one_thing_for_a_whole_run(tiny_folder, tmp_p
     assert f"{more[-1] if more[0] == '--unset' else more[0][2:]} of a resumed run is" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_p20_a_run_with_adapters_resumes_as_the_same_run_and_saves_two_folders(tiny_folder, tmp_path, dtype):
     flags = [*FLAGS, "--dtype", dtype, "--kl-coef", "0.1"]
     assert run(tiny_folder, tmp_path / "whole", *flags) == 0

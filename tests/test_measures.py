@@ -184,7 +184,8 @@ def test_p41_s2_is_unbiased_for_every_true_spread_where_the_spread_of_accuracies
         assert tables.mean(axis=1).var(axis=1, ddof=1).mean() - spread**2 > 10 * error, spread
 
 
-@pytest.mark.parametrize("n_items, accuracy", SIZES)
+@pytest.mark.parametrize("n_items, accuracy", [
+    *SIZES[::3], *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:3])])
 def test_the_jackknife_interval_covers_the_true_spread(n_items, accuracy):
     for spread in (0.0, 0.02, 0.08):
         covered = 0

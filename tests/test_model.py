@@ -56,8 +56,10 @@ def test_logits_equal_transformers(family):
     assert (logits_of(ours, ids) - reference(torch.tensor([ids])).logits[0]).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedy_continuation_equals_transformers(family):
+    """Quick are its two halves: equal logits above, and p3 in test_rollout.py, cached decoding against a forward."""
     ours, reference, _ = family
     prompts = [random_ids(n, n) for n in (5, 23)]
     params = SamplingParams(max_tokens=64, temperature=0)
@@ -94,6 +96,7 @@ def test_a_saved_folder_is_the_same_model_to_transformers(family, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_embedded_models_greedy_tokens_equal_transformers(embedded, tmp_path, count=8, length=40):
     """In fp32 on the same dequantised weights; transformers decodes one left-padded batch. The slowest test here, so it

@@ -39,6 +39,7 @@ def copy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", SECTIONS)
 def test_a_diff_of_at_most_20_lines_applies_and_passes_its_check(title, copy):
     (_, diff), (kind, check) = FENCE.findall(SECTIONS[title])

@@ -24,7 +24,11 @@ from tests.test_kernels import relative_errors
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}    # a bf16 number is rounded by 1.6e-3 on average
 compiled = pytest.mark.skipif(not native.usable(torch.empty(0)), reason="needs a C++ compiler")
-pytestmark = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+@pytest.fixture(params=BOUNDS, ids=str)
+def dtype(request) -> torch.dtype:
+    return request.param
 
 
 def normal(*shape, seed=0, scale=1.0) -> torch.Tensor:
@@ -186,10 +190,11 @@ def test_weights_that_are_a_view_are_not_misread(dtype):
         assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted)))
 
 
-@pytest.mark.parametrize("compiler, usable", [("", False), ("no-such-compiler", False),
-                                              ("false", False), (None, True),
-                                              ("env LC_ALL=C c++", True)])
-def test_without_a_compiler_torch_takes_its_place(compiler, usable, dtype, tmp_path):
+@pytest.mark.parametrize("compiler, usable", [
+    ("", False), ("no-such-compiler", False), ("false", False),
+    pytest.param(None, True, marks=pytest.mark.slow),
+    pytest.param("env LC_ALL=C c++", True, marks=pytest.mark.slow)])
+def test_without_a_compiler_torch_takes_its_place(compiler, usable, tmp_path):
     """And a compiler that fails is said once."""
     if usable and not native.usable(torch.empty(0)):
         pytest.skip("needs a C++ compiler")
@@ -202,9 +207,10 @@ def test_without_a_compiler_torch_takes_its_place(compiler, usable, dtype, tmp_p
     assert len(list(tmp_path.iterdir())) == usable      # nothing half-written stays
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("left", [0, 1000, 20_000])
-def test_a_damaged_library_in_the_cache_is_compiled_again(left, dtype, tmp_path):
+def test_a_damaged_library_in_the_cache_is_compiled_again(left, tmp_path):
     """Loaded, its missing pages would end the process (SIGBUS). And the cache may be the working
     directory, which dlopen doesn't search."""
     def usable():
@@ -220,7 +226,7 @@ def test_a_damaged_library_in_the_cache_is_compiled_again(left, dtype, tmp_path)
     assert whole in again.values() and not again.get(name) == whole[:left]
 
 
-def test_a_cache_folder_that_takes_no_library_is_no_error(dtype, tmp_path):
+def test_a_cache_folder_that_takes_no_library_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"PERMIX_CACHE": str(tmp_path / "file")})

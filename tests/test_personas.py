@@ -156,8 +156,8 @@ def test_the_first_24_conflict_personas_to_train_on_are_of_24_kinds():
     assert len({p.kind for p in personas.few(personas.load("conflict-train"), 24)}) == 24
 
 
-def test_conflict_and_ordinary_personas_are_60_to_120_tokens_long(embedded):
-    lengths = {p.name: len(embedded[1](p.text).input_ids) for p in CONFLICT}
+def test_conflict_and_ordinary_personas_are_60_to_120_tokens_long(embedded_tokenizer):
+    lengths = {p.name: len(embedded_tokenizer(p.text).input_ids) for p in CONFLICT}
     assert {name: n for name, n in lengths.items() if not 60 <= n <= 120} == {}
 
 
@@ -395,8 +395,8 @@ def test_p27_the_prompt_of_a_group_includes_its_persona():
     assert len({tuple(personas.prompt_ids(tokenizer, "2 + 2?", persona)) for persona in group}) == 1
 
 
-def test_p6_the_embedded_model_s_prompt_is_what_its_template_says(embedded):
-    tokenizer = embedded[1]
+def test_p6_the_embedded_model_s_prompt_is_what_its_template_says(embedded_tokenizer):
+    tokenizer = embedded_tokenizer
     with_persona = tokenizer.decode(personas.prompt_ids(tokenizer, "2 + 2?", PERSONA))
     user = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     assert with_persona == f"<|im_start|>system\nYou are a pirate.<|im_end|>\n{user}"
@@ -408,17 +408,13 @@ def test_p6_the_embedded_model_s_prompt_is_what_its_template_says(embedded):
 # The command line
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "personas.py", *flags], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_shows_a_batch_under_both_mixes():
-    out = run("--persona-prob", "1").stdout
+def test_the_command_shows_a_batch_under_both_mixes(script):
+    out = script("personas.py", "--persona-prob", "1").stdout
     groups = personas.mix(personas.load("train"), 1.0, "prompt", ["0:0"], 1, 0)
     assert "mixed per prompt" in out and "mixed per rollout" in out and out.count(groups[0][0].name) >= 4
 
 
 @pytest.mark.parametrize("flags, says", [(["--persona-prob", "2"], "must lie in"), (["--rho", "1"], "unrecognized")])
-def test_a_user_s_mistake_ends_in_exit_code_2_and_no_traceback(flags, says):
-    done = run(*flags)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and not done.stdout
+def test_a_user_s_mistake_ends_in_exit_code_2_and_no_traceback(script, flags, says):
+    done = script("personas.py", *flags)
+    assert done.returncode == 2 and says in done.stderr and not done.stdout

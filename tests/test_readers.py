@@ -200,6 +200,7 @@ SPOKEN = {
                 "A small town; I checked the receipts of my father's shop.")}
 
 
+@pytest.mark.slow
 def test_an_answer_under_another_persona_scores_lower(embedded):
     people = {p.name: p for p in personas.load("test") if p.name in SPOKEN}
     questions = ["How was your day?", "Tell me about the place where you grew up."]

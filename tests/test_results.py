@@ -29,7 +29,8 @@ def run():
     return SimpleNamespace(**runpy.run_path(str(RESULTS / "run.py")))
 
 
-@pytest.mark.parametrize("name", ["main", "early", "ablations", "pushed", "anchors"])
+@pytest.mark.parametrize("name", ["main", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "early", "ablations", "pushed", "anchors"))])
 def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     """From each run's answers to intervals and verdicts, as `python results/run.py` computed them."""
     comparison = run.kept(name)[1]
@@ -186,6 +187,7 @@ def stages(run, tiny_folder, tmp_path_factory):
         yield args, calls, out / "staged", lambda: [run.one_run(*one, args) for one in everything]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_evaluated_on_the_way_is_the_run_of_one_go(stages, tmp_path):
     args, calls, _, _ = stages
     first = next(flags for script, *flags in calls if script == "train.py" and "rlvr" in flags)
@@ -199,6 +201,7 @@ def test_a_run_that_is_evaluated_on_the_way_is_the_run_of_one_go(stages, tmp_pat
     assert rewarded == [row["reward"] for row in files.rows(tmp_path / "whole/metrics.jsonl")] and len(rewarded) == 3
 
 
+@pytest.mark.slow
 def test_each_checkpoint_is_kept_with_its_answers_and_the_run_with_its_metrics(stages):
     args, _, target, _ = stages
     for arm in ("rlvr-seed0", "permix-seed0"):
@@ -213,6 +216,7 @@ def test_each_checkpoint_is_kept_with_its_answers_and_the_run_with_its_metrics(s
     assert transcripts.read(target / "start") and not (target / "start" / "step-1").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing_that_is_there(stages):
     args, calls, target, again = stages
     before = len(calls)
@@ -220,6 +224,7 @@ def test_the_same_command_again_runs_nothing_that_is_there(stages):
     assert len(calls) == before > 0
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_run_again_where_its_run_folder_is_gone(run, stages):
     args, calls, target, again = stages
     before, moved = len(calls), args.out.rename(args.out.with_name("elsewhere"))
@@ -231,6 +236,7 @@ def test_what_is_kept_is_not_run_again_where_its_run_folder_is_gone(run, stages)
     assert not any(run.done_before(target / "start", SimpleNamespace(**vars(args) | other)) for other in others)
 
 
+@pytest.mark.slow
 def test_the_page_has_a_part_for_each_checkpoint_and_is_rebuilt_from_what_is_kept(run, stages):
     _, _, target, _ = stages
     page = (target / "tables.md").read_text()

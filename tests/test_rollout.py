@@ -3,8 +3,6 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,13 +317,13 @@ def test_stop_strings_end_a_completion(tiny):
     assert not cut.truncated
 
 
-def test_the_command_writes_one_line_a_completion(tiny_folder, tmp_path):
+def test_the_command_writes_one_line_a_completion(script, tiny_folder, tmp_path):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
     message = {"role": "user", "content": "w9"}
     prompts.write_text('{"prompt": "w5 w6 w7"}\n' + json.dumps({"messages": [message]}) + "\n")
-    command = [sys.executable, "rollout.py", "--model", tiny_folder, "--prompts", prompts, "--n",
-               "2", "--out", out, "--max-new-tokens", "5", "--dtype", "float32"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    done = script("rollout.py", "--model", tiny_folder, "--prompts", prompts, "--n", 2, "--out", out,
+                  "--max-new-tokens", 5, "--dtype", "float32")
+    assert done.returncode == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted((x["index"], x["sample"]) for x in lines) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(len(x["tokens"]) == len(x["logprobs"]) <= 5 for x in lines)

@@ -42,6 +42,7 @@ def trace(flags: list[str], out: Path) -> dict:
     return {"metrics": metrics, "samples": list(rows(out / "samples.jsonl"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_with_a_fixed_seed_gives_the_recorded_tokens_rewards_and_gradients(name, embedded_path, tmp_path):
     """Texts, rewards and counts exactly; what is summed, within the rounding of another processor."""

@@ -10,6 +10,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 DECIMAL = r"[-+]?\d+\.\d+"
 
 
+@pytest.mark.slow
 def test_the_walkthrough_is_what_a_fresh_step_gives(embedded):
     """Words, tokens and counts exactly; decimals within what another processor's order of summation changes."""
     fresh, kept = runpy.run_path(str(DOCS / "walkthrough.py"))["page"](*embedded), (DOCS / "walkthrough.md").read_text()

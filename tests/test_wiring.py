@@ -321,9 +321,9 @@ def name_reward(problem, text: str, *, persona=None) -> float:
 
 
 @pytest.fixture(scope="session")
-def wordy(embedded_path, tmp_path_factory):
+def wordy(embedded_tokenizer, tmp_path_factory):
     """The folder of a tiny random model behind the embedded model's tokenizer: prompts that can be read."""
-    folder, tokenizer = tmp_path_factory.mktemp("wordy"), weights.gguf_tokenizer(embedded_path)
+    folder, tokenizer = tmp_path_factory.mktemp("wordy"), embedded_tokenizer
     torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model("llama", **sizes | {"tie_word_embeddings": True})
@@ -583,8 +583,9 @@ def low_reward(problem, text: str, *, persona=None) -> float:
     return float(statistics.median(words or [99]) < 50)
 
 
-@pytest.mark.parametrize("flags", [f"--loss {name} --minibatches 2" for name in grpo.RECIPES if name != "reinforce"]
-                         + ["--loss reinforce", "--loss reinforce --advantage rloo"])
+@pytest.mark.parametrize("flags", ["--loss reinforce", *(pytest.param(flags, marks=pytest.mark.slow) for flags in [
+    "--loss reinforce --advantage rloo",
+    *(f"--loss {name} --minibatches 2" for name in grpo.RECIPES if name != "reinforce")])])
 def test_each_loss_learns_a_reward_that_can_be_learnt(tiny_folder, flags):
     """From a third of the completions to four of five within 12 batches."""
     job = train.read(arguments(tiny_folder, "--steps", "12", "--reward", "tests.test_wiring:low_reward", "--group-size",
