@@ -8,10 +8,14 @@
 
 docs/break_it.txt holds the mistakes. First comes one for each pitfall of docs/pitfalls.md, then
 others. A mistake begins with `@ file | what is wrong`, a pitfall's with its number before the file.
-Then comes the line that is there (`- `), the one that takes its place (`+ `), and the tests to run
-(`! `): without that line, those which the pitfall links. For `--run` a pitfall names the metrics to
-look at beside the reward (`? `) and flags of train.py of its own (`$ `), or says why there is
-nothing to see (`~ `).
+Then come marked lines:
+
+    -   the line that is there
+    +   the one that takes its place
+    !   the tests to run, perhaps with NAME=value before them; else those which the pitfall links
+    ?   of a pitfall: the metrics that `--run` shows beside the reward
+    $   of a pitfall: flags of train.py for `--run`
+    ~   of a pitfall: why there is nothing for `--run` to show
 
 A mistake that no test notices is printed as ALIVE, and the exit code is 1. Your files are never
 touched: tests and training run in a copy. Each pytest starts as a fork of this process, where torch
@@ -109,8 +113,8 @@ def warm_up() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
 
-def run(tests: str, folder: Path, log: Path) -> int | None:
-    """pytest's exit code, None where the tests hang. What it says goes to `log`."""
+def run(tests: str, folder: Path, log: Path, limit: int = LIMIT) -> int | None:
+    """pytest's exit code, None after `limit` seconds. What it says goes to `log`."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -120,11 +124,14 @@ def run(tests: str, folder: Path, log: Path) -> int | None:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         import pytest
 
+        words, assigned = shlex.split(tests), re.compile(r"[A-Z_]+=")
+        os.environ |= dict(word.split("=", 1) for word in words if assigned.match(word))
+        tests = [word for word in words if not assigned.match(word)]
         quick = "-x -q --assert=plain -p no:cacheprovider -p no:hypothesispytest".split()
-        code = pytest.main([*shlex.split(tests), *quick])
+        code = pytest.main([*tests, *quick, "-m", ""])         # slow ones too
         sys.stdout.flush()
         os._exit(int(code))
-    for _ in range(LIMIT * 10):
+    for _ in range(limit * 10):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -149,12 +156,15 @@ def verdict(mistake: Mistake, folder: Path) -> tuple[str, str]:
     write(place, mistake.broken(text))
     code = run(mistake.tests, folder, log)
     write(place, text)
-    failed = re.search(r"^(?:FAILED|ERROR) .*?::(\S+)", log.read_text(encoding="utf-8"), re.M)
+    said = log.read_text(encoding="utf-8")
+    failed = re.search(r"^(?:FAILED|ERROR) .*?::(\S+)", said, re.M)
     if code is None or code < 0:
         return "killed", "it hangs" if code is None else "it crashes"
     if code == 1 and failed:
         return "killed", failed[1]
-    return ("ALIVE", "") if code == 0 else ("broken", f"pytest ended with {code}")
+    if code == 0:
+        return "ALIVE", "" if re.search(r"\d passed", said) else "its tests are skipped here"
+    return "broken", f"pytest ended with {code}"
 
 
 def table(mistakes: dict[str, Mistake], folder: Path) -> bool:
@@ -287,7 +297,10 @@ def main() -> int:
     out = (args.out or ROOT / "runs" / "break_it" / f"{name}.png").absolute()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        copy(folder)
+        try:
+            copy(folder)
+        except (OSError, subprocess.CalledProcessError):
+            parser.error(f"{ROOT} is no clone: git is asked what belongs to it")
         if args.run:
             train_both(one, folder, out)
             return 0
