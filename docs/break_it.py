@@ -41,7 +41,7 @@ from statistics import fmean, variance
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300                                             # seconds until a test is taken to hang
-TRAIN = ("--method rlvr --steps 15 --prompts 6 --max-new-tokens 24 --learning-rate 6e-5 --seed 0 "
+TRAIN = ("--method rlvr --prompts 4 --max-new-tokens 16 --learning-rate 6e-5 --seed 0 "
          "--eval-problems 0 --keep 1")                  # of --run; a pitfall's own flags come behind
 PARAGRAPH = r"^(\*\*P(\d+) .*?)(?=^\*\*P\d|\Z)"         # of docs/pitfalls.md
 
@@ -257,9 +257,9 @@ def drawn(runs: dict[str, list[dict]], keys: list[str], title: str, path: Path) 
     fig.savefig(path, dpi=120)
 
 
-def train_both(mistake: Mistake, folder: Path, out: Path) -> None:
+def train_both(mistake: Mistake, folder: Path, out: Path, steps: int) -> None:
     """Trains with and without the mistake, draws both curves and prints one table."""
-    flags, runs, ends = f"{TRAIN} {mistake.flags}".strip(), {}, {}
+    flags, runs, ends = f"{TRAIN} --steps {steps} {mistake.flags}".strip(), {}, {}
     place, keys = folder / mistake.file, ["reward", *mistake.metrics]
     text = place.read_text(encoding="utf-8")
     for name, code in (("as it is", text), (f"with {mistake.pitfall}", mistake.broken(text))):
@@ -280,6 +280,7 @@ def main() -> int:
     names = {mistake.pitfall or str(i): mistake for i, mistake in enumerate(mistakes, 1)}
     parser.add_argument("which", nargs="*", metavar="P8 | 57", help="some mistakes; none: all")
     parser.add_argument("--run", action="store_true", help="train with and without a pitfall")
+    parser.add_argument("--steps", type=int, default=16, help="of each of the two (default: 16)")
     parser.add_argument("--out", type=Path, metavar="FILE.png",
                         help="where --run draws (default: runs/break_it/P8.png)")
     args = parser.parse_args()
@@ -290,6 +291,8 @@ def main() -> int:
     name, one = next(iter(chosen.items()))
     if (args.run or args.out) and not (args.run and len(chosen) == 1 and one.pitfall):
         parser.error("--run takes one pitfall, such as P8, and --out goes with --run")
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, not {args.steps}")
     if args.run and one.no_run:
         parser.error(f"{name} shows in no curve: {one.no_run}")
     if len(chosen) == 1 and one.pitfall:
@@ -302,7 +305,7 @@ def main() -> int:
         except (OSError, subprocess.CalledProcessError):
             parser.error(f"{ROOT} is no clone: git is asked what belongs to it")
         if args.run:
-            train_both(one, folder, out)
+            train_both(one, folder, out, args.steps)
             return 0
         warm_up()
         return int(not (show(one, folder) if len(chosen) == 1 else table(chosen, folder)))

@@ -51,7 +51,8 @@ def test_every_pitfall_names_metrics_that_a_run_has_or_why_no_curve_shows_it(mis
 
 @pytest.mark.parametrize("arguments, says", [
     (["P43"], "there is no P43"), (["P8", "P9", "--run"], "one pitfall"), (["50", "--run"], "one pitfall"),
-    (["--run"], "one pitfall"), (["P8", "--out", "x.png"], "goes with --run"), (["P35", "--run"], "no CUDA graphs")])
+    (["--run"], "one pitfall"), (["P8", "--out", "x.png"], "goes with --run"), (["P35", "--run"], "no CUDA graphs"),
+    (["P8", "--run", "--steps", "0"], "at least 1")])
 def test_what_the_lab_cannot_do_is_one_line_and_exit_code_2(arguments, says):
     done = lab(*arguments)
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
@@ -118,8 +119,8 @@ def test_a_run_of_both_draws_and_prints_them_and_says_why_one_ended(tmp_path, mo
         return (rows([0.3], kl=None), "train.py: no") if len(calls) > 1 else (rows(rising, kl=0.5), "")
 
     monkeypatch.setattr(break_it, "trained", trained)
-    break_it.train_both(mistake, tmp_path, tmp_path / "deep" / "P8.png")
-    assert calls == [(text, f"{break_it.TRAIN} --kl-coef 1") for text in ("good", "bad")]
+    break_it.train_both(mistake, tmp_path, tmp_path / "deep" / "P8.png", 6)
+    assert calls == [(text, f"{break_it.TRAIN} --steps 6 --kl-coef 1") for text in ("good", "bad")]
     said = capsys.readouterr().out
     assert "as it is: the reward rises\n" in said and "ended after 1 steps: train.py: no\n" in said
     assert re.search(r"^reward +0.15 +0.85 +0.3 +0.3$", said, re.M) and re.search(r"^kl +0.5 +0.5 +- +-$", said, re.M)
