@@ -275,9 +275,8 @@ def train_both(mistake: Mistake, folder: Path, out: Path, steps: int) -> None:
 
 
 def main() -> int:
-    mistakes, parser = read(), argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n")[0])
-    names = {mistake.pitfall or str(i): mistake for i, mistake in enumerate(mistakes, 1)}
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    names = {mistake.pitfall or str(i): mistake for i, mistake in enumerate(read(), 1)}
     parser.add_argument("which", nargs="*", metavar="P8 | 57", help="some mistakes; none: all")
     parser.add_argument("--run", action="store_true", help="train with and without a pitfall")
     parser.add_argument("--steps", type=int, default=16, help="of each of the two (default: 16)")
