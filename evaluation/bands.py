@@ -175,5 +175,8 @@ def text(run: Run, others: list[Run]) -> str:
         head.append(f"warning: no kept run has these settings: {told}. Only {GAP} is compared")
     elif len(like) < FEW:
         head.append(f"warning: bands of {len(like)} are narrow, and a sound run may leave them")
+    if run.settings.get("dtype") == "float32" not in {o.settings.get("dtype") for o in others}:
+        head.append(f"warning: this run computes in float32, the kept ones in bfloat16: a fault "
+                    f"may hide in their {GAP}; here it should be below 1e-4")
     return "\n\n".join(["\n".join(head), report.aligned(table),
                         *(said or ["Nothing is outside for long."])])

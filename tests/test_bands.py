@@ -88,6 +88,12 @@ def test_a_small_gap_is_no_fault_nor_is_that_of_a_sampler_ahead():
     assert "Nothing is outside" in bands.text(ahead, PLAIN[1:])
 
 
+def test_a_run_in_float32_is_told_that_the_gap_of_bf16_is_larger():
+    run = replace(PLAIN[0], settings=PLAIN[0].settings | {"dtype": "float32"})
+    assert "warning: this run computes in float32" in bands.text(run, KEPT)
+    assert "float32" not in bands.text(run, [run]) + bands.text(PLAIN[0], KEPT)
+
+
 @pytest.mark.parametrize("setting, other", [("model", "m"), ("task", "gsm8k"), ("group_size", 4),
                                             ("learning_rate", 1e-3), ("method", "distill")])
 def test_a_run_of_other_settings_is_told_so_and_only_its_gap_is_compared(setting, other):
