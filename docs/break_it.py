@@ -1,7 +1,7 @@
 """A break-it lab: puts one realistic mistake at a time into a copy of the code. Who notices?
 
     python docs/break_it.py P8           a pitfall: in words, as a diff, and how its test turns red
-    python docs/break_it.py P8 --run     trains with and without it, about a minute each: both curves
+    python docs/break_it.py P8 --run     trains with and without it, 16 short steps each: both curves
     python docs/break_it.py 57           the 57th mistake, and what pytest says of it
     python docs/break_it.py P8 P9 57     several in a table: by which test each was killed
     python docs/break_it.py              all of them
@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +252,7 @@ def drawn(runs: dict[str, list[dict]], keys: list[str], title: str, path: Path) 
             ax.plot([row["step"] for row in told], [row[key] for row in told], style, label=name)
         ax.set_title(key, loc="left")
     axes[-1].set_xlabel("step")
-    fig.suptitle(title)
+    fig.suptitle("\n".join(textwrap.wrap(title, 70)), fontsize=10)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
