@@ -2,6 +2,7 @@
 
     python evaluate.py --model smollm2-135m --task arithmetic --personas test --out runs/eval
     python evaluate.py --compare runs/a/evaluation/after runs/b/evaluation/after
+    python evaluate.py --check-run runs/a
 
 All personas get the same problems, decoded greedily in one call of the sampler. The sampler, the
 chat template and the verifier are those of training. The prompt without a persona, named `none`,
@@ -17,6 +18,7 @@ Behind this door, in evaluation/:
     fidelity.py   does an answer still tell its persona? No judge is needed
     judge.py      PersonaGym with a judge model; replies.py reads its grades
     compare.py    arms side by side, and the hypotheses
+    bands.py      does a training run look right?
     report.py     the HTML page; plots.py draws its plots
 
 Out come `results.json` (the scores and the table of right and wrong, from which any other score can
@@ -41,7 +43,7 @@ import tasks
 import weights
 from common import files
 from common.command import note
-from evaluation import answers, compare, judge, lottery, measures, report, rivals
+from evaluation import answers, bands, compare, judge, lottery, measures, report, rivals
 from evaluation.command import check, parse
 from evaluation.fidelity import Fidelity, fidelity
 from evaluation.report import table_text
@@ -300,7 +302,9 @@ def main(argv=None):
     args = parse(argv)
     try:
         check(args)
-        if args.compare:
+        if args.check_run:
+            print(bands.text(bands.read(Path(args.check_run)), bands.kept()))
+        elif args.compare:
             found = compare.folders(args.compare, args.out, args.roles, args.seed)
             print(compare.text(found))
         else:

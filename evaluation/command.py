@@ -58,6 +58,8 @@ def parse(argv):
         help="per million tokens")
     add("--compare", nargs="+", metavar="DIR",
         help="evaluation folders to put side by side, into --out")
+    add("--check-run", metavar="RUN",
+        help="does a training run look right? Its metrics beside those of the kept runs")
     add("--roles", nargs="+", help="names for the folders of --compare: start, rlvr, permix, ...")
     return parser.parse_args(argv)
 
@@ -83,6 +85,8 @@ def check(args):
                 raise ValueError(f"{flag} must be at least {least}, not {one}")
         if args.compare and name not in ("compare", "roles", "out", "seed"):
             raise ValueError(f"--compare does not read {flag}: leave it out")
+        if args.check_run and name != "check_run":
+            raise ValueError(f"--check-run does not read {flag}: leave it out")
         beside = BESIDE.get(name, given)
         if not given.keys() & beside:
             others = " or ".join(f"--{other.replace('_', '-')}" for other in beside)

@@ -16,7 +16,6 @@ import rewards
 import tasks
 import train
 from common import files
-from docs import mutants
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,9 +169,3 @@ def test_the_page_of_formats_has_every_key_that_there_is_and_no_other(name, made
 
 def test_the_page_of_formats_has_every_file_that_is_made(made):
     assert FORMATS.keys() == made.keys()
-
-
-@pytest.mark.parametrize("mutant", mutants.read(), ids=lambda mutant: f"{mutant.file}: {mutant.what}")
-def test_each_mistake_of_the_break_it_lab_fits_the_code_in_one_place_and_names_tests_that_exist(mutant):
-    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1 and mutant.old != mutant.new
-    assert mutant.tests and all((ROOT / word).is_file() for word in mutant.tests.split() if word.startswith("tests/"))
