@@ -63,8 +63,14 @@ def slots_for(model: Transformer, tokens: int) -> int:
     if model.device.type != "cuda":
         return 192
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    row = tokens * token_bytes(model) + state_bytes(model)
-    return max(8, min(512, memory // 4 // row // 8 * 8))
+    return max(8, min(512, memory // 4 // row_bytes(model, tokens) // 8 * 8))
+
+
+def row_bytes(model: Transformer, tokens: int) -> int:
+    """Of a row of so many tokens: keys and values, and the states of gated DeltaNets."""
+    states = sum(x.nbytes for _ in model.c.delta_layers
+                 for x in empty_states(model.c.delta, 1, model.dtype, "meta"))
+    return tokens * token_bytes(model) + states
 
 
 def token_bytes(model: Transformer) -> int:
@@ -72,12 +78,6 @@ def token_bytes(model: Transformer) -> int:
     c = model.c
     layers = c.num_layers - len(c.delta_layers)
     return 2 * layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-
-
-def state_bytes(model: Transformer) -> int:
-    """Of a row's states in all gated DeltaNets."""
-    return sum(x.nbytes for _ in model.c.delta_layers
-               for x in empty_states(model.c.delta, 1, model.dtype, "meta"))
 
 
 class KeyValues:
@@ -144,7 +144,9 @@ class Cache:
 
     def start(self, entries: list[tuple[int, int]]) -> None:
         """Rows go on from their prefix's states. entries: of (prefix, row)."""
-        prefixes, rows = torch.tensor(entries, dtype=torch.long, device=self.device).view(-1, 2).T
+        if not (self.c.delta_layers and entries):
+            return
+        prefixes, rows = torch.tensor(entries, device=self.device).T
         for i in self.c.delta_layers:
             for own, x in zip(self.row_kv.layers[i], self.prefix_kv.layers[i], strict=True):
                 own[rows] = x[prefixes]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import personas
 from model import Transformer, pack
-from sampling.cache import slots_for, token_bytes
+from sampling.cache import row_bytes, slots_for
 from training.policy import Policy, ranks
 
 
@@ -60,7 +60,7 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     parts = {"weights": sum(whole.values()), **kept,
              "gradients": count * 4 + widest * size,    # their sum, and one of a micro-batch's
              "activations": activations,
-             "cache": rows * row_tokens * token_bytes(model) * (1 + args.overlap)}
+             "cache": rows * row_bytes(model, row_tokens) * (1 + args.overlap)}
     if args.async_save and on_cpu:
         parts["checkpoint"] = kept["moments"] + kept["masters"] + count * size
     if args.overlap:
