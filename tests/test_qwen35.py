@@ -74,7 +74,7 @@ def stepped(x, g, beta, weight, states=None):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_recurrence_is_the_papers_written_out_in_numpy_like_loops(length):
+def test_the_recurrence_is_the_papers_written_out(length):
     x, g, beta, weight = drawn(length)
     found, (_, state) = stepped(x, g, beta, weight)
     S = torch.zeros(ONE.value_heads, ONE.key_dim, ONE.value_dim, dtype=torch.float64)
@@ -165,16 +165,14 @@ def test_shared_prompts_equal_repeated_and_single_ones_and_so_do_all_gradients(d
 
 
 def test_gradients_flow_through_the_state_of_a_shared_prompt(double):
-    """Of the prompt's first token, which no convolution and, in an attention that is shut off, nothing else carries."""
-    model = copy.deepcopy(double)
+    """To the prompt's first token, 130 before: neither the convolutions reach it, nor attention, which is shut off."""
+    model, seen = copy.deepcopy(double), []
     for i in {*range(4)} - {*model.c.delta_layers}:
         model.layers[i].self_attn["o_proj"].weight.data.zero_()
-    prompt = [98, *(t % 90 + 3 for t in random_ids(129))]           # a first token that comes once
-    logprobs = completion_logprobs(model, pack([(prompt, [[5, 6, 7], [8, 9, 10]])], model))[0]
-    for i in (2, 5):                                                # a token of each completion
-        row = torch.autograd.grad(logprobs[i], model.embed_tokens.weight, retain_graph=True)[0][98]
-        logits_alone = model.c.tied and row.norm()
-        assert logits_alone > 0
+    model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(out))
+    logprobs = completion_logprobs(model, pack([(random_ids(130), [[5, 6, 7], [8, 9, 10]])], model))[0]
+    for i in (2, 5):                                    # a token of each completion
+        assert torch.autograd.grad(logprobs[i], seen[0], retain_graph=True)[0][0].norm() > 0
 
 
 def test_p17_sequences_of_a_pack_leak_nothing_into_each_other(ours):
@@ -229,9 +227,10 @@ def test_a_sampler_that_lives_on_reads_no_state_of_another_call(ours, n):
     prompts, params = prompts_around(20), SamplingParams(n, max_tokens=9)
     sampler = Sampler(stopping(ours, range(20)), slots=5)
     expected = {(c.index, c.sample): c.tokens for c in sampler.generate(prompts, params)}
-    for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv):
-        for x in (x for layer in kv.layers for x in layer):
-            x.fill_(torch.nan)
+    with torch.inference_mode():
+        for kv in (sampler.cache.row_kv, sampler.cache.prefix_kv):
+            for x in (x for layer in kv.layers for x in layer):
+                x.fill_(torch.nan)
     assert {(c.index, c.sample): c.tokens for c in sampler.generate(prompts, params)} == expected
 
 
@@ -271,15 +270,15 @@ def test_a_decode_step_costs_the_same_however_long_the_text_is(kind, grows, monk
         return out
 
     monkeypatch.setattr(Sampler, "step", counted)
-    list(rollout.generate(model, [random_ids(7), random_ids(300)], SamplingParams(max_tokens=150), slots=1))
-    assert len(counts) == 2 * 149 and (len(set(counts)) > 1) == grows
+    list(rollout.generate(model, [random_ids(7), random_ids(300)], SamplingParams(max_tokens=30), slots=1))
+    assert len(counts) == 2 * 29 and (len(set(counts)) > 1) == grows
 
 
 def test_states_are_fp32_in_a_bf16_model_and_counted_as_memory(folder):
     model = weights.load(str(folder), "bfloat16", "cpu")[0]
     sampler = Sampler(stopping(model), slots=3)
     prompts = prompts_around(20)
-    done = list(sampler.generate(prompts, SamplingParams(2, max_tokens=40)))
+    done = list(sampler.generate(prompts, SamplingParams(2, max_tokens=12)))
     conv, state = sampler.cache.row_kv.layers[0]
     assert (conv.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     assert row_bytes(model, 10) - row_bytes(model, 0) == 10 * 2 * 2 * 2 * 16 * 2            # two layers have keys
@@ -293,7 +292,7 @@ def test_states_are_fp32_in_a_bf16_model_and_counted_as_memory(folder):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_with_a_vision_tower_and_a_draft_head_is_read_as_its_text_model_and_saved_alone(tmp_path, capsys):
+def test_a_checkpoint_with_a_vision_tower_and_a_draft_head_is_read_as_its_text_model_and_saved_alone(tmp_path):
     """As Qwen/Qwen3.5-0.8B comes: its config inside another one that says that the head is tied, its names behind
     `model.language_model.`, beside `model.visual.` and `mtp.`"""
     text = SIZES | FAMILIES["qwen3_5"]

@@ -31,7 +31,6 @@ ARCHITECTURES = {                                       # model_type: what a sav
     "olmo2": "Olmo2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM"}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False,
            "partial_rotary_factor": 1.0}
 LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "visual.", "mtp.")   # images; drafts
@@ -125,7 +124,8 @@ def per_layer(hf) -> tuple[list[int], list[dict | None]]:
     default = "sliding_attention" if slides else "full_attention"
     types = getattr(hf, "layer_types", None) or [default] * hf.num_hidden_layers
     of_qwen35 = kind == "qwen3_5_text"
-    if unknown := set(types) - LAYER_TYPES - ({"linear_attention"} if of_qwen35 else set()):
+    known = {"full_attention", "linear_attention" if of_qwen35 else "sliding_attention"}
+    if unknown := set(types) - known:
         raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
     windows = [hf.sliding_window if t == "sliding_attention" else 0 for t in types]
     rope = [hf.rope_parameters.get(t, hf.rope_parameters) for t in types]   # by type, or one set
