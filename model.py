@@ -14,6 +14,7 @@ no subclasses:
 **Tokens are packed**: the linear layers see [N, H], every token once and no padding. Attention is
 handed in as a function `attend(layer, q, k, v)`, so the model knows nothing of batches or caches.
 That function is in kernels/attention.py (training, prefill) and in sampling/cache.py (decoding).
+Its `delta` does the same for gated DeltaNets.
 
 Left out: mixture of experts, multimodal towers, tensor parallelism. `python -m weights.parity`
 counts the parameters by part and compares the logits with transformers' on the same weights.
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
 from kernels.attention import PrefixAttention
+from kernels.delta import DeltaSizes, GatedDeltaNet
 from kernels.elementwise import add_rms_norm, gated, rms_norm, rotate
 
 # -----------------------------------------------------------------------------------------------
@@ -62,6 +64,9 @@ class Config:
     pre_norm: bool = True                               # before attention and MLP (not OLMo 2)
     post_norm: bool = False                             # after them (Gemma 3, OLMo 2)
     norm_offset: float = 0.0                            # Gemma stores w - 1
+    attn_gate: bool = False                             # q_proj also gives what gates the output
+    delta: DeltaSizes | None = None                     # of the gated DeltaNets
+    delta_layers: list[int] = field(default_factory=list)
     softcap: float | None = None                        # softcap * tanh(logits / softcap)
     stop_ids: list[int] = field(default_factory=list)   # tokens that end a completion
 
@@ -71,10 +76,11 @@ class Config:
 
 
 def inverse_frequencies(head_dim: int, rope: dict) -> Tensor:
-    """theta^(-2i/d) [head_dim / 2] fp32, with `linear` or `llama3` scaling.
+    """theta^(-2i/d) [d / 2] fp32, with `linear` or `llama3` scaling; d numbers of a head turn.
 
     Raises ValueError for other scalings.
     """
+    head_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     base = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     kind = rope.get("rope_type", "default")
     if kind == "default":
@@ -134,15 +140,18 @@ class Layer(nn.Module):
         self.c, self.index, self.reordered = c, index, reordered
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         norm = partial(RMSNorm, eps=c.rms_eps, offset=c.norm_offset)
-        self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(c.hidden_size, q, bias=c.qkv_bias),
-            "k_proj": nn.Linear(c.hidden_size, kv, bias=c.qkv_bias),
-            "v_proj": nn.Linear(c.hidden_size, kv, bias=c.qkv_bias),
-            "o_proj": nn.Linear(q, c.hidden_size, bias=c.o_bias)})
-        if c.qk_norm:
-            per_head = c.qk_norm == "head"
-            self.self_attn["q_norm"] = norm(c.head_dim if per_head else q)
-            self.self_attn["k_norm"] = norm(c.head_dim if per_head else kv)
+        if index in c.delta_layers:
+            self.linear_attn = GatedDeltaNet(c.hidden_size, c.delta, c.rms_eps)
+        else:
+            self.self_attn = nn.ModuleDict({
+                "q_proj": nn.Linear(c.hidden_size, q * (1 + c.attn_gate), bias=c.qkv_bias),
+                "k_proj": nn.Linear(c.hidden_size, kv, bias=c.qkv_bias),
+                "v_proj": nn.Linear(c.hidden_size, kv, bias=c.qkv_bias),
+                "o_proj": nn.Linear(q, c.hidden_size, bias=c.o_bias)})
+            if c.qk_norm:
+                per_head = c.qk_norm == "head"
+                self.self_attn["q_norm"] = norm(c.head_dim if per_head else q)
+                self.self_attn["k_norm"] = norm(c.head_dim if per_head else kv)
         self.mlp = nn.ModuleDict({
             "gate_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
             "up_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
@@ -157,6 +166,19 @@ class Layer(nn.Module):
         if c.post_norm:
             self.post_feedforward_layernorm = norm(c.hidden_size)
 
+    @property
+    def mixer(self) -> nn.ModuleDict:
+        return self.linear_attn if self.index in self.c.delta_layers else self.self_attn
+
+    def linears(self) -> list[list[nn.Linear]]:
+        """The linear layers; those that share an input stand together."""
+        mix = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
+        if self.index in self.c.delta_layers:
+            mix = GatedDeltaNet.INPUTS, ["out_proj"]
+        names = [*mix, ["gate_proj", "up_proj"], ["down_proj"]]
+        parts = {**self.mixer, **self.mlp}
+        return [[parts[name] for name in together] for together in names]
+
     def linear(self, x: Tensor, *modules: nn.Linear) -> tuple[Tensor, ...]:
         """x through one or several linear layers that share it (q, k, v; gate, up)."""
         if modules[0] not in self.reordered or torch.is_grad_enabled():
@@ -168,8 +190,12 @@ class Layer(nn.Module):
                      for m, part in zip(modules, parts, strict=True))
 
     def attention(self, x: Tensor, table: Tensor | None, attend) -> Tensor:
-        c, a = self.c, self.self_attn
+        c, a = self.c, self.mixer
+        if self.index in c.delta_layers:
+            return a(x, self.linear, partial(attend.delta, self.index))
         q, k, v = self.linear(x, a["q_proj"], a["k_proj"], a["v_proj"])
+        if c.attn_gate:                                 # of each head in turn, queries and gates
+            q, gate = q.view(len(x), -1, 2 * c.head_dim).chunk(2, -1)
         if c.qk_norm == "all":
             q, k = a["q_norm"](q), a["k_norm"](k)
         q, k, v = (y.view(len(x), -1, c.head_dim) for y in (q, k, v))           # [N, heads, D]
@@ -178,6 +204,8 @@ class Layer(nn.Module):
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         out = attend(self.index, q, k, v)                                   # [N, num_heads, D]
+        if c.attn_gate:
+            out = out * gate.sigmoid()
         return self.linear(out.flatten(1), a["o_proj"])[0]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -292,9 +320,7 @@ class Transformer(nn.Module):
             return {}
         reorder, copies = torch.ops.mkldnn._reorder_linear_weight, {}
         for layer in self.layers:
-            a, m = layer.self_attn, layer.mlp
-            for modules in ((a["q_proj"], a["k_proj"], a["v_proj"]), (a["o_proj"],),
-                            (m["gate_proj"], m["up_proj"]), (m["down_proj"],)):
+            for modules in layer.linears():
                 weight, bias = torch.cat([x.weight.detach() for x in modules]), None
                 if modules[0].bias is not None:
                     bias = torch.cat([x.bias.detach() for x in modules])

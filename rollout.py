@@ -148,7 +148,7 @@ class Generation:
         self.cache.row_kv.reserve(rows + 1, own + self.params.max_tokens)
         self.cache.prefix_kv.reserve(min(prefixes, rows) + 1, shared)
         self.sampler.current = self
-        self.spare = self.cache.row_kv.take()           # for what fills a batch up
+        self.cache.spare = self.cache.row_kv.take()     # for what fills a batch up
 
     def run(self, on_token=None) -> Iterator[Completion]:
         self.reserve()
@@ -203,9 +203,11 @@ class Generation:
         lengths = [len(prompt.ids) - len(prompt.prefix.ids) for prompt in new]
         for first, last in chunks(lengths, PREFILL_TOKENS):
             self.prefill_prompts(new[first:last])
+        first = len(self.rows)
         for prompt in self.prefilled:
             while prompt.samples < n and len(self.rows) < self.slots:
                 self.start_row(prompt, 0)
+        self.cache.start([(row.prompt.prefix.entry, row.entry) for row in self.rows[first:]])
         self.prefilled = [prompt for prompt in self.prefilled if prompt.samples < n]
 
     def prefill_prefixes(self, prefixes: list[Prefix]) -> None:
@@ -297,7 +299,7 @@ class Generation:
             tokens, prefix = row.completion.tokens, row.prompt.prefix
             inputs.append((tokens[-1], row.entry, row.start + len(tokens) - 1, max(prefix.entry, 0),
                            len(prefix.ids)))
-        inputs += [(0, self.spare, 0, 0, 0)] * (bucket(count) - count)
+        inputs += [(0, self.cache.spare, 0, 0, 0)] * (bucket(count) - count)
         inputs = torch.tensor(inputs, dtype=torch.int32).T.contiguous()
         return self.sampler.decode(inputs)[:count]
 

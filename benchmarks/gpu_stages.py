@@ -27,7 +27,7 @@ from common import files
 from common.command import one_line
 from model import Transformer, completion_logprobs, pack
 from rollout import Sampler, SamplingParams, generate
-from sampling.cache import token_bytes
+from sampling.cache import row_bytes, token_bytes
 from training.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -382,7 +382,7 @@ def mixed_load(report: Report, name: str, model: Transformer) -> None:
     planned, slots = [draw.randint(low, high) for _ in prompts], size.requests
     if report.device == "cuda":                         # of the longest rows
         room = torch.cuda.mem_get_info()[0] / 1.5
-        slots = max(8, min(slots, int(room / (2 * high * token_bytes(model))) // 8 * 8))
+        slots = max(8, min(slots, int(room / row_bytes(model, 2 * high)) // 8 * 8))
 
     def end(tokens: list[int]) -> None:
         if len(tokens) == 1:

@@ -14,52 +14,15 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.delta import Chunks, States, delta_net
+from kernels.moves import Gather, Move, copies_of
 
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:                                     # most machines: torch has its kernels too
     flash_attn_varlen_func = None
-
-
-class Move(torch.autograd.Function):
-    """Copies rows between the packed and the padded layout.
-
-    The index is one-to-one, so the backward is a copy as well. Autograd's own would be an
-    index_add, many times slower on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, index, size, to_padded):
-        ctx.index, ctx.size, ctx.to_padded = index, x.shape[0], to_padded
-        if to_padded:
-            return x.new_zeros(size, *x.shape[1:]).index_copy_(0, index, x)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        moved = Move.apply(grad.contiguous(), ctx.index, ctx.size, not ctx.to_padded)
-        return moved, None, None, None
-
-
-class Gather(torch.autograd.Function):
-    """x[keys] of a PrefixAttention: a prefix's rows once for each sequence that sees them.
-
-    The backward sums the gradients of a row's copies in fp32 and in a fixed order. embedding_bag
-    does so in one pass: it adds up lists of rows. Autograd's own would sort the index every time.
-    """
-
-    @staticmethod
-    def forward(ctx, x, attend):
-        ctx.attend = attend
-        return x.index_select(0, attend.sequences[0])
-
-    @staticmethod
-    def backward(ctx, grad):
-        copies, starts = ctx.attend.copies
-        total = F.embedding_bag(copies, grad.flatten(1), starts, mode="sum")
-        return total.view(-1, *grad.shape[1:]), None
 
 
 class Bucket(NamedTuple):
@@ -158,9 +121,19 @@ class PrefixAttention:
         if self.cached:
             k, v = (torch.cat([cached.transpose(1, 2).flatten(0, 1), packed])
                     for cached, packed in zip(prefix_kv, (k, v), strict=True))
-        k, v = (Gather.apply(x, self) for x in (k, v))
+        k, v = (Gather.apply(x, self.sequences[0], self.copies) for x in (k, v))
         return varlen(q, k, v, *self.sequences[1:], scale=self.c.attn_scale,
                       window=self.c.windows[layer])
+
+    def delta(self, layer: int, x: Tensor, g: Tensor, beta: Tensor, weight: Tensor,
+              before: States | None = None):
+        """What the tokens read in a gated DeltaNet: see kernels.delta.delta_net."""
+        return delta_net(x, g, beta, weight, self.c.delta, self.chunks, before)
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        return Chunks(self.prefix_lengths, self.completion_lengths, self.cached, self.c.delta.conv,
+                      self.device)
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -190,10 +163,7 @@ class PrefixAttention:
 
     @cached_property
     def copies(self) -> tuple[Tensor, Tensor]:
-        """Where each packed key stands among the gathered ones: (places, first place of each)."""
-        keys, places = self.sequences[0].sort(stable=True)
-        packed = torch.arange(len(self.position_ids), device=self.device)
-        return places, torch.searchsorted(keys, packed)
+        return copies_of(self.sequences[0], len(self.position_ids))
 
 
 def buckets(prefix_lengths: list[int], completion_lengths: list[list[int]],

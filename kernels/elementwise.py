@@ -39,7 +39,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     if not offset:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+    return F.rms_norm(wide(x), weight.shape, wide(weight) + offset, eps).to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def native_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
@@ -83,7 +88,11 @@ class AddRMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x [N, heads, D] turned by table [N, 1, D] fp32: cosines [D / 2], then sines."""
+    """x [N, heads, D] turned by table [N, 1, R] fp32: cosines [R / 2], then sines. What a head has
+    beyond R numbers stays (Qwen3.5)."""
+    if table.shape[-1] < x.shape[-1]:
+        turned, same = x.split([table.shape[-1], x.shape[-1] - table.shape[-1]], -1)
+        return torch.cat([rotate(turned, table), same], -1)
     if not native.usable(x):
         return torch_rotate(x, table)
     return Rotate.apply(x, table) if torch.is_grad_enabled() else native_rotate(x, table, 1.0)

@@ -1,4 +1,4 @@
-"""The sampler's cache: keys and values of the tokens so far.
+"""The sampler's cache: keys and values of the tokens so far, or the state of a gated DeltaNet.
 
 Prompts that open alike (a persona's system message) share one *prefix*, and so do the n samples of
 a prompt. A row's own entry holds only what comes behind its prefix. Nothing is moved: a decode step
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.attention import PrefixAttention
 from kernels.decode_attention import Rows, decode_attention
+from kernels.delta import delta_step, empty_states
 from model import Transformer
 
 MIN_SHARED = 8                                          # a shorter opening is not worth sharing
@@ -62,17 +63,26 @@ def slots_for(model: Transformer, tokens: int) -> int:
     if model.device.type != "cuda":
         return 192
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    return max(8, min(512, memory // 4 // (tokens * token_bytes(model)) // 8 * 8))
+    return max(8, min(512, memory // 4 // row_bytes(model, tokens) // 8 * 8))
+
+
+def row_bytes(model: Transformer, tokens: int) -> int:
+    """Of a row of so many tokens: keys and values, and the states of gated DeltaNets."""
+    states = sum(x.nbytes for _ in model.c.delta_layers
+                 for x in empty_states(model.c.delta, 1, model.dtype, "meta"))
+    return tokens * token_bytes(model) + states
 
 
 def token_bytes(model: Transformer) -> int:
     """Of a token's keys and values in all layers."""
     c = model.c
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+    layers = c.num_layers - len(c.delta_layers)
+    return 2 * layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
 
 
 class KeyValues:
-    """(keys, values) a layer, both [entries, kv_heads, T, D], and which entries are free.
+    """(keys, values) a layer, both [entries, kv_heads, T, D], and which entries are free. Of a
+    gated DeltaNet: its kernels.delta.States.
 
     What an entry holds beyond its length is whatever was there. grown: how often the memory was
     replaced.
@@ -80,35 +90,37 @@ class KeyValues:
 
     def __init__(self, model: Transformer):
         self.c, self.like = model.c, {"dtype": model.dtype, "device": model.device}
-        self.layers, self.free, self.grown = self.empty(1, 0), [0], 0
+        self.layers, self.free, self.grown, self.width = self.empty(1, 0), [0], 0, 0
 
     @property
     def entries(self) -> int:
         return len(self.layers[0][0])
 
     def empty(self, entries: int, width: int) -> list[tuple[Tensor, Tensor]]:
-        shape = entries, self.c.num_kv_heads, width, self.c.head_dim
-        return [(torch.empty(shape, **self.like), torch.empty(shape, **self.like))
-                for _ in range(self.c.num_layers)]
+        shape, c = (entries, self.c.num_kv_heads, width, self.c.head_dim), self.c
+        return [empty_states(c.delta, entries, *self.like.values()) if i in c.delta_layers else
+                (torch.empty(shape, **self.like), torch.empty(shape, **self.like))
+                for i in range(c.num_layers)]
 
     def reserve(self, entries: int, width: int) -> None:
         """Makes room for so many entries of so many tokens, if need be; what is in use stays."""
-        count, _, wide, _ = self.layers[0][0].shape
-        if entries <= count and width <= wide:
+        count = self.entries
+        if entries <= count and width <= self.width:
             return
         self.grown += 1
+        self.width = max(width, self.width)
         old = self.layers if len(self.free) < count else []
         self.layers = []                                # free before more is asked for
-        self.layers = self.empty(max(entries, count), max(width, wide))
+        self.layers = self.empty(max(entries, count), self.width)
         self.free += range(count, entries)
         for pair, grown in zip(old, self.layers, strict=False):
             for x, larger in zip(pair, grown, strict=True):
-                larger[:count, :, :wide] = x
+                larger[:count, :, :x.shape[2]] = x
 
     def take(self) -> int:
         """A free entry."""
         if not self.free:
-            self.reserve(2 * self.entries, self.layers[0][0].shape[2])
+            self.reserve(2 * self.entries, self.width)
         return self.free.pop()
 
     def clear(self) -> None:
@@ -121,12 +133,23 @@ class Cache:
     def __init__(self, model: Transformer):
         self.c, self.device = model.c, model.device
         self.prefix_kv, self.row_kv = KeyValues(model), KeyValues(model)
+        self.spare = 0                                  # a row entry for what no row needs
 
     def add_prefix(self, prefix: Prefix, opening: Prefix) -> None:
         """Takes an entry for a prefix. It opens with another one, which is copied."""
         prefix.entry, tokens = self.prefix_kv.take(), len(opening.ids)
-        for x in (x for layer in self.prefix_kv.layers if tokens for x in layer):
-            x[prefix.entry, :, :tokens] = x[opening.entry, :, :tokens]
+        for i, layer in enumerate(self.prefix_kv.layers):
+            for x in layer if tokens and i not in self.c.delta_layers else ():
+                x[prefix.entry, :, :tokens] = x[opening.entry, :, :tokens]
+
+    def start(self, entries: list[tuple[int, int]]) -> None:
+        """Rows go on from their prefix's states. entries: of (prefix, row)."""
+        if not (self.c.delta_layers and entries):
+            return
+        prefixes, rows = torch.tensor(entries, device=self.device).T
+        for i in self.c.delta_layers:
+            for own, x in zip(self.row_kv.layers[i], self.prefix_kv.layers[i], strict=True):
+                own[rows] = x[prefixes]
 
     def release(self, prefix: Prefix) -> None:
         """One user less; the last one frees the entry."""
@@ -146,7 +169,7 @@ class Cache:
 
         attend(layer, q, k, v) stores each run's k and v in `kv`, at its place (entry, start), and
         attends to its prefix and the tokens before. Neighbours with the same prefix read it
-        together.
+        together. attend.delta does the same with states.
         """
         runs = zip(prefixes, lengths, strict=True)
         groups = [list(group) for _, group in groupby(runs, key=lambda run: id(run[0]))]
@@ -164,6 +187,8 @@ class Cache:
         P = max(prefix_lengths)
         unused = torch.arange(P) >= torch.tensor(prefix_lengths)[:, None]
         unused = unused[:, None, :, None].to(self.device)
+        states = torch.tensor([entry for entry, _ in places], device=self.device)
+        empty = torch.tensor([not length for length in prefix_lengths], device=self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for x, new in zip(kv.layers[layer], (k, v), strict=True):
@@ -172,6 +197,16 @@ class Cache:
                          for x in self.prefix_kv.layers[layer]]
             return attention(layer, q, k, v, prefix_kv)
 
+        def delta(layer: int, *inputs: Tensor) -> Tensor:
+            before = [x[sources] for x in self.prefix_kv.layers[layer]]
+            for x in before:
+                x.movedim(0, -1).masked_fill_(empty, 0)
+            out, after = attention.delta(layer, *inputs, before)
+            for x, new in zip(kv.layers[layer], after, strict=True):
+                x[states] = new
+            return out
+
+        attend.delta = delta
         return attention.position_ids, attend
 
     def decode_step(self, rows: Rows, widths: tuple[int, int] | None = None):
@@ -189,4 +224,9 @@ class Cache:
             return decode_attention(q, k, v, *layers, rows, self.c.attn_scale,
                                     self.c.windows[layer])
 
+        def delta(layer: int, *inputs: Tensor) -> Tensor:
+            return delta_step(*inputs, self.c.delta, self.row_kv.layers[layer],
+                              rows.entries.long())
+
+        attend.delta = delta
         return rows.prefix_lengths + rows.lengths, attend

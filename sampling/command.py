@@ -92,7 +92,7 @@ def read_prompts(path: str, tokenizer, params: SamplingParams, c: Config) -> lis
                 raise ValueError(f"{where}: {one_line(error)}") from error
         else:
             raise ValueError(f'{where}: give either {{"prompt": "text"}} or {{"messages": '
-                             '[{"role": "user", "content": "text"}]}')
+                             '[{"role": "user", "content": "text"}]} (text alone, no images)')
         params.check_prompt(f"{where}: the prompt", ids, c)
         prompts.append(ids)
     if not prompts:

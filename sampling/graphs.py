@@ -7,7 +7,8 @@ ordinary steps. All graphs share one pool of memory.
 
 A replay must find its inputs in their place. So what changes from step to step is copied into
 `inputs`, keys and values are written into the cache, and the weights change in place only. Nothing
-in the step may read from the GPU or upload to it.
+in the step may read from the GPU or upload to it. A step moves the states of gated DeltaNets on, so
+what is not yet a replay runs on the spare entry.
 
 Left out: the prefill, whose shapes differ every time, and the draw. **Not run on a GPU by us**:
 tested on a CPU with a recorder that replays operators on the same memory.
@@ -45,9 +46,11 @@ class Graphs:
             self.grown, self.pool = grown, None                         # no graph, no pool
             self.inputs = torch.zeros(5, bucket(kv[0].entries), dtype=torch.int32,
                                       device=self.cache.device)
-        self.inputs[:, :B] = inputs
         if B not in self.recorded:
+            self.inputs[:, :B] = 0
+            self.inputs[1, :B] = self.cache.spare
             self.recorded[B] = self.record(step, self.inputs[:, :B])
+        self.inputs[:, :B] = inputs
         graph, hidden = self.recorded[B]
         graph.replay()
         return hidden

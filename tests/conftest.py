@@ -37,6 +37,9 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": 7},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3"},
+    "qwen3_5": {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"] * 2,
+                "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                "linear_value_head_dim": 12, "tie_word_embeddings": True},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 7, "query_pre_attn_scalar": 24,
                "rope_parameters": GEMMA_ROPE,
                "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
@@ -65,6 +68,8 @@ def make_reference(family: str, **sizes):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(torch.randn_like(p) * (0.3 if "norm" in name or "bias" in name else 0.1))
+            if "A_log" in name:
+                p.sub_(4)                               # else a DeltaNet forgets within a token
     return model
 
 

@@ -1,5 +1,6 @@
 """The decoder against transformers and against itself: packed, padded, prompt-shared, cached."""
 
+import copy
 import importlib
 import inspect
 import itertools
@@ -159,6 +160,8 @@ def test_p3_packed_padded_shared_and_single_forwards_agree(family):
 
 def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
     model, groups = family[0], groups_of()
+    if model.c.delta_layers:                            # whose fp32 rounds to 1.5e-6
+        model = copy.deepcopy(model).double()
     weight = torch.randn(sum(len(c) for _, cs in groups for c in cs), generator=torch.Generator().manual_seed(0))
 
     def gradients(batches):
@@ -378,7 +381,7 @@ def test_one_varlen_call_a_layer_gives_the_same_logprobs_and_gradients(family, f
         logprobs = completion_logprobs(model, pack(groups, model))[0]
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
         found.append((logprobs, {name: p.grad.double().clone() for name, p in model.named_parameters()}))
-    assert len(calls) == model.c.num_layers
+    assert len(calls) == model.c.num_layers - len(model.c.delta_layers)
     (logprobs, grads), (flash_logprobs, flash_grads) = found
     assert (logprobs - flash_logprobs).abs().max() <= 1e-5
     for name, grad in grads.items():
@@ -395,7 +398,7 @@ def test_gradients_of_a_shared_prefix_are_summed_in_fp32(tiny, dtype):
     """3,001 ones: bf16 would count to 256 and stay there, fp16 to 2,048."""
     attend = attention.PrefixAttention([3, 2], [[1] * 3000, [4]], tiny[0].c, "cpu")
     x = torch.ones(len(attend.position_ids), 2, 8, dtype=dtype, requires_grad=True)
-    attention.Gather.apply(x, attend).sum().backward()
+    attention.Gather.apply(x, attend.sequences[0], attend.copies).sum().backward()
     copies = torch.tensor([3001.0] * 3 + [2.0] * 2 + [1.0] * 3004).to(dtype)
     assert torch.equal(x.grad, copies[:, None, None].expand_as(x))
 

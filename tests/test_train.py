@@ -24,7 +24,7 @@ import train
 import weights
 from model import completion_hidden
 from rollout import Sampler
-from sampling.cache import token_bytes
+from sampling.cache import row_bytes
 from tests.conftest import make_reference
 from training import memory, monitor
 from training.checkpoints import Checkpoints
@@ -856,7 +856,7 @@ def test_p28_the_evaluations_cache_counts_and_what_the_process_holds_beside_tens
         return estimate(Policy(job.model, 1e-3, 0), job, 0, 200)
 
     small, large = (parts("--eval-problems", n, "--eval-personas", "9") for n in ("1", "200"))
-    rows = 192 * 200 * token_bytes(weights.load(str(tiny_folder), "float32")[0])
+    rows = 192 * row_bytes(weights.load(str(tiny_folder), "float32")[0], 200)
     assert large["peak"] - small["peak"] > 0.5 * rows
     assert 1e8 < small["process"] < 1e10
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import personas
 from model import Transformer, pack
-from sampling.cache import slots_for, token_bytes
+from sampling.cache import row_bytes, slots_for
 from training.policy import Policy, ranks
 
 
@@ -70,7 +70,7 @@ def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[s
     slots = args.slots or slots_for(model, row_tokens)
     rows = min(slots, args.prompts // ranks()[1] * args.group_size)
     asked = min(slots, -(-len(problems) * (1 + len(speakers)) // ranks()[1]))
-    cache, logits = row_tokens * token_bytes(model), model.c.vocab_size * (size + 8)
+    cache, logits = row_bytes(model, row_tokens), model.c.vocab_size * (size + 8)
     held["cache"] = rows * cache * (1 + args.overlap)
     if args.async_save and on_cpu:
         held["checkpoint"] = held["moments"] + held["masters"] + count * size

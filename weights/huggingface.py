@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.files import whole_folder
+from kernels.delta import DeltaSizes
 from model import Config, Transformer, inverse_frequencies
 from weights.lora import merged
 
@@ -26,13 +27,13 @@ ARCHITECTURES = {                                       # model_type: what a sav
     "smollm3": "SmolLM3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM"}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 MUST_BE = {"attn_logit_softcapping": None, "use_bidirectional_attention": False,
            "partial_rotary_factor": 1.0}
-OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
+LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "visual.", "mtp.")   # images; drafts
 
 
 def read(folder: Path):
@@ -41,6 +42,8 @@ def read(folder: Path):
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     text = config.get_text_config()                     # of Gemma 3 from 4B on, without its images
+    if config.model_type == "qwen3_5":                  # says it beside its text config, or in it
+        text.tie_word_embeddings |= config.tie_word_embeddings
     text.eos_token_id = getattr(config, "eos_token_id", None) or text.eos_token_id
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return text, tokenizer, safetensors(folder)
@@ -92,6 +95,16 @@ def differences(hf) -> dict:
             return {"qkv_bias": True}
         case "qwen3":
             return {"qk_norm": "head"}
+        case "qwen3_5_text":
+            if hf.hidden_act != "silu":
+                raise ValueError(f"{hf.model_type}: activation {hf.hidden_act!r} is not supported "
+                                 "(only silu)")
+            sizes = DeltaSizes(hf.linear_num_key_heads, hf.linear_num_value_heads,
+                               hf.linear_key_head_dim, hf.linear_value_head_dim,
+                               hf.linear_conv_kernel_dim)
+            linear = [i for i, t in enumerate(hf.layer_types) if t == "linear_attention"]
+            return {"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True, "delta": sizes,
+                    "delta_layers": linear}
         case "olmo2":
             return {"qk_norm": "all", "pre_norm": False, "post_norm": True}
         case "gemma3_text":
@@ -110,15 +123,18 @@ def per_layer(hf) -> tuple[list[int], list[dict | None]]:
     slides = kind == "mistral" and hf.sliding_window
     default = "sliding_attention" if slides else "full_attention"
     types = getattr(hf, "layer_types", None) or [default] * hf.num_hidden_layers
-    if unknown := set(types) - LAYER_TYPES:
+    of_qwen35 = kind == "qwen3_5_text"
+    known = {"full_attention", "linear_attention" if of_qwen35 else "sliding_attention"}
+    if unknown := set(types) - known:
         raise ValueError(f"{kind}: layer types {sorted(unknown)} are not supported")
     windows = [hf.sliding_window if t == "sliding_attention" else 0 for t in types]
     rope = [hf.rope_parameters.get(t, hf.rope_parameters) for t in types]   # by type, or one set
     for i, used in enumerate(getattr(hf, "no_rope_layers", None) or []):
         rope[i] = rope[i] if used else None
+    rope = [None if t == "linear_attention" else r for t, r in zip(types, rope, strict=True)]
     for parameters in filter(None, rope):
         inverse_frequencies(2, parameters)              # refuses unknown scalings before it is late
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0 and not of_qwen35:
             raise ValueError(f"{kind}: rope parameter partial_rotary_factor is not supported "
                              "(only 1.0)")
     return windows, rope
@@ -139,7 +155,7 @@ def safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             for name in archive.keys():
                 ours = name.replace("language_model.", "").removeprefix("model.")
                 computed = ours.endswith("rotary_emb.inv_freq")             # Llama 2 stores these
-                if not computed and not ours.startswith(OF_IMAGES):
+                if not computed and not ours.startswith(LEFT_OUT):
                     yield ours, archive.get_tensor(name)
 
 

@@ -15,28 +15,34 @@ from torch import Tensor, nn
 from common.files import whole_folder
 from model import LoRALinear, Transformer
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+           "in_proj_qkv", "in_proj_z", "out_proj")      # the last three of gated DeltaNets
 
 
 def add(model: Transformer, rank: int, alpha: float, targets: list[str], seed: int) -> None:
     """Freezes the model and gives its linear layers of these names adapters, scaled by alpha /
-    rank. They change nothing yet: A is drawn as peft draws it, B is 0."""
+    rank. They change nothing yet: A is drawn as peft draws it, B is 0.
+
+    Raises ValueError where no layer has one of the names.
+    """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.layers:
-        for part in (layer.self_attn, layer.mlp):
+        for part in (layer.mixer, layer.mlp):
             for name in (name for name in part if name in targets):
                 part[name] = LoRALinear(part[name], rank, alpha / rank)
                 a = part[name].lora_A.detach()
                 bound = a.shape[1] ** -0.5              # kaiming_uniform_(a=sqrt(5))
                 a.copy_(torch.rand(a.shape, generator=generator) * 2 * bound - bound)
+    if not adapters(model):
+        raise ValueError(f"--lora-targets {','.join(targets)}: this model has none of them")
 
 
 def without(model: Transformer) -> Transformer:
     """The start model: a second one on the same frozen weights, which takes no memory."""
     start = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for layer in start.layers:
-        for part in (layer.self_attn, layer.mlp):
+        for part in (layer.mixer, layer.mlp):
             for name, m in part.items():
                 if isinstance(m, LoRALinear):
                     part[name] = nn.Linear(m.in_features, m.out_features, False, device="meta")

@@ -14,7 +14,7 @@ import weights
 from common.command import Parser, one_line
 from model import pack
 
-PARTS = ("self_attn", "mlp", "norm")
+PARTS = ("self_attn", "linear_attn", "mlp", "norm")
 
 
 @torch.no_grad()
