@@ -260,7 +260,7 @@ def one_arm(args):
     if args.fidelity > len(open_questions):
         raise ValueError(f"--fidelity must be at most {len(open_questions)}, not {args.fidelity}")
     sheets = judge.questions(args.personagym) if args.personagym else []
-    model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
     if limit >= model.c.max_positions:
         raise ValueError(f"--max-new-tokens {limit} leaves no room for a prompt: the model has "
                          f"{model.c.max_positions} positions")

@@ -231,8 +231,8 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     refuses the chat.
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or "
-                         "put its chat_template.jinja into the model's folder")
+        raise ValueError("the model has no chat template, as base models have none: give "
+                         "--chat-template plain, or a file")
     if not shows_question(tokenizer):
         raise ValueError("the chat template leaves out what the user says: mend it, or take the "
                          "chat_template.jinja of the model's maker")

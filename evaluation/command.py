@@ -17,6 +17,8 @@ def parse(argv):
     add = parser.add_argument
     add("--model", default="smollm2-135m",
         help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
+    add("--chat-template", metavar="FILE",
+        help="a Jinja template, or plain: for a base model, which has none")
     add("--task", default="arithmetic",
         help="arithmetic, facts, svamp, gsm8k, math, math500 or a .jsonl file")
     add("--personas", default="test", help=f"{', '.join(personas.POOLS)}, or a .jsonl file")

@@ -242,8 +242,8 @@ def local(sampler, tokenizer, max_tokens=16):
 
     def ask(prompts):
         ids = [personas.prompt_ids(tokenizer, text, None) for text in prompts]
-        for done in sampler.generate(ids, greedy):
-            text = tokenizer.decode(done.tokens, skip_special_tokens=True)
+        for done in sampler.generate(ids, greedy, tokenizer=tokenizer):
+            text = greedy.text(done.tokens, tokenizer)
             yield done.index, text, len(ids[done.index]), len(done.tokens)
 
     return ask

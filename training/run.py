@@ -70,7 +70,7 @@ def read(args) -> Job:
     """Everything that the flags name. Raises ValueError or OSError in one line."""
     if ranks()[0]:
         wait()                          # until rank 0 has fetched what was not there
-    model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
     model.checkpointing = args.recompute
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model.device)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run

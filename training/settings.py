@@ -21,7 +21,7 @@ import weights
 from common.command import Parser, note
 from grpo import Loss
 from training.monitor import TRACKERS
-from weights import lora
+from weights import lora, templates
 
 # name, default, help, and what else argparse should know
 FLAGS = [
@@ -29,6 +29,8 @@ FLAGS = [
      "of a teacher", {"choices": ["permix", "rlvr", "sft", "distill"]}),
     ("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file "
      "(in parts: 'file.gguf.part*')", {}),
+    ("chat-template", None, "for a base model, which has none: plain, or a file with a Jinja "
+     "template", {}),
     ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file", {}),
     ("out", None, "run folder (default: runs/METHOD-TASK-seedN)", {}),
     ("resume", None, "run folder to continue with its own settings; what is given beside it is "
@@ -149,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-FIXED = ("model", "task", "method", "seed", "dtype")    # for the whole of a run
+FIXED = ("model", "chat_template", "task", "method", "seed", "dtype")   # for the whole of a run
 
 
 def settings(argv: list[str] | None) -> argparse.Namespace:
@@ -172,10 +174,12 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
+    if args.chat_template:
+        args.chat_template = templates.read(args.chat_template)     # kept for a resumed run
     for name in FIXED:
         if getattr(args, name) != before.get(name, getattr(args, name)):
-            raise ValueError(f"--{name.replace('_', '-')} of a resumed run is {before[name]}; for "
-                             "another one start a new run")
+            raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
+                             f"{str(before[name])[:60]!r}; for another one start a new run")
     small = args.task in tasks.GENERATED                # the embedded model often solves them
     defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
