@@ -93,9 +93,11 @@ def questions(path):
     """PersonaGym's first question to each persona in each task -> rows of persona, task, question.
 
     path: a .jsonl with "persona" and "questions" {task: [...]}, or a folder of <persona>.json as in
-    its repository. ValueError for any other file, and where a persona lacks a task.
+    its repository, or the repository. ValueError for any other file, and where a persona lacks a task.
     """
     path, wanted, rows = Path(path), "persona and questions", []
+    if (cloned := path / "questions" / "benchmark-v1").is_dir():
+        path = cloned
     if path.is_dir():
         sheets = [(file, {"persona": file.stem, "questions": files.parsed(
             str(file), file.read_bytes(), "questions by task")})

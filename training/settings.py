@@ -31,7 +31,10 @@ FLAGS = [
      "(in parts: 'file.gguf.part*')", {}),
     ("chat-template", None, "for a base model, which has none: plain, or a file with a Jinja "
      "template", {}),
-    ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file", {}),
+    ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, reasoning-gym:NAME[,NAME], a "
+     ".jsonl file, or a folder (GSM8K, MATH, a saved dataset)", {}),
+    ("columns", None, "what a file's or folder's columns are called: question=COLUMN,answer=COLUMN",
+     {}),
     ("out", None, "run folder (default: runs/METHOD-TASK-seedN)", {}),
     ("resume", None, "run folder to continue with its own settings; what is given beside it is "
      "changed, and recorded in its config.json", {}),
@@ -180,7 +183,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) != before.get(name, getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
                              f"{str(before[name])[:60]!r}; for another one start a new run")
-    small = args.task in tasks.GENERATED                # the embedded model often solves them
+    small = tasks.is_generated(args.task)               # the embedded model often solves them
     defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
              "learning_rate": (3e-5 if small else 6e-5) * (10 if args.lora_rank else 1),
