@@ -180,7 +180,8 @@ def from_rows(path: Path, rows: Iterable[tuple[int, str, dict]], names: dict[str
     has them. Raises ValueError naming the row."""
     placed, splits, lines = [], [], defaultdict(list)
     for number, where, row in rows:
-        if missing := [column for field, column in names.items() if not {column, field} & set(row)]:
+        missing = [column for field, column in names.items() if not {column, field} & row.keys()]
+        if missing:
             raise ValueError(f"{where}: no column {missing[0]!r}, which --columns names; it has "
                              f"{', '.join(map(str, row))}")
         row = row | {field: row[column] for field, column in names.items() if column in row}
@@ -216,9 +217,10 @@ def check_ids(placed: list[tuple[str, Problem]]) -> None:
 def without_tested(path: Path, placed: list, splits: list) -> tuple[list, list]:
     """Both lists without rows that another has asked before, and without training rows that the
     test asks too: published sets have some."""
-    tested = {asked(p.question) for (_, p), own in zip(placed, splits, strict=True) if own == "test"}
+    rows = list(zip(placed, splits, strict=True))
+    tested = {asked(problem.question) for (_, problem), own in rows if own == "test"}
     kept, trained = {}, 0
-    for (where, problem), own in zip(placed, splits, strict=True):
+    for (where, problem), own in rows:
         key = asked(problem.question)
         if own == "train" and key in tested:
             trained += 1
@@ -364,8 +366,8 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
 def main() -> None:
     parser = Parser(description="Print problems of a task.")
     add = parser.add_argument
-    add("--task", default="arithmetic", help=f"{', '.join([*GENERATED, *HUB])}, reasoning-gym:NAME, a file "
-        "or a folder")
+    add("--task", default="arithmetic",
+        help=f"{', '.join([*GENERATED, *HUB])}, {gym.PREFIX}NAME, a file or a folder")
     add("--columns", help="of a file or folder: question=COLUMN,answer=COLUMN")
     add("--split", default="train", choices=["train", "test", "all"])
     add("--limit", type=int, default=10, help="how many")

@@ -92,8 +92,9 @@ def personagym(sampler, tokenizer, gym, seed=0, log=None):
 def questions(path):
     """PersonaGym's first question to each persona in each task -> rows of persona, task, question.
 
-    path: a .jsonl with "persona" and "questions" {task: [...]}, or a folder of <persona>.json as in
-    its repository, or the repository. ValueError for any other file, and where a persona lacks a task.
+    path: a .jsonl with "persona" and "questions" {task: [...]}, a folder of <persona>.json, or
+    PersonaGym's repository, which has one. ValueError for any other file, and where a persona
+    lacks a task.
     """
     path, wanted, rows = Path(path), "persona and questions", []
     if (cloned := path / "questions" / "benchmark-v1").is_dir():

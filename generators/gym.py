@@ -1,4 +1,4 @@
-"""generators/gym.py: problems of the `reasoning-gym` package; common/gym.py has what a task is named.
+"""generators/gym.py: problems of the `reasoning-gym` package, named as common/gym.py says.
 
 A hash of the question decides the split, so whatever the seeds are, no question is trained and
 tested on. Questions that occur again are left out.
