@@ -94,6 +94,15 @@ def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
         yield number, where, parsed(where, line, wanted)
 
 
+def personagym(folder: Path) -> Iterator[tuple[int, str, dict]]:
+    """As `numbered`: PersonaGym's {"persona", "questions"} from its repository, or from the folder
+    in it that has a <persona>.json each."""
+    inner = folder / "questions" / "benchmark-v1"
+    for number, file in enumerate(sorted((inner if inner.is_dir() else folder).glob("*.json"))):
+        questions = parsed(str(file), file.read_bytes(), "questions by task")
+        yield number, str(file), {"persona": file.stem, "questions": questions}
+
+
 def parsed(where: str, text: bytes, wanted: str) -> dict:
     """An object of a user's file. Raises ValueError that begins with `where`."""
     try:

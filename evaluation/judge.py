@@ -97,15 +97,8 @@ def questions(path):
     lacks a task.
     """
     path, wanted, rows = Path(path), "persona and questions", []
-    if (cloned := path / "questions" / "benchmark-v1").is_dir():
-        path = cloned
-    if path.is_dir():
-        sheets = [(file, {"persona": file.stem, "questions": files.parsed(
-            str(file), file.read_bytes(), "questions by task")})
-            for file in sorted(path.glob("*.json"))]
-    else:
-        sheets = [(where, sheet) for _, where, sheet in files.numbered(path, wanted)]
-    for where, sheet in sheets:
+    sheets = files.personagym(path) if path.is_dir() else files.numbered(path, wanted)
+    for _, where, sheet in sheets:
         if not isinstance(sheet.get("questions"), dict):
             raise ValueError(f"{where}: no questions; give an object with {wanted} {{task: [...]}}")
         personas.from_row(where, {"persona": sheet.get("persona")})
