@@ -54,7 +54,7 @@ def math(folder: Path) -> Rows:
             if "box" not in str(row.get("solution")):       # some have no gold
                 continue
             name = f"{split}/{file.parent.name}/{file.stem}"
-            yield 0, str(file), {"kind": file.parent.name} | row | {"id": name, "split": split}
+            yield 0, str(file), row | {"id": name, "split": split}
 
 
 def saved_dataset(folder: Path) -> Rows:
