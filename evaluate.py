@@ -150,7 +150,7 @@ def ask(sampler, tokenizer, problems, personas, params, log=None):
         for (persona, problem), answered in zip(pairs, outs, strict=True):
             for number, (text, done) in enumerate(answered):
                 verdicts.append(verifier.submit(problem.answer, text, problem.question,
-                                                problem.scorer))
+                                                getattr(problem, "scorer", "")))
                 rows.append({"persona": persona.name if persona else NONE, "id": problem.id,
                              "kind": problem.kind, "question": problem.question,
                              "gold": problem.answer, "answer": text, "sample": number,

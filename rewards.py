@@ -51,8 +51,8 @@ from verifier.workers import TIMEOUT_S, Verifier, work
 
 def correctness(problem, text: str, *, persona=None) -> float:
     """1 for a correct completion, else 0, whoever speaks. The default reward."""
-    if problem.scorer:                                  # may be neither run nor trusted here
-        verdict = scorers().submit(problem.answer, text, problem.question, problem.scorer)
+    if scorer := getattr(problem, "scorer", ""):        # may be neither run nor trusted here
+        verdict = scorers().submit(problem.answer, text, problem.question, scorer)
         return worth(verdict.result()).value
     return worth(verify(problem.answer, text, problem.question)).value
 
@@ -140,7 +140,8 @@ class Rewarder:
         future: Future = Future()
         future.set_running_or_notify_cancel()           # from here on nobody can cancel it
         if self._verifier:
-            verdict = self._verifier.submit(problem.answer, text, problem.question, problem.scorer)
+            verdict = self._verifier.submit(problem.answer, text, problem.question,
+                                            getattr(problem, "scorer", ""))
             verdict.add_done_callback(lambda done: future.set_result(worth(done.result())))
             return future
         with self._lock:                                # never behind the None of close()
