@@ -95,7 +95,9 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
     for row, more in zip(results["personas"], measures.lengths(rows, n_items), strict=True):
         row |= more
     if params.reward:
-        results |= rewarded(rows, results["personas"], problems, everyone, params)
+        rewarded(rows, problems, everyone, params)
+    if any("reward" in row for row in rows):
+        results |= mean_rewards(rows, results["personas"], params.reward or "the task's own scorer")
 
     sampled, reruns, drawn, spoken = replace(greedy, temperature=params.temperature), [], [], []
     if params.noise_floor:
@@ -149,7 +151,8 @@ def ask(sampler, tokenizer, problems, personas, params, log=None):
     with rewards.Verifier() as verifier:
         for (persona, problem), answered in zip(pairs, outs, strict=True):
             for number, (text, done) in enumerate(answered):
-                verdicts.append(verifier.submit(problem.answer, text, problem.question))
+                verdicts.append(verifier.submit(problem.answer, text, problem.question,
+                                                getattr(problem, "scorer", "")))
                 rows.append({"persona": persona.name if persona else NONE, "id": problem.id,
                              "kind": problem.kind, "question": problem.question,
                              "gold": problem.answer, "answer": text, "sample": number,
@@ -159,25 +162,29 @@ def ask(sampler, tokenizer, problems, personas, params, log=None):
         verdict = future.result()
         row |= {"correct": verdict.verdict == "correct", "verdict": verdict.verdict,
                 "extracted": verdict.extracted.strip()}
+        if verdict.score is not None:
+            row["reward"] = verdict.score
     return rows
 
 
-def rewarded(rows, by_persona, problems, personas, params):
-    """Scores greedy transcripts with a user's reward too -> {"reward", "mean_reward"}.
-
-    params: an EvalParams. Each transcript and each row of `by_persona` gets its
-    `reward`; the mean is over the personas, without `none`.
-    """
+def rewarded(rows, problems, personas, params):
+    """Scores greedy transcripts with a user's reward too. params: an EvalParams."""
     asked = [(persona, problem) for persona in personas for problem in problems]
     with rewards.Rewarder(params.reward, params.reward_seconds) as rewarder:
         futures = [rewarder.submit(problem, row["answer"], persona)
                    for row, (persona, problem) in zip(rows, asked, strict=True)]
         for row, future in zip(rows, futures, strict=True):
             row["reward"] = future.result().value
-    values = np.array([row["reward"] for row in rows]).reshape(len(personas), -1).mean(axis=1)
+
+
+def mean_rewards(rows, by_persona, name):
+    """{"reward", "mean_reward"} of transcripts with a `reward`: each row of `by_persona` gets its
+    own, and the mean is over the personas, without `none`. One that was late is worth 0."""
+    values = np.array([row.get("reward", 0) for row in rows])
+    values = values.reshape(len(by_persona), -1).mean(axis=1)
     for row, value in zip(by_persona, values, strict=True):
         row["reward"] = float(value)
-    return {"reward": params.reward, "mean_reward": float(values[1:].mean())}
+    return {"reward": name, "mean_reward": float(values[1:].mean())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,14 +262,15 @@ def one_arm(args):
         rewards.Rewarder(args.reward, args.reward_seconds).close()
     personas = pool.load(args.personas, "test")
     trained_on = tasks.is_file_of(args.task, trained.get("task"))
-    problems = tasks.load(args.task, "test", args.seed, args.limit, whole=not trained_on)
+    columns = args.columns or (trained.get("columns") if trained_on else None)
+    problems = tasks.load(args.task, "test", args.seed, args.limit, not trained_on, columns)
     if trained_on and not tasks.is_file_of(args.task, trained.get("eval_task") or args.task):
         note(f"warning: the model was trained on all of {args.task}")
     problems, open_questions = tasks.put(problems, prompt), pool.load_roleplay("test")
     if args.fidelity > len(open_questions):
         raise ValueError(f"--fidelity must be at most {len(open_questions)}, not {args.fidelity}")
     sheets = judge.questions(args.personagym) if args.personagym else []
-    model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
     if limit >= model.c.max_positions:
         raise ValueError(f"--max-new-tokens {limit} leaves no room for a prompt: the model has "
                          f"{model.c.max_positions} positions")

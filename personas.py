@@ -38,7 +38,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from common.command import Parser, one_line
-from common.files import numbered, of_split
+from common.files import numbered, of_split, personagym
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "test")
@@ -72,16 +72,18 @@ def load(which: str = "test", split: str | None = None) -> list[Persona]:
     """The personas of one of POOLS, or of a .jsonl file, in the order of the file.
 
     A file has lines {"name", "text", "stratum"} with an optional "split" and "kind" (see
-    docs/formats.md), or PersonaGym's {"persona", "questions"} (arXiv 2407.18416).
+    docs/formats.md), or PersonaGym's {"persona", "questions"} (arXiv 2407.18416), whose repository
+    will do too.
     split: of a file whose lines name theirs, these alone; other files are used whole. Raises
     ValueError naming file and line.
     """
     file, own = POOLS.get(which, (which, SPLITS))
     path = DATA / file if which in POOLS else Path(file)
     found, splits = {}, []
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"no personas called {which!r}: give {', '.join(POOLS)}, or a .jsonl file")
-    for _, where, row in numbered(path, "name, text and stratum"):
+    cloned = path.is_dir()
+    for _, where, row in personagym(path) if cloned else numbered(path, "name, text and stratum"):
         persona = from_row(where, row)
         if persona.name in found:
             raise ValueError(f"{where}: a second persona named {persona.name!r}; names must differ")
@@ -231,8 +233,8 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     refuses the chat.
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or "
-                         "put its chat_template.jinja into the model's folder")
+        raise ValueError("the model has no chat template, as base models have none: give "
+                         "--chat-template plain, or a file")
     if not shows_question(tokenizer):
         raise ValueError("the chat template leaves out what the user says: mend it, or take the "
                          "chat_template.jinja of the model's maker")

@@ -38,10 +38,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import cache
 from typing import NamedTuple
 
 from common.command import Parser, one_line
-from verifier.verdict import verify
+from verifier.verdict import Verdict, verify
 from verifier.workers import TIMEOUT_S, Verifier, work
 
 # --------------------------------------------------------------------------------------------------
@@ -50,7 +51,16 @@ from verifier.workers import TIMEOUT_S, Verifier, work
 
 def correctness(problem, text: str, *, persona=None) -> float:
     """1 for a correct completion, else 0, whoever speaks. The default reward."""
-    return worth(verify(problem.answer, text, problem.question).verdict).value
+    if scorer := getattr(problem, "scorer", ""):        # may be neither run nor trusted here
+        verdict = scorers().submit(problem.answer, text, problem.question, scorer)
+        return worth(verdict.result()).value
+    return worth(verify(problem.answer, text, problem.question)).value
+
+
+@cache
+def scorers() -> Verifier:
+    """For `correctness` where a task has a scorer of its own: its processes end with this one."""
+    return Verifier(workers=1)
 
 
 CORRECTNESS = "rewards:correctness"
@@ -130,8 +140,9 @@ class Rewarder:
         future: Future = Future()
         future.set_running_or_notify_cancel()           # from here on nobody can cancel it
         if self._verifier:
-            verdict = self._verifier.submit(problem.answer, text, problem.question)
-            verdict.add_done_callback(lambda done: future.set_result(worth(done.result().verdict)))
+            verdict = self._verifier.submit(problem.answer, text, problem.question,
+                                            getattr(problem, "scorer", ""))
+            verdict.add_done_callback(lambda done: future.set_result(worth(done.result())))
             return future
         with self._lock:                                # never behind the None of close()
             if self._closed:
@@ -196,9 +207,10 @@ class Rewarder:
         return Reward(value, "correct" if value > 0 else "wrong")
 
 
-def worth(verdict: str) -> Reward:
-    """What the verifier pays: 1 for correct, else 0."""
-    return Reward(float(verdict == "correct"), verdict)
+def worth(verdict: Verdict) -> Reward:
+    """What the verifier pays: 1 for correct, else 0; the score of a task's own scorer."""
+    paid = float(verdict.verdict == "correct") if verdict.score is None else verdict.score
+    return Reward(paid, verdict.verdict)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -88,9 +88,9 @@ class Sampler:
         """Yields the n completions of every prompt as they finish. One call at a time.
 
         prompts: token ids. keys: one integer per prompt (default: its index); a sample is a
-        function of (seed, key, sample index). tokenizer: for stop strings. on_token: called with a
-        row's tokens after each new one. Raises ValueError, before anything runs, for what cannot
-        work.
+        function of (seed, key, sample index). tokenizer: for stop strings, its chat template's
+        too. on_token: called with a row's tokens after each new one. Raises ValueError, before
+        anything runs, for what cannot work.
         """
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need the tokenizer")
@@ -128,6 +128,7 @@ class Generation:
         self.sampler, self.model, self.cache = sampler, sampler.model, sampler.cache
         self.params, self.keys, self.slots = params, keys, sampler.slots
         self.tokenizer, self.stop_ids = tokenizer, set(self.model.c.stop_ids)
+        self.stops = params.stops(tokenizer)            # strings
         prefixes = shared_openings(prompts)
         order = sorted(range(len(prompts)), key=lambda i: prompts[i], reverse=True)
         self.waiting = [Prompt(i, prompts[i], prefixes[i]) for i in order]      # the last is next
@@ -180,9 +181,9 @@ class Generation:
             return "error"
         if completion.tokens[-1] in self.stop_ids:
             return "stop"
-        if self.params.stop:
+        if self.stops:
             text = self.tokenizer.decode(completion.tokens)
-            if any(string in text for string in self.params.stop):
+            if any(string in text for string in self.stops):
                 return "stop"
         return "length" if len(completion.tokens) == self.params.max_tokens else None
 
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         check(args)
         params = SamplingParams(args.n, args.max_new_tokens, args.temperature, args.top_k,
                                 args.top_p, args.min_p, args.seed, tuple(args.stop))
-        model, tokenizer = weights.load(args.model, args.dtype, args.device)
+        model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
         sampler = Sampler(model, args.slots, not args.no_cuda_graphs)
         (batch if args.prompts else chat)(sampler, tokenizer, params, args)
     except (ValueError, OSError) as error:

@@ -2,12 +2,16 @@
 
     arithmetic, facts            made from templates and a seed, in generators/
     svamp, gsm8k, math, math500  from the hub, through `datasets`
+    reasoning-gym:NAME[,NAME]    of that package, with its own scorers; see common/gym.py
     FILE.jsonl                   lines with `question` (or `problem`) and `answer`
+    FOLDER                       GSM8K's or MATH's as cloned, or a saved dataset; see
+                                 generators/folders.py
 
 In `arithmetic` the test holds other numbers than the training, but may ask for a sum that was
 trained in other words. In `facts` it does not: 7 + 5, 5 + 7, 12 - 5 and 12 - 7 are one fact, and
 held out as one. Its problems have levels, and training opens them one after another (`batch`).
 
+`columns` says what else the fields of a file or folder are called (--columns question=prompt).
 In a file a line's `split` says where it goes. Without any, a file that is both trained and tested
 on is split by a hash of its questions, 70 % to 30 %, so a question that occurs twice stays on one
 side. Other files are used whole. GSM8K's gold follows `####`. Questions that occur twice, and golds
@@ -24,15 +28,17 @@ import logging
 import math
 import random
 import sys
-import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.command import Parser, note
-from common.files import numbered, of_split
+from common.files import asked, numbered, of_split, split_of
+from generators import gym
 from generators.arithmetic import arithmetic
 from generators.facts import facts
+from generators.folders import folder_rows
 from verifier.extract import last_box
 from verifier.verdict import gold_kind
 
@@ -44,6 +50,7 @@ class Problem:
     id: str
     kind: str                                           # for tables: add, two-step, Algebra ...
     level: int = 0                                      # training begins with the lowest (`batch`)
+    scorer: str = ""                                    # of its own, see verifier/scorer.py
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,12 +66,16 @@ HUB = {                                                 # hub id, configuration,
 
 
 def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None,
-         whole: bool = False) -> list[Problem]:
+         whole: bool = False, columns: str | None = None) -> list[Problem]:
     """The problems of a task's split ("train", "test" or "all").
 
     Generated tasks give `limit` problems (default: 600 for training, else 200); the seed is theirs.
-    whole: all lines of a file whose lines have no `split`. Raises ValueError in one line.
+    whole: all lines of a file whose lines have no `split`. columns: see `renamed`. Raises
+    ValueError in one line.
     """
+    names = renamed(columns)
+    if names and not is_local(task):
+        raise ValueError(f"--columns is for a file or a folder, which {task} is not: leave it out")
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
     if limit is not None and limit < 1:
@@ -72,17 +83,22 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
     if task in GENERATED:
         rows = GENERATED[task](split, seed, limit or (600 if split == "train" else 200))
         return [Problem(*row) for row in rows]
+    if task.startswith(gym.PREFIX):
+        return [Problem(*row) for row in gym.problems(task, split, seed, limit)][:limit]
     if task in HUB:
         problems = from_hub(task, split)
         warn_of_golds([(f"{task}, problem {problem.id}", problem) for problem in problems])
     elif task.endswith(".jsonl"):
-        problems = from_file(Path(task), split, whole)
+        rows = numbered(Path(task), "question and answer")
+        problems = from_rows(Path(task), rows, names, split, whole)
+    elif Path(task).is_dir():
+        problems = from_rows(Path(task), folder_rows(Path(task)), names, split, whole)
     else:
         known = [*GENERATED, *HUB]
         close = difflib.get_close_matches(task, known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown task {task!r}: give one of {', '.join(known)} or a .jsonl file"
-                         f"{hint}")
+        raise ValueError(f"unknown task {task!r}: give one of {', '.join(known)}, "
+                         f"{gym.PREFIX}NAME, a .jsonl file or a folder{hint}")
     if not problems:
         raise ValueError(f"{task} has no problem in its {split} split; give each line a `split`, "
                          "train or test")
@@ -144,22 +160,46 @@ def put(problems: list[Problem], prompt: str) -> list[Problem]:
 # Files
 
 
-def from_file(path: Path, split: str, whole: bool) -> list[Problem]:
-    """The problems of a .jsonl file, as for `load`. Raises ValueError naming file and line."""
+def renamed(columns: str | None) -> dict[str, str]:
+    """What --columns says: {our field: the file's column}, from "question=prompt,answer=target".
+
+    Raises ValueError for a field that no problem has.
+    """
+    pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
+    ours = ("question", "answer", "id", "kind", "split")
+    for field, _, column in pairs:
+        if field not in ours or not column:
+            raise ValueError(f"--columns {columns}: write FIELD=COLUMN, separated by commas, where "
+                             f"FIELD is one of {', '.join(ours)}")
+    return {field: column for field, _, column in pairs}
+
+
+def from_rows(path: Path, rows: Iterable[tuple[int, str, dict]], names: dict[str, str], split: str,
+              whole: bool) -> list[Problem]:
+    """The problems of a file or folder, as for `load`; rows: (number, where, row), as `numbered`
+    has them. Raises ValueError naming the row."""
     placed, splits, lines = [], [], defaultdict(list)
-    for number, where, row in numbered(path, "question and answer"):
+    for number, where, row in rows:
+        missing = [column for field, column in names.items() if not {column, field} & row.keys()]
+        if missing:
+            raise ValueError(f"{where}: no column {missing[0]!r}, which --columns names; it has "
+                             f"{', '.join(map(str, row))}")
+        row = row | {field: row[column] for field, column in names.items() if column in row}
         problem = from_row(where, row, path.stem, number)
         placed.append((where, problem))
         splits.append(row.get("split"))
-        lines[asked(problem)].append((number, splits[-1]))
+        lines[asked(problem.question)].append((number, splits[-1]))
     if not placed:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")
+    if path.is_dir():                                   # another's: its mistakes are not refused
+        placed, splits = without_tested(path, placed, splits)
+        lines = {}
     warn_of_copies(path, [copies for copies in lines.values() if len(copies) > 1])
     check_ids(placed)
     if split != "all":
         own = of_split(path, placed, splits, split)
         if own is None and not whole:
-            own = [line for line in placed if hashed(line[1]) == split]
+            own = [line for line in placed if split_of(line[1].question) == split]
         placed = placed if own is None else own
     warn_of_golds(placed)
     return [problem for _, problem in placed]
@@ -174,38 +214,60 @@ def check_ids(placed: list[tuple[str, Problem]]) -> None:
                              "give each its own, or leave `id` out of all")
 
 
-def asked(problem: Problem) -> str:
-    """The question without case, blanks and the mark at its end: the same in two near-copies."""
-    return "".join(problem.question.casefold().split()).rstrip("?.:")
+def without_tested(path: Path, placed: list, splits: list) -> tuple[list, list]:
+    """Both lists without rows that another has asked before, and without training rows that the
+    test asks too: published sets have some."""
+    rows = list(zip(placed, splits, strict=True))
+    tested = {asked(problem.question) for (_, problem), own in rows if own == "test"}
+    kept, trained = {}, 0
+    for (where, problem), own in rows:
+        key = asked(problem.question)
+        if own == "train" and key in tested:
+            trained += 1
+        else:
+            kept.setdefault(key, ((where, problem), own))
+    if trained:
+        note(f"warning: {path}: {trained} training questions are in its test too: left out")
+    if copies := len(placed) - trained - len(kept):
+        note(f"warning: {path}: {copies} questions repeat others: left out")
+    return [row for row, _ in kept.values()], [own for _, own in kept.values()]
 
 
-def hashed(problem: Problem) -> str:
-    """train or test, for a file without `split`: a function of the question alone (P26)."""
-    return "test" if zlib.crc32(asked(problem).encode()) % 10 < 3 else "train"
+def is_generated(task: str) -> bool:
+    return task in GENERATED or task.startswith(gym.PREFIX)
+
+
+def is_local(task: str) -> bool:
+    """Whether a task is a file, or a folder, of the user's."""
+    named = is_generated(task) or task in HUB
+    return task.endswith(".jsonl") and not is_generated(task) or not named and Path(task).is_dir()
 
 
 def is_file_of(task: str, other: str | None) -> bool:
-    """Whether two tasks are one file."""
-    return bool(other) and task.endswith(".jsonl") and Path(task).resolve() == Path(other).resolve()
+    """Whether two tasks are one file, or one folder."""
+    return bool(other) and is_local(task) and Path(task).resolve() == Path(other).resolve()
 
 
 def check_disjoint(train: list[Problem], test: list[Problem]) -> None:
     """Raises ValueError where a question is trained and tested on (P26)."""
-    trained = {asked(problem) for problem in train}
-    if both := [problem for problem in test if asked(problem) in trained]:
+    trained = {asked(problem.question) for problem in train}
+    if both := [problem for problem in test if asked(problem.question) in trained]:
         raise ValueError(f"{len(both)} of the evaluation's {len(test)} questions are trained on, "
                          f"such as problem {both[0].id}: take them out of one of the files")
 
 
 def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     question, answer = row.get("question") or row.get("problem"), row.get("answer")
+    if answer is None and isinstance(solution := row.get("solution"), str):
+        answer = last_box(solution)                     # MATH's gold
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: no `question` (or `problem`); give it one, or remove the line")
+        raise ValueError(f"{where}: no `question` (or `problem`); give it one, remove the line, or "
+                         "name its column (--columns question=COLUMN)")
     is_number = isinstance(answer, int | float) and math.isfinite(answer)
     is_answer = isinstance(answer, str) or is_number and not isinstance(answer, bool)
     if not is_answer or gold_of(str(answer)).lower() in ("", "nan"):
         raise ValueError(f"{where}: no `answer`; give it the gold as text or a finite number, "
-                         "or remove the line")
+                         "remove the line, or name its column (--columns answer=COLUMN)")
     kind = str(row.get("kind") or row.get("type") or row.get("subject") or stem)
     names = (row.get("id"), row.get("unique_id"), number)
     if any(isinstance(name, dict | list) for name in names):
@@ -244,7 +306,8 @@ def warn_of_golds(placed: list[tuple[str, Problem]]) -> None:
 
 def counts(name: str, problems: list[Problem]) -> str:
     """How many problems there are, and what their golds are, in words."""
-    kinds = Counter(gold_kind(problem.answer)[0] for problem in problems)
+    kinds = Counter("judged by a scorer of its own" if problem.scorer
+                    else gold_kind(problem.answer)[0] for problem in problems)
     told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return f"{name}: {len(problems)} problems, golds: {told}"
 
@@ -303,12 +366,14 @@ def problem_of(task: str, row: dict, index: int) -> Problem | None:
 def main() -> None:
     parser = Parser(description="Print problems of a task.")
     add = parser.add_argument
-    add("--task", default="arithmetic", help=f"{', '.join([*GENERATED, *HUB])}, or a file")
+    add("--task", default="arithmetic",
+        help=f"{', '.join([*GENERATED, *HUB])}, {gym.PREFIX}NAME, a file or a folder")
+    add("--columns", help="of a file or folder: question=COLUMN,answer=COLUMN")
     add("--split", default="train", choices=["train", "test", "all"])
     add("--limit", type=int, default=10, help="how many")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    problems = load(args.task, args.split, args.seed, args.limit)
+    problems = load(args.task, args.split, args.seed, args.limit, columns=args.columns)
     note(counts(args.task, problems))
     for problem in problems:
         print(f"[{problem.kind}] {problem.question}  ->  {problem.answer}")

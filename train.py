@@ -53,6 +53,7 @@ from training.run import Job, anchored, before_after, evaluated, read, run_folde
 from training.settings import settings
 from training.stop import Stopped, told
 from weights import lora
+from weights.templates import answer_lead
 
 # --------------------------------------------------------------------------------------------------
 # Mix, roll out, reward
@@ -106,7 +107,7 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
     for completion in done:
         i = completion.index * n + completion.sample
         completions[i] = completion
-        texts[i] = job.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        texts[i] = job.sampling.text(completion.tokens, job.tokenizer)
         futures[i] = job.rewarder.submit(problems[i // G], texts[i], speakers[i // G][i % G])
     values, verdicts = zip(*(future.result() for future in futures), strict=True)
 
@@ -124,8 +125,9 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
 def gold_completions(job: Job, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
     """`sft`: for each prompt its problem's gold answer in a sentence, n times."""
     end = weights.turn_end(job.tokenizer, job.model.c.stop_ids)
+    lead = answer_lead(job.tokenizer)
     for i, problem in enumerate(problems):
-        text = f"The answer is {problem.answer}."
+        text = f"{lead}The answer is {problem.answer}."
         tokens = [*job.tokenizer(text, add_special_tokens=False).input_ids, end]
         for sample in range(n):
             yield Completion(i, sample, tokens, [0.0] * len(tokens), truncated=False)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,6 +94,15 @@ def numbered(path: Path, wanted: str) -> Iterator[tuple[int, str, dict]]:
         yield number, where, parsed(where, line, wanted)
 
 
+def personagym(folder: Path) -> Iterator[tuple[int, str, dict]]:
+    """As `numbered`: PersonaGym's {"persona", "questions"} from its repository, or from the folder
+    in it that has a <persona>.json each."""
+    inner = folder / "questions" / "benchmark-v1"
+    for number, file in enumerate(sorted((inner if inner.is_dir() else folder).glob("*.json"))):
+        questions = parsed(str(file), file.read_bytes(), "questions by task")
+        yield number, str(file), {"persona": file.stem, "questions": questions}
+
+
 def parsed(where: str, text: bytes, wanted: str) -> dict:
     """An object of a user's file. Raises ValueError that begins with `where`."""
     try:
@@ -106,6 +116,16 @@ def parsed(where: str, text: bytes, wanted: str) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not an object; give one with {wanted}")
     return row
+
+
+def asked(question: str) -> str:
+    """A question without case, blanks and the mark at its end: the same in two near-copies."""
+    return "".join(question.casefold().split()).rstrip("?.:")
+
+
+def split_of(question: str) -> str:
+    """train (70 %) or test: a function of the question alone (P26)."""
+    return "test" if zlib.crc32(asked(question).encode()) % 10 < 3 else "train"
 
 
 def of_split(path: Path, lines: list, splits: list, split: str) -> list | None:

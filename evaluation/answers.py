@@ -23,7 +23,8 @@ def sample(sampler, tokenizer, prompts, params, log=None):
     holds already are not sampled again; they come back without log-probs. Under torchrun each rank
     samples its share and gets those of all; rank 0's log counts, and takes the others' at the end.
     """
-    call = fingerprint(sampler.model, prompts, params) if log else None
+    asked = replace(params, stop=params.stops(tokenizer))
+    call = fingerprint(sampler.model, prompts, asked) if log else None
     table = [[None] * params.n for _ in prompts]
     for row in files.rows(log) if log else ():
         if row.pop("call") == call:
@@ -35,8 +36,7 @@ def sample(sampler, tokenizer, prompts, params, log=None):
             if file:
                 kept = ("index", "sample", "tokens", "truncated", "error")
                 files.append(file, {"call": call} | {key: getattr(done, key) for key in kept})
-    return [[(tokenizer.decode(done.tokens, skip_special_tokens=True), done) for done in row]
-            for row in table]
+    return [[(params.text(done.tokens, tokenizer), done) for done in row] for row in table]
 
 
 def sampled(sampler, tokenizer, prompts, params, todo):

@@ -17,8 +17,13 @@ def parse(argv):
     add = parser.add_argument
     add("--model", default="smollm2-135m",
         help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
+    add("--chat-template", metavar="FILE",
+        help="a Jinja template, or plain: for a base model, which has none")
     add("--task", default="arithmetic",
-        help="arithmetic, facts, svamp, gsm8k, math, math500 or a .jsonl file")
+        help="arithmetic, facts, svamp, gsm8k, math, math500, reasoning-gym:NAME, a .jsonl file or "
+             "a folder")
+    add("--columns", help="of a file or folder: question=COLUMN,answer=COLUMN (default: as in the "
+                          "model's run)")
     add("--personas", default="test", help=f"{', '.join(personas.POOLS)}, or a .jsonl file")
     add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
     add("--limit", type=int, default=50, help="number of problems")

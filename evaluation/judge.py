@@ -92,17 +92,13 @@ def personagym(sampler, tokenizer, gym, seed=0, log=None):
 def questions(path):
     """PersonaGym's first question to each persona in each task -> rows of persona, task, question.
 
-    path: a .jsonl with "persona" and "questions" {task: [...]}, or a folder of <persona>.json as in
-    its repository. ValueError for any other file, and where a persona lacks a task.
+    path: a .jsonl with "persona" and "questions" {task: [...]}, a folder of <persona>.json, or
+    PersonaGym's repository, which has one. ValueError for any other file, and where a persona
+    lacks a task.
     """
     path, wanted, rows = Path(path), "persona and questions", []
-    if path.is_dir():
-        sheets = [(file, {"persona": file.stem, "questions": files.parsed(
-            str(file), file.read_bytes(), "questions by task")})
-            for file in sorted(path.glob("*.json"))]
-    else:
-        sheets = [(where, sheet) for _, where, sheet in files.numbered(path, wanted)]
-    for where, sheet in sheets:
+    sheets = files.personagym(path) if path.is_dir() else files.numbered(path, wanted)
+    for _, where, sheet in sheets:
         if not isinstance(sheet.get("questions"), dict):
             raise ValueError(f"{where}: no questions; give an object with {wanted} {{task: [...]}}")
         personas.from_row(where, {"persona": sheet.get("persona")})
@@ -242,8 +238,8 @@ def local(sampler, tokenizer, max_tokens=16):
 
     def ask(prompts):
         ids = [personas.prompt_ids(tokenizer, text, None) for text in prompts]
-        for done in sampler.generate(ids, greedy):
-            text = tokenizer.decode(done.tokens, skip_special_tokens=True)
+        for done in sampler.generate(ids, greedy, tokenizer=tokenizer):
+            text = greedy.text(done.tokens, tokenizer)
             yield done.index, text, len(ids[done.index]), len(done.tokens)
 
     return ask

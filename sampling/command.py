@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,8 @@ def parser() -> argparse.ArgumentParser:
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a folder, a hub id or a .gguf file")
+    add("--chat-template", metavar="FILE",
+        help="a Jinja template, or plain: for a base model, which has none")
     add("--prompts", help='lines {"prompt"} or {"messages"}; without it: a chat in the terminal')
     add("--out", help="where the completions go, one JSON line each (default: stdout)")
     add("--persona", type=text, help='system message of the chat, e.g. "You are a pirate."')
@@ -110,7 +113,7 @@ def batch(sampler, tokenizer, params: SamplingParams, args: argparse.Namespace) 
     silent = not (args.progress or sys.stderr.isatty())
     with open(args.out, "w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as file:
         for c in tqdm(done, total=len(prompts) * params.n, disable=silent):
-            text = tokenizer.decode(c.tokens, skip_special_tokens=True)
+            text = params.text(c.tokens, tokenizer)
             line = {"index": c.index, "sample": c.sample, "text": text, "tokens": c.tokens,
                     "logprobs": c.logprobs, "truncated": c.truncated}
             if c.error:
@@ -121,6 +124,9 @@ def batch(sampler, tokenizer, params: SamplingParams, args: argparse.Namespace) 
 def chat(sampler, tokenizer, params: SamplingParams, args: argparse.Namespace) -> None:
     """Turns from stdin until it ends; tokens are printed as they come."""
     messages = [{"role": "system", "content": args.persona}] if args.persona else []
+    personas.prompt_ids(tokenizer, "Hello", None)       # refused now where there is no template
+    begun = [re.escape(stop[:i]) for stop in params.stops(tokenizer) for i in range(1, len(stop))]
+    stops = re.compile(rf"(?:{'|'.join(begun) or '(?!)'})$")    # a text that ends within a stop
     print("(end with Ctrl-D)", file=sys.stderr)
     for number, line in enumerate(sys.stdin or ()):     # None where it is closed
         messages.append({"role": "user", "content": line.strip()})
@@ -129,13 +135,13 @@ def chat(sampler, tokenizer, params: SamplingParams, args: argparse.Namespace) -
 
         def show(tokens):
             nonlocal shown
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):             # half of a character: wait for the rest
+            text = params.text(tokens, tokenizer)
+            if not text.endswith("\ufffd") and not stops.search(text):  # half: wait for the rest
                 print(text[len(shown):], end="", flush=True)
                 shown = text
 
         answer = next(sampler.generate([prompt], params, keys=[number], on_token=show,
                                        tokenizer=tokenizer))
-        print()
-        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        text = params.text(answer.tokens, tokenizer)
+        print(text[len(shown):])
         messages.append({"role": "assistant", "content": text})

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from model import Config
+from weights.templates import stop_strings
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class SamplingParams:
         for wrong, message in checks:
             if wrong:
                 raise ValueError(message)
+
+    def stops(self, tokenizer) -> tuple[str, ...]:
+        """All strings that end a completion: those of `stop` and of the chat template."""
+        return (*self.stop, *stop_strings(tokenizer))
+
+    def text(self, tokens: list[int], tokenizer) -> str:
+        """What a reader and a reward see of a completion: no special token, no stop string."""
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        ends = [text.find(stop) for stop in self.stops(tokenizer) if stop in text]
+        return text[:min(ends, default=None)]
 
     def check_prompt(self, name: str, ids: list[int], c: Config) -> None:
         """Raises ValueError, with the prompt's name, where a model of this config can't go on from

@@ -150,7 +150,7 @@ def made(tiny_folder, tmp_path_factory):
         pairs = list(rewards.judged_rows(str(top / "pairs.jsonl"), verifier))
     results = [json.loads((top / folder / "results.json").read_text()) for folder in ("run/evaluation/after", "all")]
     assert results[0]["trained"]["personas"] == "train"
-    read = inspect.getsource(tasks.from_row) + inspect.getsource(tasks.from_file)
+    read = inspect.getsource(tasks.from_row) + inspect.getsource(tasks.from_rows)
     return {"Problems": set(re.findall(r'row\.get\("(\w+)"', read)),
             "Personas": {field.name for field in fields(personas.Persona)} | set(sheets[0]),
             "Rewards": keys_of(pairs[0]), "results.json": keys_of(results[0]) | keys_of(results[1])} | {

@@ -608,3 +608,9 @@ def test_without_flags_the_verifier_shows_a_short_tour(script):
     done = script("rewards.py")
     assert done.returncode == 0
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"correct", "wrong", "unverifiable"}
+
+
+@pytest.mark.parametrize("text, verdict", [
+    (" 4\n24/4", "wrong"), ("2 1/2", "correct"), ("2\t1/2", "correct"), ("It is 2 1/2.", "correct")])
+def test_p39_a_number_above_a_fraction_is_judged_and_a_mixed_number_is_one(text, verdict):
+    assert verify("5/2", text, "What is 24 / 4?").verdict == verdict

@@ -238,8 +238,8 @@ ARRIVALS = {
     "lora-rank": ("3", "add", "rank", 3), "lora-alpha": ("6", "add", "alpha", 6),
     "lora-targets": ("q_proj", "add", "targets", ["q_proj"]),
 }
-ELSEWHERE = {"model", "out", "resume", "unset", "overlap", "teacher", "memory", "tracker", "profile", "kl-in",
-             "dual-clip"}
+ELSEWHERE = {"model", "chat-template", "columns", "out", "resume", "unset", "overlap", "teacher", "memory", "tracker",
+             "profile", "kl-in", "dual-clip"}
 
 
 def spy(monkeypatch, seen, owner, name, known_as=None):

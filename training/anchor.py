@@ -32,7 +32,8 @@ class Anchor:
             question = questions[i % len(questions)]
             prompts.append(personas.prompt_ids(tokenizer, question, persona))
         params = SamplingParams(max_tokens=args.anchor_tokens, seed=args.seed)
-        answers = sorted(start.generate(prompts, params), key=lambda c: c.index)
+        answers = sorted(start.generate(prompts, params, tokenizer=tokenizer),
+                         key=lambda c: c.index)
         self.groups = [(prompts[c.index], [c.tokens]) for c in answers]
         model = start.model
         self.head = model.head_weight.detach().clone()

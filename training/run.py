@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -70,14 +71,15 @@ def read(args) -> Job:
     """Everything that the flags name. Raises ValueError or OSError in one line."""
     if ranks()[0]:
         wait()                          # until rank 0 has fetched what was not there
-    model, tokenizer = weights.load(args.model, args.dtype, args.device)
+    model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
     model.checkpointing = args.recompute
     args.micro_tokens = args.micro_tokens or micro_tokens_for(model)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     check_weights(args.model, model)
     if args.lora_rank:
         lora.add(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.seed)
-    problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args))
+    problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args),
+                          columns=args.columns)
     held_out = held_out_of(args, problems) if args.eval_problems else None
     problems = tasks.put(problems, args.prompt)
     pool = personas.load(args.personas, "train")
@@ -143,7 +145,8 @@ def run_folder(args) -> Path:
     Raises ValueError if it holds another run. Restarted by torchrun (--max-restarts), a run with
     --out goes on where it was.
     """
-    name = f"{args.method}-{Path(args.task).stem}-seed{args.seed}"
+    task = re.sub(r"[^\w.+-]+", "-", Path(args.task).stem)[:60]
+    name = f"{args.method}-{task}-seed{args.seed}"
     out = Path(args.resume or args.out or Path("runs") / name)
     folder, number = [out], 1
     if ranks()[0] == 0:
@@ -194,9 +197,10 @@ def held_out_of(args, trained: list[tasks.Problem],
                 ) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
     training. Raises ValueError where a file asks what is trained on."""
-    problems = tasks.load(args.eval_task or args.task, "test", 0, args.eval_problems,
-                          whole=not split_between(args))
-    if ".jsonl" in f"{args.task} {args.eval_task}":
+    asked = args.eval_task or args.task
+    problems = tasks.load(asked, "test", 0, args.eval_problems, whole=not split_between(args),
+                          columns=args.columns if tasks.is_local(asked) else None)
+    if tasks.is_local(args.task) or tasks.is_local(asked):
         tasks.check_disjoint(trained, problems)
     pool = personas.load(args.eval_pool, "test")
     count = args.eval_personas or min(9, len(pool))

@@ -21,7 +21,7 @@ import weights
 from common.command import Parser, note
 from grpo import Loss
 from training.monitor import TRACKERS
-from weights import lora
+from weights import lora, templates
 
 # name, default, help, and what else argparse should know
 FLAGS = [
@@ -29,7 +29,12 @@ FLAGS = [
      "of a teacher", {"choices": ["permix", "rlvr", "sft", "distill"]}),
     ("model", weights.EMBEDDED, "smollm2-135m, a Hugging Face folder or hub id, or a .gguf file "
      "(in parts: 'file.gguf.part*')", {}),
-    ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, or a .jsonl file", {}),
+    ("chat-template", None, "for a base model, which has none: plain, or a file with a Jinja "
+     "template", {}),
+    ("task", "arithmetic", "arithmetic, facts, svamp, gsm8k, math, reasoning-gym:NAME[,NAME], a "
+     ".jsonl file, or a folder (GSM8K, MATH, a saved dataset)", {}),
+    ("columns", None, "what a file's or folder's columns are called: question=COLUMN,answer=COLUMN",
+     {}),
     ("out", None, "run folder (default: runs/METHOD-TASK-seedN)", {}),
     ("resume", None, "run folder to continue with its own settings; what is given beside it is "
      "changed, and recorded in its config.json", {}),
@@ -135,7 +140,8 @@ FLAGS = [
 
 
 IDENTITY = ("model", "task", "method", "seed", "dtype")             # in every config.json
-FIXED = (*IDENTITY, "lora_rank", "lora_alpha", "lora_targets", "optimizer")  # for a whole run
+FIXED = (*IDENTITY, "chat_template", "lora_rank", "lora_alpha", "lora_targets",
+         "optimizer")                                   # for the whole of a run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,11 +176,13 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if first.loss:
         p.set_defaults(**grpo.RECIPES[first.loss])
     args = p.parse_args(argv)
+    if args.chat_template:
+        args.chat_template = templates.read(args.chat_template)     # kept for a resumed run
     for name in FIXED:
         if getattr(args, name) != before.get(name, getattr(args, name)):
-            raise ValueError(f"--{name.replace('_', '-')} of a resumed run is {before[name]}; for "
-                             "another one start a new run")
-    small = args.task in tasks.GENERATED                # the embedded model often solves them
+            raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
+                             f"{str(before[name])[:60]!r}; for another one start a new run")
+    small = tasks.is_generated(args.task)               # the embedded model often solves them
     defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
              "learning_rate": (3e-5 if small else 6e-5) * (10 if args.lora_rank else 1),

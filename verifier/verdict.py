@@ -34,11 +34,13 @@ from verifier.words import whole_number, written
 
 
 class Verdict(NamedTuple):
-    """`verdict`: correct, wrong or unverifiable; `rule`: how found and compared; `extracted`."""
+    """`verdict`: correct, wrong or unverifiable; `rule`: how found and compared; `extracted`;
+    `score`: from 0 to 1 where a task has a scorer of its own (scorer.py)."""
 
     verdict: str
     rule: str
     extracted: str = ""
+    score: float | None = None
 
 
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"

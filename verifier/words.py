@@ -33,7 +33,7 @@ _ENGLISH = "|".join(sorted((w for w in _ALL if w.isascii()), key=len, reverse=Tr
 _OTHER = "|".join(w for w in _ALL if not w.isascii())
 
 _WORD = re.compile(
-    r"(?P<number>(?<![\w.^_\\/])(?:\d+\s)?\d+/\d+(?![\w/])"
+    r"(?P<number>(?<![\w.^_\\/])(?:\d+[^\S\n])?\d+/\d+(?![\w/])"
     r"|(?<![A-Za-z0-9.^_\\])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?![\d^_]))"
     rf"|(?<![A-Za-z\\])(?:{_ENGLISH})(?![A-Za-z])|{_OTHER}", re.I)
 _GAP = re.compile(r"[ \t]*(?:\n[ \t]*)?-?[ \t]*[$€£¥]?")
@@ -191,10 +191,10 @@ def _phrases_of(run: list) -> list:
 
 
 def _number(digits: str) -> Fraction:
-    whole, _, fraction = digits.replace(",", "").rpartition(" ")
+    *whole, fraction = digits.replace(",", "").split()
     if re.search(r"/0+$", fraction):
         return Fraction(0)
-    return Fraction(fraction) + int(whole or 0)
+    return Fraction(fraction) + int("".join(whole) or 0)
 
 
 def _phrase(words: list, i: int) -> tuple[Fraction | None, int]:

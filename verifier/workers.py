@@ -27,7 +27,7 @@ from verifier.value import Undecided
 from verifier.verdict import Verdict, judged, verify
 
 DOOR = Path(__file__).resolve().parents[1] / "rewards.py"
-TIMEOUT_S = 0.7                                         # for one hard pair
+TIMEOUT_S, SCORER_S = 0.7, 5.0                          # for one hard pair; for a task's own scorer
 
 
 class Verifier:
@@ -49,10 +49,11 @@ class Verifier:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def submit(self, gold: str, answer: str, question: str = "") -> Future:
+    def submit(self, gold: str, answer: str, question: str = "", scorer: str = "") -> Future:
         """Future of the Verdict. Raises RuntimeError after close().
 
-        With the question, an answer that only copies it is wrong.
+        With the question, an answer that only copies it is wrong. scorer: a task's own judges in
+        place of ours (scorer.py), always in a worker.
         """
         with self._lock:
             if self._closed:
@@ -64,12 +65,14 @@ class Verifier:
         future: Future = Future()
         future.set_running_or_notify_cancel()           # from here on nobody can cancel it
         try:
+            if scorer:
+                raise Undecided("it has a scorer of its own")
             future.set_result(judged(gold, answer, question, deep=False))
         except Undecided:
             with self._lock:                            # never behind the Nones of close()
                 if self._closed:
                     raise RuntimeError("this Verifier is closed") from None
-                self._queue.put((gold, answer, question, future))
+                self._queue.put((gold, answer, question, scorer, future))
         return future
 
     def verify(self, gold: str, answer: str, question: str = "") -> Verdict:
@@ -84,7 +87,8 @@ class Verifier:
             *texts, future = job
             try:
                 worker = worker or Worker(self.memory_mb)
-                verdict = worker.ask(*texts, timeout_s=self.timeout_s)
+                seconds = SCORER_S if texts[3] else self.timeout_s
+                verdict = worker.ask(*texts, timeout_s=seconds)
             except (OSError, ValueError, TypeError) as error:   # no process, or killed in mid-line
                 worker, verdict = None, Verdict("unverifiable", f"no worker: {error}")
             future.set_result(verdict)
@@ -114,7 +118,7 @@ class Worker:
         command = [sys.executable, str(DOOR), "--worker", str(self.memory_mb)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
-        self.ready = False
+        self.ready = self.scores = False                # has imported what it needs
 
     def stop(self) -> None:
         self.process.kill()
@@ -123,16 +127,22 @@ class Worker:
                 pipe.close()
         self.process.wait()
 
-    def ask(self, gold: str, answer: str, question: str = "", *, timeout_s: float) -> Verdict:
+    def ask(self, gold: str, answer: str, question: str = "", scorer: str = "", *,
+            timeout_s: float) -> Verdict:
         """The worker's verdict, or "unverifiable" after timeout_s.
 
         A worker that died by itself is tried once more.
         """
-        request = json.dumps([end_of(text) for text in (gold, answer, question)]) + "\n"
+        texts = [end_of(text) for text in (gold, answer, question)]
+        request = json.dumps([*texts, scorer]) + "\n"
         for _ in range(2):
             if not self.ready:
                 self.ready = bool(self._read(60.0)[0])  # imports are not the answer's fault
             try:
+                if scorer and not self.scores:
+                    self.process.stdin.write(json.dumps(["", "", "", scorer]) + "\n")
+                    self.process.stdin.flush()
+                    self.scores = bool(self._read(60.0)[0])
                 self.process.stdin.write(request)
                 self.process.stdin.flush()
             except OSError:
@@ -169,11 +179,23 @@ def work(memory_mb: int) -> None:
     import sympy  # noqa: F401  (slow to import: now, not inside the first answer's time)
 
     limit(resource.RLIMIT_AS, memory_mb << 20)
-    print("ready", flush=True)
+    replies, guarded = sys.stdout, False
+    sys.stdout = None                                   # what an answer prints is no verdict
+    print("ready", flush=True, file=replies)
     for line in sys.stdin:
+        *texts, scorer = json.loads(line)
+        if scorer and not guarded:
+            limit(resource.RLIMIT_AS, 4 * memory_mb << 20)
+            import reasoning_gym  # noqa: F401
+
+            from verifier.scorer import guard, scored
+
+            sys.addaudithook(guard)
+            guarded = True
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 3)
-        print(json.dumps(verify(*json.loads(line), deep=True)), flush=True)
+        verdict = scored(scorer, texts[1]) if scorer else verify(*texts, deep=True)
+        print(json.dumps(verdict), flush=True, file=replies)
 
 
 def limit(kind: int, value: int) -> None:

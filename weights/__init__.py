@@ -3,6 +3,7 @@
     sources.py      where the files are: the embedded model is fetched, parts are joined
     huggingface.py  folders read and written; what distinguishes one family from another
     gguf.py         llama.cpp's files, read
+    templates.py    chat templates for models that have none
     lora.py         adapters: added, left out, merged, saved for peft
     devices.py      where a model computes, and in which dtype
     parity.py       a lesson: our logits against transformers'
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from common.command import one_line
 from model import Transformer
-from weights import devices, gguf, huggingface
+from weights import devices, gguf, huggingface, templates
 from weights.devices import DEVICES, DTYPES, computes_bf16, pick_device, pick_dtype
 from weights.huggingface import config_from_hf, save, state
 from weights.sources import (
@@ -45,12 +46,14 @@ TODAY = datetime.date(2024, 7, 26)
 ANSWER = "xyzzy"                                        # in the chat that tells a turn's end
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto"):
+def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: str | None = None):
     """(Transformer in eval mode, tokenizer) of `smollm2-135m`, a folder, hub id or .gguf file.
 
-    dtype: see `pick_dtype`; device: see `pick_device`. Raises ValueError or OSError with one line
-    that says what is wrong.
+    dtype: see `pick_dtype`; device: see `pick_device`; chat_template: in place of the model's own,
+    see templates.py. Raises ValueError or OSError with one line that says what is wrong.
     """
+    if chat_template:
+        templates.read(chat_template)                   # refused before anything is fetched
     devices.keep_freed_memory()
     device = pick_device(device)
     pick_dtype(dtype, device)                           # refused before anything is fetched
@@ -61,6 +64,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto"):
             tokenizer = gguf_tokenizer(source)
         else:
             hf_config, tokenizer, tensors = huggingface.read(source)
+        if chat_template:
+            templates.give(tokenizer, chat_template)
+        templates.stop_strings(tokenizer)               # refused now if they are broken
         pin_date(tokenizer)
         with torch.device("meta"):                      # no memory until the dtype is known
             model = Transformer(config_from_hf(hf_config))
