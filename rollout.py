@@ -129,6 +129,7 @@ class Generation:
         self.params, self.keys, self.slots = params, keys, sampler.slots
         self.tokenizer, self.stop_ids = tokenizer, set(self.model.c.stop_ids)
         self.stops = params.stops(tokenizer)            # strings
+        self.tail = 8 + max((len(stop.encode()) for stop in self.stops), default=0)
         prefixes = shared_openings(prompts)
         order = sorted(range(len(prompts)), key=lambda i: prompts[i], reverse=True)
         self.waiting = [Prompt(i, prompts[i], prefixes[i]) for i in order]      # the last is next
@@ -182,7 +183,8 @@ class Generation:
         if completion.tokens[-1] in self.stop_ids:
             return "stop"
         if self.stops:
-            text = self.tokenizer.decode(completion.tokens)
+            # Each token is a byte at least, so that a stop string that ends now is in the last few.
+            text = self.tokenizer.decode(completion.tokens[-self.tail:])
             if any(string in text for string in self.stops):
                 return "stop"
         return "length" if len(completion.tokens) == self.params.max_tokens else None
