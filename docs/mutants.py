@@ -54,7 +54,17 @@ def copy(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def run(tests: str, folder: Path, log: Path) -> int | None:
+def warm_up() -> None:
+    """Imports once what every fork would import."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import matplotlib.pyplot  # noqa: F401
+    import torch.distributed.checkpoint  # noqa: F401
+    import torch.distributed.tensor  # noqa: F401
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+
+def run(tests: str, folder: Path, log: Path, limit: int = LIMIT) -> int | None:
     """pytest's exit code, None where the tests hang. What it says goes to `log`."""
     child = os.fork()
     if not child:
@@ -69,7 +79,7 @@ def run(tests: str, folder: Path, log: Path) -> int | None:
         code = pytest.main([*shlex.split(tests), *quick])
         sys.stdout.flush()
         os._exit(int(code))
-    for _ in range(LIMIT * 10):
+    for _ in range(limit * 10):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -109,13 +119,7 @@ def main() -> int:
     only = parser.parse_args().only
     if only is not None and not 1 <= only <= len(mutants):
         parser.error(f"--only must be one of 1 to {len(mutants)}, not {only}")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import matplotlib.pyplot  # noqa: F401  once, for all that are forked
-    import torch.distributed.checkpoint  # noqa: F401
-    import torch.distributed.tensor  # noqa: F401
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
+    warm_up()
     killed, numbers = 0, [only] if only else range(1, len(mutants) + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
