@@ -36,7 +36,7 @@ def test_a_sitting_has_an_idea_a_file_a_command_a_sweep_and_an_exercise_on_a_pag
     parts = re.findall(r"^\*\*(Read|Look at|Sweep|Exercise)\*\*", text, re.M)
     assert parts == ["Read", "Look at", "Sweep", "Exercise"] and "```sh\npython" in text.replace("mkdir", "python")
     assert re.search(r"^    \S.*=", text, re.M), "no equation"
-    assert 25 <= text.count("\n") <= 45
+    assert 25 <= text.count("\n") <= 38
     assert re.search(r"\*\*Exercise\*\* `(\w+)`", text)[1] in homework.NAMED
 
 
