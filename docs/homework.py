@@ -28,6 +28,8 @@ sys.path.insert(0, str(ROOT))
 from common.command import Parser  # noqa: E402
 from docs import mutants  # noqa: E402
 
+sys.path.remove(str(ROOT))                              # transformers would import our kernels/, and keep them
+
 LIMIT = 120                                             # seconds until a test is taken to hang
 SOLUTIONS = ".solutions.zip"                            # in DIR: the files of the exercises, as they were
 QUOTE = ("docs/walkthrough*", "docs/modify.md", "docs/*.txt")   # pages with lines of the solutions
