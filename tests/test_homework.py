@@ -32,11 +32,12 @@ print(json.dumps(found))
 
 
 def command(folder, *arguments):
-    return subprocess.run([sys.executable, str(folder / "docs/homework.py"), *arguments], capture_output=True, text=True)
+    words = [sys.executable, str(folder / "docs/homework.py"), *arguments]
+    return subprocess.run(words, capture_output=True, text=True)
 
 
 def results(folder, name, *more, limit=homework.LIMIT):
-    """The exercise's results in a homework, and if there is `more` those after its solution, in a process of its own."""
+    """The exercise's results in a homework, and with `more` those after its solution, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", RESULTS, str(limit), name, *more], cwd=folder, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
