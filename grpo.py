@@ -131,8 +131,8 @@ def group_advantages(rewards: Tensor, kind: str = "mean") -> Tensor:
     mean: r_i minus the group's mean (Dr. GRPO; unbiased up to the factor (G - 1) / G).
     std: that, divided by the group's standard deviation (GRPO; over G - 1, as in TRL and verl).
     rloo: r_i minus the mean of the others (arXiv 2402.14740).
-    A group whose rewards are all equal gets exactly 0, rounding or not (`FLAT`): over a standard
-    deviation of 1e-7, the rounding of a KL in the reward would count as much as a verdict.
+    A group whose rewards are all equal gets exactly 0, rounding or not (`informative`): over a
+    standard deviation of 1e-7, the rounding of a KL in the reward would count as much as a verdict.
     Raises ValueError on an unknown kind, a group of one, or a reward that is not finite.
     """
     if not rewards.isfinite().all():
@@ -193,11 +193,12 @@ def token_weights(lengths: Tensor, kind: str, total_tokens: int, total_sequences
                   max_tokens: int, kept: Tensor | None = None) -> Tensor:
     """Weight [N] (fp32) of each token in the loss, for the completions of one micro-batch.
 
-    lengths [R]: theirs. The totals count the *global* batch.
+    lengths [R]: theirs. The totals count the *global* batch. A divisor of 0 counts as 1.
     token: 1 / total_tokens, every token alike (DAPO).
     sequence: 1 / (length * total_sequences), every completion alike, whatever its length (GRPO).
     constant: 1 / (max_tokens * total_sequences), free of both (Dr. GRPO).
-    kept [R] (bool): completions that stay in the loss; the totals must count only these.
+    kept [R] (bool): completions that stay in the loss, the others' tokens weigh 0; the totals must
+    count only these.
     """
     match kind:
         case "token":
@@ -217,11 +218,17 @@ def token_weights(lengths: Tensor, kind: str, total_tokens: int, total_sequences
 def policy_loss(loss: Loss, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
                 lengths: Tensor, weights: Tensor, correction: Tensor | None = None,
                 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The value to minimise (a scalar, a weighted sum over tokens), and `policy_metrics`.
+    """The value to minimise, - sum_t w_t c_t surrogate_t (a scalar), and `policy_metrics`.
 
+    With ratio = exp(logprobs - old_logprobs), the log ratio cut at +-LOG_RATIO_LIMIT (in gspo it is
+    first its completion's `sequence_mean`), and A the advantage of the token's completion:
+        reinforce      A log pi
+        CLIPPED        `clipped_surrogate`
+        cispo          clip(ratio, 1 - clip_low, 1 + clip_high) A log pi, no gradient in the ratio
     logprobs [N] with gradient; old_logprobs [N] under the weights before the batch's first
-    optimizer step. advantages [R], lengths [R], weights [N] of `token_weights`, correction [N] of
-    `sampler_correction`. N = 0 gives a 0 that `backward` accepts. The caller adds KL and entropy.
+    optimizer step. advantages [R], lengths [R], weights w [N] of `token_weights`, correction c [N]
+    of `sampler_correction`, 1 if None. N = 0 gives a 0 that `backward` accepts. The caller adds KL
+    and entropy.
     """
     advantages = advantages.repeat_interleave(lengths, output_size=len(logprobs))  # [N]
     log_ratio = logprobs - old_logprobs.detach()
@@ -295,9 +302,11 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3",
     """Estimates [N] of KL(pi || pi_ref), one per token sampled from pi (Schulman 2020).
 
     With d = log pi_ref - log pi:  k1 = -d (unbiased, can be negative), k2 = d^2 / 2,
-    k3 = e^d - 1 - d (unbiased, never negative). Their gradients differ (arXiv 2506.09477): k2's is
-    the KL's, k3's is that of KL(pi_ref || pi), k1's is zero on average. `old_logprobs` multiplies
-    by pi / pi_old (DeepSeek-V3.2), which gives k1 and k3 the gradient of KL(pi || pi_ref).
+    k3 = e^d - 1 - d (unbiased, never negative: use expm1). Their gradients differ (arXiv
+    2506.09477): k2's is the KL's, k3's is that of KL(pi_ref || pi), k1's is zero on average.
+    `old_logprobs` multiplies by pi / pi_old (DeepSeek-V3.2), which gives k1 and k3 the gradient of
+    KL(pi || pi_ref). d and log(pi / pi_old) are cut at +-LOG_RATIO_LIMIT; of the three arguments
+    only logprobs has a gradient. Raises ValueError on an unknown kind.
     """
     difference = (ref_logprobs.detach() - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     match kind:

@@ -349,7 +349,9 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) ->
     """groups: (prompt_ids, [completion_ids, ...]), packed where `model` is.
 
     A completion's last token is only ever a target, never an input. Its first is predicted by the
-    prompt's last position, which all n share. Raises ValueError on an empty prompt.
+    prompt's last position, which all n share. So the inputs are every prompt, then every completion
+    without its last token: `PrefixAttention` is told these lengths, in this order, and gives the
+    positions. An empty completion has length 0 and no target. Raises ValueError on an empty prompt.
     """
     if not all(prompt for prompt, _ in groups):
         raise ValueError("a prompt has no tokens")

@@ -176,8 +176,10 @@ def mix(personas: Sequence[Persona], prob: float, mode: str, keys: Sequence[str]
         seed: int) -> list[list[Persona | None]]:
     """Who speaks in each completion: a list of `group_size` per key, None where nobody does.
 
-    keys: what names a problem in the run, for example "step:index". Raises ValueError for a bad
-    mode, a prob outside [0, 1], or an empty pool with prob > 0.
+    mode "prompt": one `draw` per key, its sample 0, for the whole group. "rollout": completion g
+    has the draw of sample g. keys: what names a problem in the run, for example "step:index".
+    Raises ValueError for a mode not in MODES, a prob outside [0, 1] (NaN too), or an empty pool
+    with prob > 0.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mixing mode {mode!r}; choose from {', '.join(MODES)}")

@@ -36,12 +36,23 @@ class LinearLogprob(torch.autograd.Function):
         kept = buffer if n_tokens <= rows else None
         ctx.save_for_backward(hidden, weight, targets, logprobs, entropy, logsumexp, kept)
         ctx.settings = temperature, softcap, memory_budget
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)                # an output that is not used has None
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
+        """d hidden [N, H] and d weight [V, H], in their dtypes, and four None; None where not
+        needed (ctx.needs_input_grad).
+
+        The incoming gradients [N] are None for an output that was not used. With d x of
+        linear_logprob.py's header, and z the logits, x = softcap tanh(z / softcap) / temperature:
+            d z_j = d x_j / temperature, times 1 - tanh(z_j / softcap)^2 with a softcap
+            d hidden = d z @ weight,  d weight = d z^T @ hidden
+        forward saved hidden, weight, targets, logprobs, entropy, logsumexp (of x), and the logits,
+        or None where they did not fit. d hidden is summed over chunks in fp32. d z comes
+        from `row_coefficients`, `target_gradient` and `logit_gradient` below.
+        """
         hidden, weight, targets, logprobs, entropy, logsumexp, logits = ctx.saved_tensors
         temperature, softcap, memory_budget = ctx.settings
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]

@@ -41,10 +41,15 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
 
 def sample_rows(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float,
                 min_p: float) -> tuple[Tensor, Tensor]:
-    """`sample` for a few rows at a positive temperature.
+    """`sample` for a few rows, logits [B, V] fp32, at a positive temperature.
+
+    With p = softmax(logits / temperature), after `filtered(logits / temperature, ...)` if there is
+    a filter: a row's token is the first j with p_0 + ... + p_j > its uniform number (so never one
+    of p = 0), and its log-prob is log p_j, fp32. A row that is not finite gets NaN, and a valid id.
 
     One pass sums the blocks of 256 tokens; then the token is found among the 256 of one block. Sums
-    of sums keep the CDF accurate in fp32; a running sum over 50k entries would not be.
+    of sums keep the CDF accurate in fp32; a running sum over 50k entries would not be (in float64
+    it would).
     """
     if top_k or top_p < 1 or min_p > 0:
         logits = filtered(logits / temperature, top_k, top_p, min_p) * temperature

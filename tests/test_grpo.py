@@ -191,6 +191,20 @@ def test_p9_the_gradient_of_a_short_and_a_long_completion_equals_the_closed_form
     close(theta.grad, torch.tensor(expected, dtype=torch.float64), 1e-7)  # the weights are fp32
 
 
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("token", [1 / 10] * 5), ("sequence", [1 / 8] * 2 + [1 / 12] * 3), ("constant", [1 / 32] * 5)])
+def test_p9_the_weights_of_two_of_four_completions_by_hand(kind, expected):
+    lengths, totals = torch.tensor([2, 0, 3]), (10, 4, 8)
+    weights, expected = grpo.token_weights(lengths, kind, *totals), torch.tensor(expected)
+    assert weights.dtype == torch.float32
+    close(weights, expected, 1e-7)
+    kept = torch.tensor([True, True, False])
+    expected[2:] = 0
+    close(grpo.token_weights(lengths, kind, *totals, kept), expected, 1e-7)
+    assert grpo.token_weights(lengths[:0], kind, 0, 0, 8).shape == (0,)
+    assert grpo.token_weights(lengths, kind, 0, 0, 8).isfinite().all()
+
+
 def toy_gradient(name, kind, micro_batches):
     """A whole toy model's gradient, summed over `micro_batches` (lists of completion numbers)."""
     torch.manual_seed(0)

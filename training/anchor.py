@@ -41,7 +41,13 @@ class Anchor:
             self.hidden = [completion_hidden(model, pack([group], model)) for group in self.groups]
 
     def kl(self, model: Transformer, step: int) -> Tensor:
-        """Mean KL per token, in nats, on an optimizer step's answers; with gradient."""
+        """Mean over tokens of KL(start || policy) in nats, on a step's answers; a scalar, fp32.
+
+        KL = sum_j p_j (log p_j - log q_j) over the vocabulary, at temperature 1: p of the start
+        model (its kept `hidden` of an answer, through its kept `head`), q of `model`, with
+        gradient. Step s takes the `count` groups from s * count on, and begins again after the
+        last.
+        """
         chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
         hidden = completion_hidden(model, pack([self.groups[i] for i in chosen], model))
         before = torch.cat([self.hidden[i] for i in chosen])

@@ -167,6 +167,14 @@ def scalars_equal(a, b, effort: Effort) -> bool:
 
 
 def _equal_exactly(a, b, names, nodes, effort: Effort) -> bool:
+    """Whether two trees have the same rational value (`exact`), with variables at random points.
+
+    names: all variables of both; a point gives each a `_rational(effort.rng)`. False at the first
+    point where the values differ. True after 4 that agree; without variables after the one there
+    is. A point where a side is undefined (ZeroDivisionError) decides nothing. At most 12 points are
+    tried, each for `effort.spend(nodes)`; if they do not decide, Inexact is raised. What else
+    `exact` raises is passed on.
+    """
     agreed = 0
     for _ in range(12 if names else 1):
         effort.spend(nodes)
