@@ -4,11 +4,10 @@ A Llama-type decoder (RMSNorm, rotary positions, grouped-query attention, gated 
 differ only in the numbers and switches of `Config`, which weights/huggingface.py reads. There are
 no subclasses:
 
-    Llama 2/3, SmolLM2/3, Mistral   the plain type; `llama3` rope scaling, NoPE layers,
-                                    sliding windows
+    Llama 2/3, SmolLM2/3, Mistral   the plain type; rope scaling, NoPE layers, sliding windows
     Qwen2/2.5, Qwen3                bias on q, k, v; RMSNorm on the heads of q and k
-    Gemma 3 (text)                  (1 + w) norms before and after each block, embeddings times
-                                    sqrt(H), local layers
+    Qwen3.5 (text)                  gated DeltaNets between layers of gated attention
+    Gemma 3 (text)                  (1 + w) norms around each block, scaled embeddings, local layers
     OLMo 2                          norms after the blocks only, RMSNorm over all of q and k
 
 **Tokens are packed**: the linear layers see [N, H], every token once and no padding. Attention is
@@ -156,8 +155,7 @@ class Layer(nn.Module):
             "gate_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
             "up_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
             "down_proj": nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)})
-        # With norms after the blocks, `post_attention_layernorm` is one of them. Otherwise it
-        # precedes the MLP.
+        # `post_attention_layernorm` precedes the MLP, unless there are norms after the blocks.
         if c.pre_norm:
             self.input_layernorm = norm(c.hidden_size)
         if c.pre_norm and c.post_norm:
