@@ -95,7 +95,7 @@ def test_load_asks_for_the_dtype_by_family_and_refuses_before_it_reads(tiny_fold
 @outside
 def test_every_model_of_a_command_goes_to_its_device(tiny_folder, tmp_path, monkeypatch):
     asked, load = [], weights.load
-    monkeypatch.setattr(weights, "load", lambda *args: asked.append(args[1:]) or load(*args))
+    monkeypatch.setattr(weights, "load", lambda *args: asked.append(args[1:3]) or load(*args))
     other = str(shutil.copytree(tiny_folder, tmp_path / "other"))
     sheet = tmp_path / "gym.jsonl"
     sheet.write_text("\n".join(json.dumps({"persona": f"w{i}", "questions": dict.fromkeys(

@@ -306,7 +306,7 @@ def test_p26_evaluation_uses_the_training_template_verifier_and_sampler(tiny, mo
     seen = []
     monkeypatch.setattr(evaluate.pool, "prompt_ids", lambda *a: seen.append(a[1:3]) or personas_prompt_ids(*a))
     monkeypatch.setattr(evaluate.rewards.Verifier, "submit",
-                        lambda self, gold, answer, question: submit(self, gold, f"It is {gold}.", question))
+                        lambda self, gold, answer, *more: submit(self, gold, f"It is {gold}.", *more))
     results = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, SHORT)
     assert results["mean_accuracy"] == 1 and results["pss"] == 1
     assert seen == [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]

@@ -395,7 +395,7 @@ def test_adapter_targets_that_a_model_has_not_are_refused(tiny_folder, capsys):
     assert "in_proj_qkv" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16", "--recompute"], ["--lora-rank", "2", "--memory", "0.5"]],
+@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16", "--recompute"], ["--lora-rank", "2", "--memory", "9"]],
                          ids=" ".join)
 def test_training_runs_and_its_sampler_and_trainer_agree(folder, tmp_path, more):
     flags = ["--model", str(folder), *FAST, *REWARD, "--steps", "2", *more, "--out", str(tmp_path / "out")]

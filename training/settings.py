@@ -179,7 +179,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if args.chat_template:
         args.chat_template = templates.read(args.chat_template)     # kept for a resumed run
     for name in FIXED:
-        if getattr(args, name) != before.get(name, getattr(args, name)):
+        if name in before and getattr(args, name) != before[name]:
             raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
                              f"{str(before[name])[:60]!r}; for another one start a new run")
     small = tasks.is_generated(args.task)               # the embedded model often solves them
