@@ -311,7 +311,7 @@ def run(args) -> None:
         if evaluates:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
             if talks:
-                print(before_after(before, after))
+                print(before_after(args, before, after))
     if talks:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
     wait()                                              # others may still need this rank

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from evaluation import answers, fidelity, lottery
 from results import curves, transcripts
 from rollout import Completion, Sampler
 from training import settings
+from training.run import in_line
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -313,3 +315,16 @@ def test_recipes_say_what_the_script_counts_of_what_fits_on_which_card():
     from benchmarks import memory
 
     assert memory.table() in (RESULTS / "recipes.md").read_text()
+
+
+def test_the_main_job_ends_with_its_place_among_the_kept_runs_of_its_settings():
+    def said(*flags, after):
+        args = settings.settings(["--out", "runs/mine", *flags])
+        return in_line(args, json.loads((RESULTS / "main" / after / "results.json").read_text()))
+
+    [line] = said(after="permix-seed3")
+    assert re.fullmatch(r"9 stored runs .* mean accuracy of 0\.5\d to 0\.7\d, this one at 0\.66: in line", line)
+    assert said(after="start")[0].endswith(": not in line: look at evaluate.py --check-run runs/mine")
+    assert said("--seed", "7", "--dtype", "float32", after="permix-seed3") == [line]      # decides nothing
+    for other in (["--steps", "33"], ["--anchor-coef", "0.5"], ["--lora-rank", "4"], ["--task", "facts"]):
+        assert said(*other, after="permix-seed3") == []

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ import tasks
 import weights
 from common.command import note
 from common.files import commit, write_atomically
+from evaluation import bands
 from grpo import Loss
 from model import Transformer
 from rewards import CORRECTNESS, Rewarder
@@ -27,7 +29,7 @@ from training.checkpoints import newest
 from training.checks import check, check_weights
 from training.minibatches import micro_tokens_for
 from training.policy import ranks, wait
-from training.settings import loss_of
+from training.settings import loss_of, settings
 from training.stop import Stop
 from weights import lora
 
@@ -247,14 +249,45 @@ def already_there(folder: Path) -> dict | None:
     return found[0]
 
 
-def before_after(before: dict, after: dict) -> str:
-    """The table that the main job ends with."""
-    scores = ("mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy", "pss",
+def before_after(args, before: dict, after: dict) -> str:
+    """The table and the line that the main job ends with."""
+    scores = ("mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy", "persona_sd", "pss",
               "pss_mean_minus_std", "pss_all_correct", "mean_reward")
-    shown = [name for name in scores if name in before and name in after]
+    shown = [name for name in scores if None not in (before.get(name), after.get(name))]
     rows = [(name, before[name], after[name]) for name in shown]
     for old, new in zip(before["personas"], after["personas"], strict=True):
         rows.append((f"  {old['name']} ({old['stratum']})", old["accuracy"], new["accuracy"]))
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {old:6.3f}  {new:6.3f}" for name, old, new in rows]
-    return "\n".join([f"{'':{width}}  before   after", *lines])
+    return "\n".join([f"{'':{width}}  before   after", *lines, *in_line(args, after)])
+
+
+# What decides where a run ends. Another dtype or another micro-batch only rounds otherwise.
+DECIDES = (*bands.SAME, "method", "steps", "persona_prob", "mix", "personas", "anchor_coef",
+           "warmup", "max_grad_norm", "reward", "optimizer", "eval_task", "eval_pool")
+
+
+def in_line(args, after: dict) -> list[str]:
+    """What to say of a run with train.py's own settings, a line: its mean accuracy beside that of
+    the runs in results/main, on the problems and personas of both. Of another run, nothing.
+
+    In line is within three standard deviations over the kept seeds.
+    """
+    own, kept = vars(settings(["--method", args.method])), bands.RESULTS / "main"
+    runs = [json.loads(file.read_text())
+            for file in sorted(kept.glob(f"{args.method}-seed*/results.json"))]
+    if len(runs) < 3 or any(getattr(args, name) != own[name] for name in DECIDES):
+        return []
+    names = runs[0]["correct"].keys() & {row["name"] for row in after["personas"][1:]}
+    ids = {item["id"] for item in runs[0]["items"]} & {item["id"] for item in after["items"]}
+
+    def accuracy(results: dict) -> float:
+        marks = [mark for name in names for item, mark in
+                 zip(results["items"], results["correct"][name], strict=True) if item["id"] in ids]
+        return marks.count("1") / len(marks)
+
+    here, theirs = accuracy(after), [accuracy(run) for run in runs]
+    off = abs(here - mean(theirs)) > 3 * stdev(theirs)
+    words = f"not in line: look at evaluate.py --check-run {args.out}" if off else "in line"
+    return [f"{len(runs)} stored runs of these settings ended at a mean accuracy of "
+            f"{min(theirs):.2f} to {max(theirs):.2f}, this one at {here:.2f}: {words}"]
