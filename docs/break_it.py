@@ -70,7 +70,7 @@ def pitfalls() -> dict[str, tuple[str, str]]:
     """The page of pitfalls: {"P8": (its words, the tests that it links)}."""
     page, found = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8"), {}
     for words, number in re.findall(PARAGRAPH, page, re.M | re.S):
-        links = re.findall(r"\[test\]\(\.\./(tests/\w+\.py)#(\w+)\)", words)
+        links = re.findall(r'\[test\]\(\.\./(tests/\w+\.py)#L\d+ "(\w+)"\)', words)
         words = re.sub(r",?\s*\[test\]\([^)]*\)", "", words).replace("**", "")
         found[f"P{number}"] = words.strip(), " ".join("::".join(link) for link in links)
     return found

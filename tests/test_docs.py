@@ -16,6 +16,7 @@ import rewards
 import tasks
 import train
 from common import files
+from docs import anchors
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks"
 
 
 PITFALLS = (ROOT / "docs" / "pitfalls.md").read_text()
-TEST_LINK = re.compile(r"\[test\]\(\.\./tests/(\w+)\.py#(\w+)\)")
+TEST_LINK = re.compile(r'\[test\]\(\.\./tests/(\w+)\.py#L\d+ "(\w+)"\)')
 
 
 def test_every_pitfall_links_a_test_that_exists():
@@ -50,9 +51,16 @@ def test_every_pitfall_has_a_test_in_the_quick_suite():
     assert not [text.split(".")[0] for text in pitfalls if not any(is_quick(*link) for link in TEST_LINK.findall(text))]
 
 
+def test_links_to_code_stand_at_the_line_where_the_name_is_defined():
+    """`python docs/anchors.py` sets them."""
+    for page in anchors.PAGES:
+        assert anchors.anchored(page) == page.read_text(), f"{page.name}: run python docs/anchors.py"
+    assert len(anchors.LINK.findall(PITFALLS)) == len(TEST_LINK.findall(PITFALLS)) >= 42
+
+
 def test_every_relative_link_resolves():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#: ]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
