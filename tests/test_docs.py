@@ -21,7 +21,7 @@ from results import transcripts
 from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md",
+PAGES = [*(ROOT / name / "README.md" for name in (".", "kernels", "benchmarks")), ROOT / "CONTRIBUTING.md",
          *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
 
 

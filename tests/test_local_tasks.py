@@ -145,6 +145,7 @@ def test_an_evaluation_has_the_scores_and_the_share_that_is_correct(three, tiny)
 
 
 @needs_gym
+@pytest.mark.slow
 def test_a_run_on_the_package_trains_like_any_other(tiny_folder, tmp_path):
     out = tmp_path / "run"
     assert train.main(["--model", str(tiny_folder), "--task", f"{THREE}:size=4", "--steps", "1", "--prompts", "2",
