@@ -1,14 +1,17 @@
-"""Writes docs/walkthrough.md: one training step of train.py, with the numbers it really had.
+"""Writes docs/walkthrough.md and docs/walkthrough.ipynb: one training step of train.py, with the
+numbers it really had.
 
     python docs/walkthrough.py
 
 The model is the embedded one, and the step is train.py's own: `roll_out`, then `learn`. What passes
 through the functions in between is recorded. Every quoted line of code is looked up in its
 function's source, so the page cannot say what the code does not do.
+
+Both files come from one list of texts and cells, `contents`. A cell is the body of a function
+`show_...`. docs/notebook.py executes the cells once, and what they print stands in both files.
 Left out: timing, and what the main job does not do (KL, correction, several steps on a batch).
 """
 
-import copy
 import inspect
 import json
 import sys
@@ -33,6 +36,7 @@ from kernels.torch_linear_logprob import row_statistics  # noqa: E402
 from rollout import Sampler  # noqa: E402
 from sampling import draw  # noqa: E402
 from training.adamw import AdamW  # noqa: E402
+from training.minibatches import minibatches  # noqa: E402
 from training.policy import Policy  # noqa: E402
 from training.settings import settings  # noqa: E402
 
@@ -77,7 +81,7 @@ def watched(model) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of the page
+# Pieces of both
 
 
 def code(function, *parts: str) -> str:
@@ -99,102 +103,148 @@ def code(function, *parts: str) -> str:
     return f"```python\n# {file}, {function.__qualname__}\n{quoted}\n```"
 
 
-def block(lines) -> str:
-    return "\n".join(["```text", *lines, "```"])
-
-
 def rounded(x: torch.Tensor, digits: int = 4) -> str:
     return "[" + ", ".join(f"{v:+.{digits}f}" if v else "0" for v in x.tolist()) + "]"
 
 
-def prompts(s) -> list[str]:
+# --------------------------------------------------------------------------------------------------
+# The step: texts, and the cells that print what stands between them (s: what `step` gives)
+
+
+def show_problems(s):
+    for p in s.batch.problems:
+        print(f"{p.id}: {p.question}  gold: {p.answer}")
+
+
+def show_personas(s):
+    for i, row in enumerate(s.batch.personas):
+        print(f"problem {i}:", f"{row[0].name}: {row[0].text}" if row[0] else "no persona")
+
+
+def show_prompts(s):
+    for i, (ids, _) in enumerate(s.batch.groups):
+        print(f"problem {i}, {len(ids)} ids: {ids[:8]} ... {ids[-4:]}")
+        print(s.tokenizer.decode(ids))
+
+
+def prompts(args) -> list:
     """Problems, personas, prompts."""
-    speakers = [row[0] for row in s.batch.personas]
-    out = [
+    return [
         "## 1. The problem",
         code(train.roll_out, "problems = tasks.batch"),
-        block(f"{p.id}: {p.question}  gold: {p.answer}" for p in s.batch.problems),
+        show_problems,
         "## 2. The persona",
-        f"With probability rho = {s.args.persona_prob} a training persona speaks in the system "
+        f"With probability rho = {args.persona_prob} a training persona speaks in the system "
         "prompt. The scheme is ours: the paper's abstract names none. All completions of a problem "
         "share it. So a persona is never compared with another inside a group.",
         "![rows of completions coloured by persona: none for RLVR, one a row, one a cell]"
         "(permix.svg)",
         code(train.roll_out, "speakers = personas.mix"),
         code(personas.draw, "if rng", "return None", "return personas["),
-        block(f"problem {i}: {p.name + ': ' + p.text if p else 'no persona'}"
-              for i, p in enumerate(speakers)),
+        show_personas,
         "## 3. The prompt",
         "The chat template gives token ids. They are never turned into text and encoded again. "
         "Where there is no persona, the template's own default stands between `<|im_start|>system` "
         "and `<|im_end|>`.",
-        code(personas.chat_ids, "return tokenizer.apply_chat_template", "enable_thinking=False")]
-    for i, (ids, _) in enumerate(s.batch.groups):
-        out.append(block([f"problem {i}, {len(ids)} ids: {ids[:8]} ... {ids[-4:]}",
-                          s.tokenizer.decode(ids)]))
-    return out
+        code(personas.chat_ids, "return tokenizer.apply_chat_template", "enable_thinking=False"),
+        show_prompts]
 
 
-def samples(s) -> list[str]:
-    """Completions and their tokens."""
-    last, shown = s.batch.completions[-1], []
+def show_completions(s):
     for c, text in zip(s.batch.completions, s.batch.texts, strict=True):
         end = "cut off" if c.truncated else "ended  "
-        shown.append(f"{c.index}.{c.sample} {len(c.tokens):2} tokens {end} {json.dumps(text)}")
-    tokens = [f"{token:6} {json.dumps(s.tokenizer.decode([token])):16} {value:8.4f}"
-              for token, value in zip(last.tokens, last.logprobs, strict=True)]
+        print(f"{c.index}.{c.sample} {len(c.tokens):2} tokens {end} {json.dumps(text)}")
+
+
+def show_tokens(s):
+    last = s.batch.completions[-1]
+    for token, value in zip(last.tokens, last.logprobs, strict=True):
+        print(f"{token:6} {json.dumps(s.tokenizer.decode([token])):16} {value:8.4f}")
+
+
+def samples(args) -> list:
+    """Completions and their tokens."""
     return [
         "## 4. The completions",
         r"$$y_t \sim \pi(\cdot \mid x, y_{<t}), \qquad \pi = \mathrm{softmax}(z / T), "
-        rf"\quad T = {s.args.temperature}$$",
+        rf"\quad T = {args.temperature}$$",
         "z are the logits. The sampler keeps each token's log-prob at the temperature it sampled "
         "with. The prompt is computed once; its completions share it as their prefix.",
         "![a prefix of prompt tokens with four completions](tree.svg)",
         code(train.roll_out, "params = replace", "done = author.generate", "tokenizer=job"),
         code(draw.sample_rows, "logprobs = (logits"),
         "Problem and sample, length, how it ended, text:",
-        block(shown),
+        show_completions,
         "The last one, token by token:",
-        block(tokens)]
+        show_tokens]
 
 
-def verdicts(s) -> list[str]:
-    """Verdicts, rewards, advantages."""
-    G, judged = s.args.group_size, []
+def show_verdicts(s):
+    G = s.args.group_size
     for i, text in enumerate(s.batch.texts):
         v = rewards.verify(s.batch.problems[i // G].answer, text)
         assert v.verdict == s.batch.verdicts[i]
-        judged.append(f"{i // G}.{i % G} {v.verdict:12} {v.extracted!r}, {v.rule}")
-    given, after = s.calls["truncation"].given[0], s.batch.rewards
+        print(f"{i // G}.{i % G} {v.verdict:12} {v.extracted!r}, {v.rule}")
+
+
+def show_truncation(s):
+    print("rewards  ", s.calls["truncation"].given[0].tolist())
+    print("and after", s.batch.rewards.tolist())
+
+
+def show_advantages(s):
+    for i, row in enumerate(s.calls["group_advantages"].result):
+        print(f"problem {i}: A = {rounded(row, 2)}")
+
+
+def verdicts(args) -> list:
+    """Verdicts, rewards, advantages."""
     return [
         "## 5. The rewards",
         "Each completion is judged while others still decode. The rule says where the answer was "
         "found and what settled it: equal text, two numbers compared, or no mathematics in it.",
         code(train.roll_out, "futures[i] = job", "values, verdicts = zip"),
         code(rewards.worth, "return Reward"),
-        block(judged),
+        show_verdicts,
         "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text "
         "says:",
         code(grpo.truncation, 'if policy == "zero"', "masked_fill(truncated"),
-        block([f"rewards   {given.tolist()}", f"and after {after.tolist()}"]),
+        show_truncation,
         "## 6. The advantages",
         r"$$A_i = r_i - \frac{1}{G} \sum_{j=1}^{G} r_j$$",
         "GRPO's baseline (arXiv 2402.03300) without its division by the standard deviation (Dr. "
         "GRPO, arXiv 2503.20783). A group whose rewards are all equal gets exactly 0 and is left "
         "out of the forward.",
         code(grpo.group_advantages, "centred = rewards", "return torch.where"),
-        code(train.minibatches, "live = ", "if args.kl_coef or", "live[:] = True"),
-        block(f"problem {i}: A = {rounded(row, 2)}"
-              for i, row in enumerate(s.calls["group_advantages"].result))]
+        code(minibatches, "live = ", "if args.kl_coef or", "live[:] = True"),
+        show_advantages]
 
 
-def forward(s) -> list[str]:
-    """Packing, log-probs, entropy."""
-    p, (_, logprobs, old, *_) = s.packed, s.calls["policy_loss"].given
-    entropy = s.calls["completion_logprobs"].result[1]
-    trained = s.batch.completions[-len(p.lengths):]
-    sampled = torch.tensor([x for c in trained for x in c.logprobs])
+def show_pack(s):
+    p = s.packed
     ((groups, n, C, P),) = p.attend.buckets
+    print(f"groups {len(groups)}, completions {n}, prefix {P}, longest completion in the row {C}")
+    print("input_ids", list(p.input_ids.shape), "=", P, "+",
+          " + ".join(str(x - 1) for x in p.lengths))
+    print(f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a "
+          "completion")
+    print("targets", list(p.targets.shape), "=", " + ".join(map(str, p.lengths)) + ", read at "
+          f"hidden_index {p.hidden_index[:3].tolist()} ...")
+
+
+def show_logprobs(s):
+    _, logprobs, old, *_ = s.calls["policy_loss"].given
+    logprobs, ratio = logprobs.detach().cpu(), (logprobs - old).exp()
+    trained = s.batch.completions[-len(s.packed.lengths):]
+    sampled = torch.tensor([x for c in trained for x in c.logprobs])
+    print(f"first three: sampler {rounded(sampled[:3])}, trainer {rounded(logprobs[:3])}")
+    print(f"max |trainer - sampler| = {(logprobs - sampled).abs().max():.6f}")
+    print(f"ratio from {ratio.min():.6f} to {ratio.max():.6f}")
+    print(f"mean entropy {s.calls['completion_logprobs'].result[1].mean():.4f} nats")
+
+
+def forward(args) -> list:
+    """Packing, log-probs, entropy."""
     return [
         "## 7. The pack",
         "Every token stands once in a row without padding: prefixes (the prompts), then "
@@ -202,13 +252,7 @@ def forward(s) -> list[str]:
         "only, so it is not in the row.",
         "![the packed row, and a mask of what attends to what](packing.svg)",
         code(decoder.pack, "inputs = ", "hidden_index +="),
-        block([f"groups {len(groups)}, completions {n}, prefix {P}, longest completion in the row {C}",
-               f"input_ids {list(p.input_ids.shape)} = {P} + "
-               + " + ".join(str(x - 1) for x in p.lengths),
-               f"position_ids 0 .. {P - 1}, then {P} .. {P + p.lengths[0] - 2} and so on, once a "
-               "completion",
-               f"targets {list(p.targets.shape)} = {' + '.join(map(str, p.lengths))}, read at "
-               f"hidden_index {p.hidden_index[:3].tolist()} ..."]),
+        show_pack,
         "## 8. Log-probs and entropy",
         r"$$\log \pi(y_t) = \frac{z_{y_t}}{T} - \log \sum_v e^{z_v / T}, "
         r"\qquad H_t = -\sum_v \pi_v \log \pi_v$$",
@@ -220,19 +264,23 @@ def forward(s) -> list[str]:
         "trainer's own, before the batch's first optimizer step. So the ratio is exactly 1 here. "
         "It moves only where a batch has a second optimizer step (`--minibatches 2`, "
         "`--inner-epochs 2`):",
-        block([f"first three: sampler {rounded(sampled[:3])}, trainer {rounded(logprobs[:3])}",
-               f"max |trainer - sampler| = {(logprobs - sampled).abs().max():.6f}",
-               f"ratio from {(logprobs - old).exp().min():.6f} "
-               f"to {(logprobs - old).exp().max():.6f}",
-               f"mean entropy {entropy.mean():.4f} nats"])]
+        show_logprobs]
 
 
-def loss(s) -> list[str]:
-    """Token weights, the loss, clipping."""
-    call, norm, limit = s.calls["policy_loss"], s.metrics["grad_norm"], s.args.max_grad_norm
-    _, _, _, advantages, lengths, weight, _ = call.given
+def show_loss(s):
+    _, _, _, advantages, lengths, weight, _ = s.calls["policy_loss"].given
     terms = " ".join(f"{a:+.2f} * {n}" for a, n in zip(advantages, lengths, strict=True))
-    total_tokens = s.calls["token_weights"].given[2]
+    print(f"N = {s.calls['token_weights'].given[2]:.0f}, w_t = {weight[0]:.6f}")
+    print(f"L = -{weight[0]:.6f} * ({terms}) = {s.calls['policy_loss'].result[0].item():+.6f}")
+
+
+def show_clipping(s):
+    norm, limit = s.metrics["grad_norm"], s.args.max_grad_norm
+    print(f"norm {norm:.4f}, c = {limit}: times {min(1, limit / norm):.4f}")
+
+
+def loss(args) -> list:
+    """Token weights, the loss, clipping."""
     return [
         "## 9. The loss",
         r"$$L = -\sum_t w_t \min\big(\rho_t A,\ \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) "
@@ -244,25 +292,33 @@ def loss(s) -> list[str]:
         code(grpo.policy_loss, "log_ratio = logprobs", "ratio = log_ratio.clamp",
              "surrogate = clipped_surrogate", "value = -(weights"),
         code(grpo.clipped_surrogate, "clipped = ratio", "surrogate = torch.min"),
-        block([f"N = {total_tokens:.0f}, w_t = {weight[0]:.6f}",
-               f"L = -{weight[0]:.6f} * ({terms}) = {call.result[0].item():+.6f}"]),
+        show_loss,
         "At ratio 1 the loss says little. Its gradient is that of the log-probs, weighted by the "
         "advantages.",
         "## 10. Gradient clipping",
         r"$$g \leftarrow g \cdot \min\Big(1, \frac{c}{\lVert g \rVert}\Big)$$",
         code(Policy.step, "scale = min"),
-        block([f"norm {norm:.4f}, c = {limit}: times {min(1, limit / norm):.4f}"])]
+        show_clipping]
 
 
-def learning(s) -> list[str]:
-    """AdamW, and what has become of the completions."""
-    lr, state = s.args.learning_rate, s.policy.state()
-    master, m, v = (x[ENTRY].item() for x in state[NAME].values())
+def show_step(s):
+    lr = s.args.learning_rate
+    master, m, v = (x[ENTRY].item() for x in s.policy.state()[NAME].values())
     m, v = m / 0.1, v / 0.05                            # without AdamW's bias towards zero
+    print(f"{NAME}[{ENTRY}]: gradient {m:+.6f}, by the formula "
+          f"{-m / (v ** 0.5 + 1e-8):+.4f} learning rates")
+    print(f"{s.before:.6f} -> {master:.6f}, that is {(master - s.before) / lr:+.2f} times {lr}")
+
+
+def show_change(s):
     _, logprobs, _, advantages, lengths, *_ = s.calls["policy_loss"].given
-    sums = [grpo.sequence_sum(x.detach(), lengths) for x in (logprobs, s.after)]
-    changed = [f"1.{i} A = {a:+.2f}: {x:9.4f} -> {y:9.4f}  ({y - x:+.4f})"
-               for i, (a, x, y) in enumerate(zip(advantages, *sums, strict=True))]
+    before, after = (grpo.sequence_sum(x.detach(), lengths) for x in (logprobs, s.after))
+    for i, (a, x, y) in enumerate(zip(advantages, before, after, strict=True)):
+        print(f"1.{i} A = {a:+.2f}: {x:9.4f} -> {y:9.4f}  ({y - x:+.4f})")
+
+
+def learning(args) -> list:
+    """AdamW, and what has become of the completions."""
     return [
         "## 11. AdamW on fp32 masters",
         r"$$\theta \leftarrow \theta - \eta\, \frac{\hat m}{\sqrt{\hat v} + 10^{-8}}, \qquad "
@@ -272,29 +328,21 @@ def learning(s) -> list[str]:
         "step every weight with a gradient moves by nearly the learning rate.",
         code(AdamW.step, "adamw(", "weight_decay="),
         code(Policy.step, "warm = ", "self.gather()"),
-        block([f"{NAME}[{ENTRY}]: gradient {m:+.6f}, by the formula "
-               f"{-m / (v ** 0.5 + 1e-8):+.4f} learning rates",
-               f"{s.before:.6f} -> {master:.6f}, that is {(master - s.before) / lr:+.2f} "
-               f"times {lr}"]),
+        show_step,
         "## 12. What has changed",
         "The log-prob of each whole completion of the group, before and after. So few completions "
         "at the full learning rate move the model far. The main job has 96 a step and warms up.",
-        block(changed)]
+        show_change]
 
 
-def page(model, tokenizer) -> str:
-    """The whole page; `model` (fp32) is left as it was."""
-    s = step(copy.deepcopy(model), tokenizer)
-    opening = [
-        "# One training step, with real tensors",
-        "Written by [walkthrough.py](walkthrough.py) from the run "
-        f"`python train.py {FLAGS} --steps 1`, on SmolLM2-135M. A test regenerates it.",
-        "![mix, prompts, roll out and reward, advantages, pack, log-probs, loss, masters, model]"
-        "(step.svg)"]
-    parts = (prompts, samples, verdicts, forward, loss, learning)
-    return "\n\n".join([*opening, *(text for part in parts for text in part(s))]) + "\n"
+def contents() -> list:
+    """What both files hold, in order: texts and cells."""
+    args = settings([*FLAGS.split(), "--eval-problems", "0"])
+    return [item for part in (prompts, samples, verdicts, forward, loss, learning)
+            for item in part(args)]
 
 
 if __name__ == "__main__":
-    written = page(*weights.load(weights.EMBEDDED, "float32", "cpu"))
-    (ROOT / "docs" / "walkthrough.md").write_text(written)
+    from docs import notebook
+
+    notebook.write()
