@@ -80,8 +80,8 @@ s = step(*weights.load(weights.EMBEDDED, "float32", device))
 '''
 SET_UP = [
     "## Set up",
-    "In Colab: choose Runtime, Change runtime type, a GPU if you like, then Run all. The first cell "
-    "fetches the repository and the packages that are missing. The outputs below are kept from a "
+    "In Colab: choose Runtime, Change runtime type, a GPU if you like, then Run all. The first "
+    "cell fetches the repository and the packages that are missing. The outputs below are kept from a "
     "run on a CPU. On another device the decimals differ, and sampled words may. We have not run "
     "it on a GPU.",
     INSTALL, DEVICE,
