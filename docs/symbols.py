@@ -254,7 +254,7 @@ def row(symbol: str, what: str, where: str, ways: str) -> str:
     for way in ways.split(", "):
         file, name = way.split(":")
         number = line(way)
-        here.append(f"`{name}` [{file}:{number}](../{file}#L{number})")
+        here.append(f"[`{name}`, {file}:{number}](../{file}#L{number})")
     return f"| {f'${symbol}$' if symbol else ''} | {what} | {where} | {', '.join(here)} |"
 
 

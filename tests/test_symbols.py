@@ -9,7 +9,7 @@ from docs import symbols
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "symbols.md").read_text(encoding="utf-8")
-LINKS = re.findall(r"`([\w.-]+)` \[(.*?):(\d+)\]\((.*?)\)", PAGE)
+LINKS = re.findall(r"\[`([\w.-]+)`, (.*?):(\d+)\]\((.*?)\)", PAGE)
 
 
 def test_the_page_of_symbols_is_what_its_script_writes():
