@@ -185,6 +185,26 @@ def test_the_template_is_kept_by_config_and_model_and_by_a_resumed_run(base, tem
     assert AutoTokenizer.from_pretrained(out / "model").chat_template == text
 
 
+def test_evaluations_under_two_templates_are_not_paired_and_one_is_read_back(base, template, tmp_path, capsys):
+    """What a template says beside the prompt, as in a comment, makes no difference."""
+    texts = {"mine": template.read_text()}
+    texts |= {"same": texts["mine"].replace("Mine.", "Again."), "other": texts["mine"].replace("w3", "w4")}
+    found = {}
+    for name, text in texts.items():
+        template.write_text(text)
+        out = tmp_path / name
+        assert train.main(["--model", str(base), "--chat-template", str(template), "--out", str(out), *QUICK]) == 0
+        found[name] = json.loads((out / "evaluation/before/results.json").read_text())
+        assert found[name]["stop"] == ["w"]
+    evaluate.compare.check_comparable([found["mine"], found["same"]])
+    old = {key: value for key, value in found["mine"].items() if key != "template"}
+    evaluate.compare.check_comparable([old, found["other"]])
+    with pytest.raises(ValueError, match="differ in 'template'"):
+        evaluate.compare.check_comparable([found["mine"], found["other"]])
+    assert train.main(["--resume", str(tmp_path / "mine"), "--steps", "2"]) == 0
+    assert json.loads((tmp_path / "mine/evaluation/before/results.json").read_text()) == found["mine"]
+
+
 def test_transformers_answers_as_we_do_with_the_saved_template(base, template, tmp_path):
     model, tokenizer = weights.load(str(base), "float32", "cpu", str(template))
     tokenizer.chat_template = tokenizer.chat_template.replace('["w"]', '["w7", "w8"]')

@@ -40,7 +40,7 @@ def read(given: str) -> str:
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{given} is no chat template: it is not UTF-8, save it as that") from error
+        raise ValueError(f"{given} is no chat template: it is not UTF-8") from error
     if "{{" not in text:
         raise ValueError(f"{given} is no chat template: it has no {{{{ }}}} that would show what "
                          "is asked")
