@@ -84,10 +84,12 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
                             stop=params.stop)
     everyone = [None, *personas]
     rows = ask(sampler, tokenizer, problems, everyone, greedy, log)
+    prompts = [pool.prompt_ids(tokenizer, problems[0].question, who) for who in everyone]
     results = {"model": "", "task": "", "method": "", "command": " ".join(sys.argv),
                "commit": files.commit()} | (info or {})
     results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
-                "stop": list(params.stop),
+                "stop": list(greedy.stops(tokenizer)),
+                "template": digest(tokenizer.batch_decode(prompts)),
                 "problems": digest([[problem.question, problem.answer] for problem in problems]),
                 "pool": digest([[persona.name, persona.text] for persona in personas])}
     table = measures.correct_table(rows, n_items)

@@ -237,7 +237,7 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
     if not tokenizer.chat_template:
         raise ValueError("the model has no chat template, as base models have none: give "
                          "--chat-template plain, or a file")
-    if not shows_question(tokenizer):
+    if not times_shown(tokenizer):
         raise ValueError("the chat template leaves out what the user says: mend it, or take the "
                          "chat_template.jinja of the model's maker")
     if len(chat) > 1 and chat[0]["role"] == "system" and not has_system_role(tokenizer):
@@ -252,21 +252,24 @@ def chat_ids(tokenizer, chat: list[dict[str, str]]) -> list[int]:
 
 @lru_cache(maxsize=8)
 def has_system_role(tokenizer) -> bool:
-    """Does the rendered prompt show a system message? Some templates refuse it, some drop it."""
-    probe = Persona("probe", "xyzzy", "probe", "test")
+    """Does the rendered prompt show a system message, and the question behind it? Some templates
+    refuse a system message, some drop it, some show the first message alone."""
+    chat = messages("xyzzy", Persona("probe", "plugh", "probe", "test"))
     try:
-        return probe.text in tokenizer.apply_chat_template(messages("Hello", probe), tokenize=False)
-    except TemplateError:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError):
         return False
+    return "plugh" in text and "xyzzy" in text
 
 
 @lru_cache(maxsize=8)
-def shows_question(tokenizer) -> bool:
-    """Does the rendered prompt show a user's message? One that cannot be rendered is told later."""
+def times_shown(tokenizer) -> int:
+    """How often the rendered prompt shows a user's message. One that cannot be rendered is told
+    later."""
     try:
-        return "xyzzy" in tokenizer.apply_chat_template(messages("xyzzy", None), tokenize=False)
+        return tokenizer.apply_chat_template(messages("xyzzy", None), tokenize=False).count("xyzzy")
     except (TemplateError, TypeError):
-        return True
+        return 1
 
 
 # --------------------------------------------------------------------------------------------------

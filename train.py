@@ -107,7 +107,8 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
     for completion in done:
         i = completion.index * n + completion.sample
         completions[i] = completion
-        texts[i] = job.sampling.text(completion.tokens, job.tokenizer)
+        texts[i] = (job.sampling.text(completion.tokens, job.tokenizer) if author else
+                    job.tokenizer.decode(completion.tokens, skip_special_tokens=True))
         futures[i] = job.rewarder.submit(problems[i // G], texts[i], speakers[i // G][i % G])
     values, verdicts = zip(*(future.result() for future in futures), strict=True)
 

@@ -73,7 +73,7 @@ def check_comparable(runs):
     asked = [{"reward": None} | run.get("fidelity", {}) | run
              | {"personas": [row["name"] for row in run["personas"]]} for run in runs]
     check_same(asked, ("task", "prompt", "max_new_tokens", "stop", "reward", "items", "problems",
-                       "personas", "pool", "questions", "candidates"), "")
+                       "personas", "pool", "template", "questions", "candidates"), "")
 
 
 def check_same(rows, keys, where):

@@ -1,6 +1,7 @@
 """Base models: a chat template given by --chat-template, its stop strings, and what a saved model keeps of both."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -99,15 +100,32 @@ def test_a_file_without_the_bos_that_texts_begin_with_is_warned_of(template, cap
 @pytest.mark.parametrize("text, says", [
     (None, "no file"), ("Question: answer", "no chat template"),
     ('{# stop: ["a", 3] #}{{ messages }}', "no JSON list"), ("{# stop: [a] #}{{ messages }}", "no JSON list"),
-    ('{# stop: [""] #}{{ messages }}', "no JSON list"), ("{{ messages[0]['content'] ", "cannot render"),
+    ('{# stop: [""] #}{{ messages }}', "no JSON list"), (r'{# stop: "\nQ" #}{{ messages }}', "no JSON list"),
+    (r'{# Mine. stops: ["\nQ"] #}{{ messages }}', "no JSON list"), ('{# stop: ["Q"]. #}{{ messages }}', "no JSON list"),
+    ('{# stop: ["A"] #}{{ messages }}\n{# stop: ["B"] #}', "write one comment"), (b"{{ messages }} \xfc", "not UTF-8"),
+    ("{{ messages[0]['content'] ", "cannot render"),
     ("{{ bos_token }}", "leaves out what the user says")])
 def test_a_broken_template_is_refused_in_one_line_before_there_is_a_run_folder(base, tmp_path, capsys, text, says):
     path, out = tmp_path / "t.jinja", tmp_path / "run"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert train.main(["--model", str(base), "--chat-template", str(path), "--out", str(out), *QUICK]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("train.py: ") and says in last and not out.exists()
+    assert last.startswith("train.py: ") and says in last and not out.exists() and "fetch it again" not in last
+
+
+def test_what_is_no_jinja_is_refused_also_where_no_prompt_needs_a_template(base, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "w3 w4"}')
+    assert rollout.main(["--model", str(base), "--prompts", str(prompts), "--chat-template", "{{"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("rollout.py: the chat template cannot render a chat: ") and not told.out
+
+
+def test_what_a_template_says_of_stops_elsewhere_are_no_stop_strings():
+    tokenizer = bare_tokenizer()
+    tokenizer.chat_template = "{# Where to stop #}{{ messages[0].content + 'stop: x' }}{# the end #}"
+    assert templates.stop_strings(tokenizer) == ()
 
 
 def test_a_model_without_a_template_is_refused_by_a_line_that_names_the_flag(base, tmp_path, capsys, monkeypatch):
@@ -167,6 +185,26 @@ def test_the_template_is_kept_by_config_and_model_and_by_a_resumed_run(base, tem
     assert AutoTokenizer.from_pretrained(out / "model").chat_template == text
 
 
+def test_evaluations_under_two_templates_are_not_paired_and_one_is_read_back(base, template, tmp_path, capsys):
+    """What a template says beside the prompt, as in a comment, makes no difference."""
+    texts = {"mine": template.read_text()}
+    texts |= {"same": texts["mine"].replace("Mine.", "Again."), "other": texts["mine"].replace("w3", "w4")}
+    found = {}
+    for name, text in texts.items():
+        template.write_text(text)
+        out = tmp_path / name
+        assert train.main(["--model", str(base), "--chat-template", str(template), "--out", str(out), *QUICK]) == 0
+        found[name] = json.loads((out / "evaluation/before/results.json").read_text())
+        assert found[name]["stop"] == ["w"]
+    evaluate.compare.check_comparable([found["mine"], found["same"]])
+    old = {key: value for key, value in found["mine"].items() if key != "template"}
+    evaluate.compare.check_comparable([old, found["other"]])
+    with pytest.raises(ValueError, match="differ in 'template'"):
+        evaluate.compare.check_comparable([found["mine"], found["other"]])
+    assert train.main(["--resume", str(tmp_path / "mine"), "--steps", "2"]) == 0
+    assert json.loads((tmp_path / "mine/evaluation/before/results.json").read_text()) == found["mine"]
+
+
 def test_transformers_answers_as_we_do_with_the_saved_template(base, template, tmp_path):
     model, tokenizer = weights.load(str(base), "float32", "cpu", str(template))
     tokenizer.chat_template = tokenizer.chat_template.replace('["w"]', '["w7", "w8"]')
@@ -192,6 +230,39 @@ def test_gold_answers_stand_where_the_template_puts_an_answer(base, tiny, tmp_pa
     out = tmp_path / "run"
     assert train.main(["--model", str(base), "--chat-template", "plain", "--out", str(out), "--method", "sft",
                        "--steps", "1", "--prompts", "2", "--eval-problems", "0", "--dtype", "float32"]) == 0
+
+
+def test_sft_goes_where_the_template_refuses_an_answer(base, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{% for m in messages %}{{ {'user': 'w5 '}.get(m.role) + m.content }}{% endfor %}")
+    assert train.main(["--model", str(base), "--chat-template", str(path), "--out", str(tmp_path / "run"), "--method",
+                       "sft", "--steps", "1", "--prompts", "2", "--eval-problems", "0", "--dtype", "float32"]) == 0
+
+
+def test_p4_a_gold_answer_is_learned_whole_though_a_stop_string_stands_in_it(base, template, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "w3", "answer": "w7"}\n' * 2)
+    job = train.read(train.settings(["--model", str(base), "--chat-template", str(template), "--method", "sft",
+                                     "--task", str(problems), "--prompts", "2", "--eval-problems", "0",
+                                     "--reward", "tests.test_base:names_w7", "--dtype", "float32"]))
+    with job.rewarder:
+        batch, _ = next(train.rollouts(job, 0))
+    assert set(batch.texts) == {"w7"} and batch.rewards.eq(1).all()     # the sentence's other words have no ids
+
+
+def names_w7(problem, text: str, *, persona=None) -> float:
+    return float("w7" in text)
+
+
+def test_p5_the_start_model_ends_where_the_given_template_ends_a_turn(base, tmp_path):
+    folder, path = shutil.copytree(base, tmp_path / "m"), tmp_path / "t.jinja"
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["added_tokens"].append(text["added_tokens"][0] | {"id": 98, "content": "w98"})
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    path.write_text("{% for m in messages %}{{ m.content + 'w98' }}{% endfor %}")
+    model, tokenizer = weights.load(str(folder), "float32", "cpu", str(path))
+    assert 98 not in weights.load(str(folder), "float32", "cpu")[0].c.stop_ids
+    assert weights.load_beside(str(folder), tokenizer, "float32").c.stop_ids == model.c.stop_ids == [2, 98]
 
 
 def test_parity_is_checked_without_a_template(base, capsys):

@@ -146,11 +146,12 @@ def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
     ({"personas": []}, "in 'personas'$"),
     ({"max_new_tokens": 9}, r"'max_new_tokens' \(8 and 9\)"), ({"reward": "a:b"}, r"'reward' \(None and a:b\)"),
     ({"problems": "1"}, "'problems'"), ({"pool": "1"}, "'pool'"), ({"stop": ["\n"]}, "'stop'"),
+    ({"template": "1"}, r"'template' \(0 and 1\)"),
     ({"trained": {"reward": "a:b"}}, "training's 'reward'"), ({"trained": {"task": "u"}}, "training's 'task'"),
     ({"trained": {"personas": "who.jsonl"}}, "training's 'personas'")])
 def test_runs_that_cannot_be_paired_are_refused_in_a_line_that_names_the_difference(change, said):
     trained = {"task": "t", "reward": "c:d", "personas": "train"}
-    run = results_of(BASE, 0) | {"problems": "0", "pool": "0", "stop": [], "trained": trained}
+    run = results_of(BASE, 0) | {"problems": "0", "pool": "0", "stop": [], "template": "0", "trained": trained}
     with pytest.raises(ValueError, match=said):
         compare.side_by_side({"rlvr": [run], "permix": [run | change]})
     if "trained" in change:                             # an ablation of just that, under its own name

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import personas
 import tasks
 from personas import Persona
+from training import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -345,6 +347,14 @@ def test_without_a_persona_the_prompt_is_the_question_alone():
     assert tokenizer.decode(personas.prompt_ids(tokenizer, "2 + 2?", None)) == "<s><|user|>2 + 2?</s><|assistant|>"
 
 
+@pytest.mark.parametrize("template", ["Q: {{ messages[0].content }}\nA:", "{{ {'user': 'Q: '}.get(messages[0].role) + "
+                         "messages[0].content }}\nA:"], ids=["shows the first alone", "a TypeError"])
+def test_p6_no_persona_takes_the_question_s_place(template):
+    tokenizer = tokenizer_with(template)
+    ids = personas.prompt_ids(tokenizer, "2 + 2?", PERSONA)
+    assert tokenizer.decode(ids) == "Q: You are a pirate.\n\n2 + 2?\nA:"
+
+
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["raises", "drops it"])
 def test_p6_where_a_template_has_no_system_role_the_persona_opens_the_first_user_message(template):
     tokenizer = tokenizer_with(template)
@@ -367,6 +377,17 @@ def test_a_model_that_thinks_unless_told_otherwise_is_told_otherwise():
     template = LLAMA + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
     ids = personas.prompt_ids(tokenizer_with(template), "2 + 2?", None)
     assert tokenizer_with(template).decode(ids) == "<s><|user|>2 + 2?</s><|assistant|><think></think>"
+
+
+def test_p36_a_template_that_asks_twice_has_half_the_room():
+    """Of a byte-level tokenizer, in which no token is longer than a byte."""
+    job = SimpleNamespace(args=SimpleNamespace(max_new_tokens=8), model=SimpleNamespace(c=SimpleNamespace()))
+    job.tokenizer = tokenizer_with("{% for m in messages %}{{ m.content }}\n{{ m.content }}{% endfor %}")
+    asked, job.model.c.max_positions = [tasks.Problem("x" * 50, "", "0", "")], 50 + 1 + 50 + 8
+    checks.check_room(job, asked, [], "max_new_tokens")
+    job.model.c.max_positions -= 1
+    with pytest.raises(ValueError, match="problem 0 has up to 101 tokens"):
+        checks.check_room(job, asked, [], "max_new_tokens")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line():

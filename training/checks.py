@@ -43,8 +43,9 @@ def check_room(job, problems: list, speakers: list, limit: str) -> None:
     persona = max(speakers, key=lambda p: len(p.text), default=None)
     new_tokens, positions = getattr(job.args, limit), job.model.c.max_positions
     around = len(personas.prompt_ids(job.tokenizer, "", persona))
+    times = personas.times_shown(job.tokenizer)
     for problem in problems:
-        if around + len(problem.question.encode()) + new_tokens <= positions:
+        if around + times * len(problem.question.encode()) + new_tokens <= positions:
             continue                                    # a token is at least a byte
         count = len(personas.prompt_ids(job.tokenizer, problem.question, persona))
         if count + new_tokens > positions:

@@ -223,7 +223,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     """
     args, (problems, speakers) = job.args, job.held_out
     info = {"task": args.eval_task or args.task, "prompt": args.prompt,
-            "max_new_tokens": args.max_new_tokens, "stop": args.stop, "steps": steps}
+            "max_new_tokens": args.max_new_tokens, "steps": steps,
+            "stop": list(job.sampling.stops(job.tokenizer))}
     items = [{"id": problem.id, "kind": problem.kind} for problem in problems]
     if done := already_there(folder):
         names = [row["name"] for row in done["personas"][1:]]

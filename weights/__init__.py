@@ -73,6 +73,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
         model.c.stop_ids = stop_ids(source, hf_config, tokenizer)
         model.to(pick_dtype(dtype, device, hf_config.model_type)).to_empty(device=device)
         fill(model, tensors)
+    except templates.Broken:
+        raise
     except ImportError as error:
         raise ValueError(f"reading {name!r} needs a package: pip install {error.name}") from error
     except Exception as error:                          # each format's reader has its own kinds
@@ -83,12 +85,13 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
 
 
 def load_beside(name: str, tokenizer, dtype: str = "auto", device: str = "auto") -> Transformer:
-    """A second model, which reads or writes the first one's token ids. Raises ValueError where its
-    tokenizer is another."""
+    """A second model, which reads or writes the first one's token ids, and also stops where the
+    first one's chat template ends a turn. Raises ValueError where its tokenizer is another."""
     model, other = load(name, dtype, device)
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{name} has another tokenizer than the model beside it: "
                          "give one with equal token ids")
+    model.c.stop_ids = sorted({*model.c.stop_ids, *template_end(tokenizer)})
     return model
 
 
@@ -118,8 +121,8 @@ def pin_date(tokenizer) -> None:
         template = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
                           lambda found: json.dumps(TODAY.strftime(found[2])), template)
         if "strftime_now(" in template:
-            raise ValueError("its chat template computes a date that cannot be pinned: write the "
-                             "date into the template")
+            raise templates.Broken("the chat template computes a date that cannot be pinned: write "
+                                   "the date into the template")
         return template
 
     template = tokenizer.chat_template
@@ -171,13 +174,20 @@ def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
     before, after = around_answer(tokenizer)
     if before and max(before + after) >= hf_config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(max(before + after))
-        raise ValueError(f"its chat template has the token {token!r}, for which the model has no "
-                         f"embedding (it has {hf_config.vocab_size}): the tokenizer is another's")
-    found.append(next((i for i in after if i in tokenizer.added_tokens_decoder), None))
+        raise templates.Broken(
+            f"the chat template has the token {token!r}, for which the model has no embedding (it "
+            f"has {hf_config.vocab_size}): the template or the tokenizer is another's")
+    found += template_end(tokenizer)
     ids = set()
     for some in found:
         ids.update(some if isinstance(some, list) else [some])
     return sorted(ids - {None})
+
+
+def template_end(tokenizer) -> list[int]:
+    """The first token of its own, not of text, that the chat template puts behind an answer."""
+    after = around_answer(tokenizer)[1]
+    return [i for i in after if i in tokenizer.added_tokens_decoder][:1]
 
 
 def turn_end(tokenizer, stop_ids: list[int]) -> int:

@@ -15,10 +15,17 @@ import json
 import re
 from pathlib import Path
 
-from common.command import note
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from common.command import note, one_line
 
 PLAIN = Path(__file__).resolve().parents[1] / "data" / "plain.jinja"
-STOPS = re.compile(r"\{#(?:(?!#\}).)*?\bstop:\s*(\[.*?\])\s*-?#\}", re.S)
+NAMES_STOPS = re.compile(r"\{#(?:(?!#\}).)*?\bstops?\s*:.*?#\}", re.S)    # a comment
+STOPS = re.compile(r"\bstop:\s*(\[.*\])\s*-?#\}", re.S)
+
+
+class Broken(ValueError):
+    """A chat template that cannot be used, in one line."""
 
 
 def read(given: str) -> str:
@@ -30,7 +37,10 @@ def read(given: str) -> str:
     if not path.is_file():
         raise ValueError(f"no file {given[:200]}: --chat-template takes plain, or a file with a "
                          "Jinja template")
-    text = path.read_bytes().decode("utf-8", "replace")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{given} is no chat template: it is not UTF-8") from error
     if "{{" not in text:
         raise ValueError(f"{given} is no chat template: it has no {{{{ }}}} that would show what "
                          "is asked")
@@ -38,7 +48,7 @@ def read(given: str) -> str:
 
 
 def give(tokenizer, given: str) -> None:
-    """Sets the template that `read` takes. Raises ValueError where its stop strings are none."""
+    """Sets the template that `read` takes. Raises Broken for what is no Jinja."""
     own = tokenizer.bos_token_id
     begins = own is not None and own in tokenizer("Hello").input_ids[:1]
     text = read(given)
@@ -50,30 +60,39 @@ def give(tokenizer, given: str) -> None:
         note(f"warning: the chat template has no {tokenizer.bos_token}, which this model's texts "
              "begin with: {{ bos_token }} puts it there")
     tokenizer.chat_template = text
-    stop_strings(tokenizer)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise Broken(f"the chat template cannot render a chat: {one_line(error)}") from error
+    except (TemplateError, TypeError):                  # it refuses this one, maybe no other
+        pass
 
 
 def stop_strings(tokenizer) -> tuple[str, ...]:
-    """The stop strings that the tokenizer's chat template names."""
+    """The stop strings that the tokenizer's chat template names. Raises Broken for a comment that
+    cannot be read as such, or a second one."""
     template = getattr(tokenizer, "chat_template", None)
-    found = STOPS.search(template) if isinstance(template, str) else None
-    if not found:
-        return ()
+    named = NAMES_STOPS.findall(template) if isinstance(template, str) else []
     try:
-        stops = json.loads(found[1])
-    except ValueError:
+        stops = [stop for comment in named for stop in json.loads(STOPS.search(comment)[1])]
+    except (ValueError, TypeError):
         stops = [None]
-    if not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError(f"the chat template's stop strings {found[1]} are no JSON list of texts: "
-                         'write {# stop: ["\\nQuestion:"] #}')
+    if len(named) > 1 or not all(isinstance(stop, str) and stop for stop in stops):
+        told = " ".join(" ".join(named).split())
+        raise Broken(f"the chat template's stop strings {told} are no JSON list of texts: write "
+                     'one comment, such as {# stop: ["\\nQuestion:"] #}')
     return tuple(stops)
 
 
 def answer_lead(tokenizer) -> str:
-    """The blank that the template puts between a prompt and its answer; "" where it puts none."""
+    """The blank that the template puts between a prompt and its answer; "" where it puts none, or
+    refuses an answer."""
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "xyzzy"}]
-    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True,
-                                           enable_thinking=False)
-    text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
+    try:
+        prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True,
+                                               enable_thinking=False)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
+    except (TemplateError, TypeError):
+        return ""
     lead = text.removeprefix(prompt).partition("xyzzy")[0]
     return lead if text.startswith(prompt) and lead.isspace() else ""
