@@ -75,7 +75,8 @@ def read(args) -> Job:
         wait()                          # until rank 0 has fetched what was not there
     model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
     model.checkpointing = args.recompute
-    args.micro_tokens = args.micro_tokens or micro_tokens_for(model)
+    if not args.memory:                                 # which sizes them, see training/memory.py
+        args.micro_tokens = args.micro_tokens or micro_tokens_for(model)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     check_weights(args.model, model)
     if args.lora_rank:
