@@ -233,8 +233,35 @@ def test_a_saved_dataset_is_read_by_the_columns_that_a_flag_names(saved, capsys)
                         ("q=prompt", "FIELD=COLUMN"), ("question", "FIELD=COLUMN")):
         with pytest.raises(ValueError, match=says):
             tasks.load(str(folder), "test", columns=wrong)
-    with pytest.raises(ValueError, match="arithmetic is not"):
-        tasks.load("arithmetic", "test", columns=columns)
+
+
+def test_columns_that_no_row_has_are_refused_and_one_of_two_tasks_may_have_them(tmp_path):
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs"
+    write(ours, {"question": "A?", "answer": "1"})
+    write(theirs / "test.jsonl", {"prompt": "B?", "answer": "2"})
+    for given in ((theirs,), (ours, theirs), ("arithmetic", theirs), (theirs, "arithmetic")):
+        tasks.check_columns("question=prompt", *map(str, given))
+    assert questions(theirs, "test", columns="question=prompt") == [("B?", "2")]
+    for wrong, given, says in (
+            ("question=promt", [ours], "no column 'promt', which --columns names; there are answer, question"),
+            ("question=promt", [ours, theirs], "no column 'promt'"), ("question=prompt", ["arithmetic"], "is not"),
+            ("question=prompt,question=answer", [theirs], "named twice")):
+        with pytest.raises(ValueError, match=says):
+            tasks.check_columns(wrong, *map(str, given))
+
+
+def test_a_generated_task_is_evaluated_on_a_folder_whose_columns_are_named(tiny_folder, tmp_path, capsys):
+    rows = tmp_path / "mine.jsonl"
+    write(rows, {"question": "w3", "prompt": "w7", "target": "8", "answer": "9"})
+    more = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "3", "--eval-problems", "1",
+            "--eval-personas", "1", "--eval-task", str(rows), "--model", str(tiny_folder), "--out"]
+    named = ["--columns", "question=prompt,answer=target"]
+    assert train.main([*named, *more, str(tmp_path / "run")]) == 0
+    asked_ = (tmp_path / "run/evaluation/after/transcripts.jsonl").read_text()
+    assert "w7" in asked_ and "w3" not in asked_
+    for wrong in (["--columns", "question=promt"], [*named, "--task", "svamp", "--eval-task", "arithmetic"]):
+        assert train.main([*more, str(tmp_path / "other"), *wrong]) == 2
+        assert "--columns" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_p26_a_saved_dataset_without_splits_is_split_by_its_questions_where_both_are_asked_for(saved):

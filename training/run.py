@@ -81,6 +81,7 @@ def read(args) -> Job:
     check_weights(args.model, model)
     if args.lora_rank:
         lora.add(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.seed)
+    tasks.check_columns(args.columns, args.task, args.eval_task or args.task)
     problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args),
                           columns=args.columns)
     held_out = held_out_of(args, problems) if args.eval_problems else None
@@ -202,7 +203,7 @@ def held_out_of(args, trained: list[tasks.Problem],
     training. Raises ValueError where a file asks what is trained on."""
     asked = args.eval_task or args.task
     problems = tasks.load(asked, "test", 0, args.eval_problems, whole=not split_between(args),
-                          columns=args.columns if tasks.is_local(asked) else None)
+                          columns=args.columns)
     if tasks.is_local(args.task) or tasks.is_local(asked):
         tasks.check_disjoint(trained, problems)
     pool = personas.load(args.eval_pool, "test")
