@@ -264,6 +264,7 @@ def one_arm(args):
         rewards.Rewarder(args.reward, args.reward_seconds).close()
     personas = pool.load(args.personas, "test")
     trained_on = tasks.is_file_of(args.task, trained.get("task"))
+    tasks.check_columns(args.columns, args.task)
     columns = args.columns or (trained.get("columns") if trained_on else None)
     problems = tasks.load(args.task, "test", args.seed, args.limit, not trained_on, columns)
     if trained_on and not tasks.is_file_of(args.task, trained.get("eval_task") or args.task):

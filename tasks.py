@@ -34,11 +34,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.command import Parser, note
-from common.files import asked, numbered, of_split, split_of
+from common.files import asked, of_split, split_of
 from generators import gym
 from generators.arithmetic import arithmetic
 from generators.facts import facts
-from generators.folders import folder_rows
+from generators.folders import renamed, rows_of
 from verifier.extract import last_box
 from verifier.verdict import gold_kind
 
@@ -70,12 +70,9 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
     """The problems of a task's split ("train", "test" or "all").
 
     Generated tasks give `limit` problems (default: 600 for training, else 200); the seed is theirs.
-    whole: all lines of a file whose lines have no `split`. columns: see `renamed`. Raises
-    ValueError in one line.
+    whole: all lines of a file whose lines have no `split`. columns: see `renamed`; of a file or
+    folder alone. Raises ValueError in one line.
     """
-    names = renamed(columns)
-    if names and not is_local(task):
-        raise ValueError(f"--columns is for a file or a folder, which {task} is not: leave it out")
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
     if limit is not None and limit < 1:
@@ -88,11 +85,8 @@ def load(task: str, split: str = "test", seed: int = 0, limit: int | None = None
     if task in HUB:
         problems = from_hub(task, split)
         warn_of_golds([(f"{task}, problem {problem.id}", problem) for problem in problems])
-    elif task.endswith(".jsonl"):
-        rows = numbered(Path(task), "question and answer")
-        problems = from_rows(Path(task), rows, names, split, whole)
-    elif Path(task).is_dir():
-        problems = from_rows(Path(task), folder_rows(Path(task)), names, split, whole)
+    elif is_local(task):
+        problems = from_rows(Path(task), rows_of(task), renamed(columns), split, whole)
     else:
         known = [*GENERATED, *HUB]
         close = difflib.get_close_matches(task, known, 1)
@@ -160,18 +154,17 @@ def put(problems: list[Problem], prompt: str) -> list[Problem]:
 # Files
 
 
-def renamed(columns: str | None) -> dict[str, str]:
-    """What --columns says: {our field: the file's column}, from "question=prompt,answer=target".
-
-    Raises ValueError for a field that no problem has.
-    """
-    pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
-    ours = ("question", "answer", "id", "kind", "split")
-    for field, _, column in pairs:
-        if field not in ours or not column:
-            raise ValueError(f"--columns {columns}: write FIELD=COLUMN, separated by commas, where "
-                             f"FIELD is one of {', '.join(ours)}")
-    return {field: column for field, _, column in pairs}
+def check_columns(columns: str | None, *given: str) -> None:
+    """Raises ValueError where --columns names what no file or folder among these tasks has."""
+    names, local = renamed(columns), list(filter(is_local, dict.fromkeys(given)))
+    if names and not local:
+        raise ValueError(f"--columns is for a file or a folder, which {given[0]} is not: leave it "
+                         "out")
+    rows = itertools.chain.from_iterable(rows_of(task) for task in local if names)
+    there = {str(column) for _, _, row in rows for column in row}
+    if unknown := [column for column in names.values() if column not in there]:
+        raise ValueError(f"{' or '.join(local)} has no column {unknown[0]!r}, which --columns "
+                         f"names; there are {', '.join(sorted(there))}")
 
 
 def from_rows(path: Path, rows: Iterable[tuple[int, str, dict]], names: dict[str, str], split: str,
@@ -373,6 +366,7 @@ def main() -> None:
     add("--limit", type=int, default=10, help="how many")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
+    check_columns(args.columns, args.task)
     problems = load(args.task, args.split, args.seed, args.limit, columns=args.columns)
     note(counts(args.task, problems))
     for problem in problems:

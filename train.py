@@ -297,7 +297,7 @@ def run(args) -> None:
     began, job = time.time(), read(args)
     policy = Policy(job.model, args.learning_rate, args.warmup, args.shard,
                     args.optimizer == "adamw8bit")
-    if args.memory:
+    if not args.micro_tokens:                           # as --memory allows
         plan(policy, job)
     out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
     with told(args, out), job.stop.heard():

@@ -1,4 +1,4 @@
-"""generators/folders.py: the rows of a folder of problems, whose layout tells what it is.
+"""generators/folders.py: the rows of a file or folder of problems, whose layout tells what it is.
 
     train.jsonl, test.jsonl            GSM8K, in grade_school_math/data/ of its clone
     train/SUBJECT/1.json, test/...     MATH, or in MATH/ of the folder; the gold is the last box
@@ -16,6 +16,30 @@ from common.files import numbered, parsed
 
 SPLITS = ("train", "test")
 Rows = Iterator[tuple[int, str, dict]]
+
+
+def renamed(columns: str | None) -> dict[str, str]:
+    """What --columns says: {our field: the file's column}, from "question=prompt,answer=target".
+
+    Raises ValueError for a field that no problem has, or that is named twice.
+    """
+    pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
+    ours = ("question", "answer", "id", "kind", "split")
+    for field, _, column in pairs:
+        if field not in ours or not column:
+            raise ValueError(f"--columns {columns}: write FIELD=COLUMN, separated by commas, where "
+                             f"FIELD is one of {', '.join(ours)}")
+    names = {field: column for field, _, column in pairs}
+    if len(names) < len(pairs):
+        raise ValueError(f"--columns {columns}: a field is named twice: name each once")
+    return names
+
+
+def rows_of(task: str) -> Rows:
+    """(number, where, row) of each problem of a .jsonl file, or of a folder."""
+    if task.endswith(".jsonl"):
+        return numbered(Path(task), "question and answer")
+    return folder_rows(Path(task))
 
 
 def folder_rows(folder: Path) -> Rows:

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from common.command import one_line
 from common.files import asked, split_of
 from common.gym import PREFIX, dataset, named
 
@@ -49,7 +50,12 @@ def entries(name: str, settings: dict, split: str, seed: int, count: int) -> lis
     size, kept, rows = 8 * count + 100, json.dumps(settings), {}
     made = dataset(name, kept, seed * 100_003 % 2**31, size)
     for i in range(size):
-        entry = made[i]
+        try:
+            entry = made[i]
+        except Exception as error:                      # of the package's own
+            wrong = one_line(error)
+            raise ValueError(f"{PREFIX}{name} makes no problem with its settings ({wrong})",
+                             ) from error
         question, answer = str(entry["question"]).strip(), str(entry.get("answer") or "")
         key = asked(question)
         if not key or key in rows or split not in ("all", split_of(question)):

@@ -63,8 +63,8 @@ def test_p20_problems_are_the_same_in_every_process_also_those_that_depend_on_ha
 
 @needs_gym
 def test_settings_size_and_level_stand_behind_the_name():
-    assert gym.named('reasoning-gym:a:x=1:y=["+", "-"],b_2,c:z=word') == [
-        ("a", {"x": 1, "y": ["+", "-"]}), ("b_2", {}), ("c", {"z": "word"})]
+    assert gym.named('reasoning-gym:a:x=1:y=["+", "-"],b_2,c:z=word:u=False:v=true:w=None') == [
+        ("a", {"x": 1, "y": ["+", "-"]}), ("b_2", {}), ("c", {"z": "word", "u": False, "v": True, "w": None})]
     assert len(tasks.load("reasoning-gym:leg_counting:size=7", "train")) == 7
     easy, hard = ([row[0] for row in entries("chain_sum", {"level": level}, "test", 0, 10)] for level in (0, 3))
     assert max(map(len, easy)) < max(map(len, hard))
@@ -75,7 +75,11 @@ def test_settings_size_and_level_stand_behind_the_name():
     ("leg_countin", "did you mean leg_counting?"), ("", "no task ''"), ("composite", "no task 'composite'"),
     ("leg_counting:legs=3", "it takes max_animals"), ("leg_counting:3", "write NAME:key=value"),
     ("leg_counting:min_animals=-4", "refuses its settings"), ("chain_sum:level=x", "refuses its settings"),
-    ("leg_counting,,chain_sum", "no task")])
+    ("leg_counting,,chain_sum", "no task"), ("chain_sum,chain_sum:max_terms=3", "chain_sum is named twice"),
+    ("chain_sum:max_terms=3:max_terms=4", "max_terms is given twice"),
+    ("chain_sum:level=99", "refuses its settings (level 99, where the last is 10)"),
+    ("chain_sum:allow_negation=no", "chain_sum:allow_negation=no: give true or false"),
+    ("chain_sum:max_terms=two", "chain_sum:max_terms=two: give a number")])
 def test_a_task_that_the_package_does_not_have_is_refused_in_one_line(task, says):
     with pytest.raises(ValueError) as refused:
         for name, wanted in gym.named(gym.PREFIX + task):
@@ -85,8 +89,17 @@ def test_a_task_that_the_package_does_not_have_is_refused_in_one_line(task, says
 
 @needs_gym
 def test_what_the_package_refuses_is_told_by_tasks_too():
-    with pytest.raises(ValueError, match="^reasoning-gym:leg_counting: size must be from 1 to a million, not 0$"):
-        tasks.load("reasoning-gym:leg_counting:size=0", "test")
+    for wrong, said in (("leg_counting:size=0", "reasoning-gym:leg_counting: size must be from 1 to a million, not 0"),
+                        ("chain_sum:max_terms=2.5", "reasoning-gym:chain_sum makes no problem with its settings")):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            tasks.load(gym.PREFIX + wrong, "test")
+
+
+@needs_gym
+def test_a_setting_that_is_off_in_python_s_words_is_off():
+    asked_ = {word: [row[0] for row in entries(name, wanted, "test", 0, 30)] for word in ("True", "False", "false")
+              for name, wanted in gym.named(f"{gym.PREFIX}chain_sum:allow_negation={word}")}
+    assert asked_["False"] == asked_["false"] != asked_["True"]
 
 
 def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
@@ -220,8 +233,35 @@ def test_a_saved_dataset_is_read_by_the_columns_that_a_flag_names(saved, capsys)
                         ("q=prompt", "FIELD=COLUMN"), ("question", "FIELD=COLUMN")):
         with pytest.raises(ValueError, match=says):
             tasks.load(str(folder), "test", columns=wrong)
-    with pytest.raises(ValueError, match="arithmetic is not"):
-        tasks.load("arithmetic", "test", columns=columns)
+
+
+def test_columns_that_no_row_has_are_refused_and_one_of_two_tasks_may_have_them(tmp_path):
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs"
+    write(ours, {"question": "A?", "answer": "1"})
+    write(theirs / "test.jsonl", {"prompt": "B?", "answer": "2"})
+    for given in ((theirs,), (ours, theirs), ("arithmetic", theirs), (theirs, "arithmetic")):
+        tasks.check_columns("question=prompt", *map(str, given))
+    assert questions(theirs, "test", columns="question=prompt") == [("B?", "2")]
+    for wrong, given, says in (
+            ("question=promt", [ours], "no column 'promt', which --columns names; there are answer, question"),
+            ("question=promt", [ours, theirs], "no column 'promt'"), ("question=prompt", ["arithmetic"], "is not"),
+            ("question=prompt,question=answer", [theirs], "named twice")):
+        with pytest.raises(ValueError, match=says):
+            tasks.check_columns(wrong, *map(str, given))
+
+
+def test_a_generated_task_is_evaluated_on_a_folder_whose_columns_are_named(tiny_folder, tmp_path, capsys):
+    rows = tmp_path / "mine.jsonl"
+    write(rows, {"question": "w3", "prompt": "w7", "target": "8", "answer": "9"})
+    more = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "3", "--eval-problems", "1",
+            "--eval-personas", "1", "--eval-task", str(rows), "--model", str(tiny_folder), "--out"]
+    named = ["--columns", "question=prompt,answer=target"]
+    assert train.main([*named, *more, str(tmp_path / "run")]) == 0
+    asked_ = (tmp_path / "run/evaluation/after/transcripts.jsonl").read_text()
+    assert "w7" in asked_ and "w3" not in asked_
+    for wrong in (["--columns", "question=promt"], [*named, "--task", "svamp", "--eval-task", "arithmetic"]):
+        assert train.main([*more, str(tmp_path / "other"), *wrong]) == 2
+        assert "--columns" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_p26_a_saved_dataset_without_splits_is_split_by_its_questions_where_both_are_asked_for(saved):

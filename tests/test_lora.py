@@ -146,3 +146,5 @@ def test_few_targets_get_adapters_and_unknown_ones_are_refused(tiny_folder, caps
     assert {name.rpartition(".")[2] for name in lora.adapters(model)} == {"q_proj", "down_proj"}
     assert train.main(["--model", str(tiny_folder), *FAST, *REWARD, "--lora-rank", "2", "--lora-targets", "q"]) == 2
     assert "--lora-targets q" in capsys.readouterr().err
+    assert train.main(["--model", str(tiny_folder), *FAST, *REWARD, "--lora-rank", "5000"]) == 2
+    assert "--lora-rank 5000 is more than the 32 that the smaller side of q_proj has" in capsys.readouterr().err

@@ -29,6 +29,7 @@ from tests.conftest import make_reference
 from training import memory, monitor
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes, estimate
+from training.minibatches import micro_tokens_for
 from training.policy import SHARDED, Policy
 from training.settings import parser
 
@@ -828,7 +829,53 @@ def test_p28_where_sampling_takes_most_the_micro_batches_still_fill_what_trainin
     policy, job.model.c.vocab_size = Policy(job.model, 1e-3, 0), 1_000_000
     train.plan(policy, job)
     parts = {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d+)", capsys.readouterr().err)}
-    assert parts["logits"] > 0.09 and parts["activations"] > 0.19 and parts["peak"] == 0.2
+    assert parts["logits"] > 0.09 and parts["activations"] > 0.16 and 0.17 < parts["peak"] <= 0.2
+
+
+def test_p20_what_memory_gave_is_kept_by_a_resumed_run_until_memory_is_given_anew_or_unset(tiny_folder, tmp_path,
+                                                                                           monkeypatch):
+    out, held = tmp_path / "run", [0]
+    monkeypatch.setattr(memory, "outside_tensors", lambda *_: held[0])
+
+    def micro_tokens(*more) -> int:
+        assert train.main([*more, "--eval-problems", "0"]) == 0
+        return json.loads((out / "config.json").read_text())["settings"]["micro_tokens"]
+
+    start = ["--model", str(tiny_folder), "--out", str(out), *FAST, *REWARD, "--memory", "0.3", "--steps"]
+    first, held[0] = micro_tokens(*start, "1"), 3 * 10 ** 6
+    shutil.rmtree(out)
+    assert micro_tokens(*start, "1") == first           # 1 % more is held: the same
+    resume, held[0] = ["--resume", str(out), "--steps"], 15 * 10 ** 7
+    assert micro_tokens(*resume, "2") == first == micro_tokens(*resume, "3", "--micro-tokens", "7")
+    assert micro_tokens(*resume, "4", "--memory", "0.3") < 0.6 * first
+    assert micro_tokens(*resume, "5", "--micro-tokens", "70", "--unset", "memory") == 70
+    assert micro_tokens(*resume, "6", "--memory", "0.3") > 70
+    chosen = micro_tokens_for(weights.load(str(tiny_folder), "float32")[0])
+    assert micro_tokens(*resume, "7", "--unset", "memory") == chosen == micro_tokens(*resume, "8")
+
+
+def test_an_older_runs_config_stands_for_todays_defaults_of_what_is_fixed(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(tiny_folder, out, "--steps", "1", "--eval-problems", "0") == 0
+    config = json.loads((out / "config.json").read_text())
+    for name in ("chat_template", "optimizer", "lora_rank", "lora_alpha", "lora_targets", "memory"):
+        del config["settings"][name]
+    (out / "config.json").write_text(json.dumps(config))
+    for flag, value in (("chat-template", "plain"), ("lora-rank", "2"), ("optimizer", "adamw8bit"),
+                        ("lora-alpha", "nan")):
+        assert train.main(["--resume", str(out), "--steps", "2", f"--{flag}", value]) == 2
+        assert f"--{flag} of a resumed run is " in capsys.readouterr().err
+        assert json.loads((out / "config.json").read_text()) == config
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(tiny_folder, out, "--steps", "3", "--eval-problems", "0") == 0
+    before = (out / "config.json").read_bytes()
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 2
+    assert "run has 3 steps already: give --steps 3 or more" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == before and train.main(["--resume", str(out)]) == 0
 
 
 def test_p28_activations_are_counted_as_they_are(tiny_folder):

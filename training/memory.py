@@ -17,6 +17,9 @@ from training.policy import Policy, ranks
 def plan(policy: Policy, job) -> None:
     """Sizes `--micro-tokens` so that the peak stays within `--memory` GB, and prints it by part.
 
+    What the process holds differs a little each time, and another size rounds otherwise. So the
+    size is rounded down to four binary places, by an eighth at most: the same command nearly always
+    finds the same, and a resumed run keeps what was found.
     job: a training.run.Job. Raises ValueError where even one completion or the sampler's cache does
     not fit.
     """
@@ -38,7 +41,8 @@ def plan(policy: Policy, job) -> None:
                          f"{least['peak'] / 1e9:.2f} GB are needed; try --recompute, a smaller "
                          "--group-size, --max-new-tokens or --slots, or more ranks")
     beside = estimate(policy, job, limit, longest)["peak"] - limit
-    args.micro_tokens = int((limit - beside) / per_token)
+    fit = int((limit - beside) / per_token)
+    args.micro_tokens = fit - fit % 2 ** max(0, fit.bit_length() - 4)
     parts = estimate(policy, job, args.micro_tokens * per_token, longest)
     if ranks()[0] == 0:
         told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())

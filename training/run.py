@@ -75,11 +75,13 @@ def read(args) -> Job:
         wait()                          # until rank 0 has fetched what was not there
     model, tokenizer = weights.load(args.model, args.dtype, args.device, args.chat_template)
     model.checkpointing = args.recompute
-    args.micro_tokens = args.micro_tokens or micro_tokens_for(model)
+    if not args.memory:                                 # which sizes them, see training/memory.py
+        args.micro_tokens = args.micro_tokens or micro_tokens_for(model)
     args.dtype = str(model.dtype).removeprefix("torch.")    # what auto meant, for a resumed run
     check_weights(args.model, model)
     if args.lora_rank:
         lora.add(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.seed)
+    tasks.check_columns(args.columns, args.task, args.eval_task or args.task)
     problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args),
                           columns=args.columns)
     held_out = held_out_of(args, problems) if args.eval_problems else None
@@ -201,7 +203,7 @@ def held_out_of(args, trained: list[tasks.Problem],
     training. Raises ValueError where a file asks what is trained on."""
     asked = args.eval_task or args.task
     problems = tasks.load(asked, "test", 0, args.eval_problems, whole=not split_between(args),
-                          columns=args.columns if tasks.is_local(asked) else None)
+                          columns=args.columns)
     if tasks.is_local(args.task) or tasks.is_local(asked):
         tasks.check_disjoint(trained, problems)
     pool = personas.load(args.eval_pool, "test")

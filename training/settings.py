@@ -20,6 +20,7 @@ import tasks
 import weights
 from common.command import Parser, note
 from grpo import Loss
+from training.checkpoints import newest
 from training.monitor import TRACKERS
 from weights import lora, templates
 
@@ -115,7 +116,7 @@ FLAGS = [
      {"choices": weights.DEVICES}),
     ("micro-tokens", 0, "packed tokens in one forward and backward; 0: as suits the device", {}),
     ("memory", 0.0, "GB a rank may take: sizes the micro-batches to fit, in place of "
-     "--micro-tokens, and prints the estimate", {}),
+     "--micro-tokens, and prints the estimate; a resumed run keeps their size", {}),
     ("recompute", False, "recompute layers in the backward: less memory, more time", {}),
     ("shard", 0, "ranks that share one copy of masters and AdamW's moments; 0: all of them", {}),
     ("slots", 0, "completions decoded together; 0: as suits the device", {}),
@@ -179,9 +180,14 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     if args.chat_template:
         args.chat_template = templates.read(args.chat_template)     # kept for a resumed run
     for name in FIXED:
-        if name in before and getattr(args, name) != before[name]:
+        old = before.get(name, p.get_default(name))     # an older run knew fewer flags
+        if before and getattr(args, name) != old:
             raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
-                             f"{str(before[name])[:60]!r}; for another one start a new run")
+                             f"{str(old)[:60]!r}; for another one start a new run")
+    if args.memory and "memory" not in told:            # a resumed run's, sized already
+        args.micro_tokens = before.get("micro_tokens", 0)
+    elif args.memory or before.get("memory") and "micro_tokens" not in told:
+        args.micro_tokens = 0                           # to be sized, or no longer by --memory
     small = tasks.is_generated(args.task)               # the embedded model often solves them
     defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
              "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
@@ -278,7 +284,10 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     groups = args.prompts // world * (1 if personas.shares_prompt(args.mix) else args.group_size)
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
     usual = (Loss.clip_low, Loss.clip_high), (recipe.get("clip_low"), recipe.get("clip_high"))
+    done = newest(Path(args.resume) / "checkpoints") if args.resume else 0
     return [
+        (done > args.steps,
+         f"{args.resume} has {done} steps already: give --steps {done} or more"),
         (unknown := [t for t in args.lora_targets.split(",") if t not in lora.TARGETS],
          f"--lora-targets {', '.join(unknown)}: give some of {','.join(lora.TARGETS)}"),
         (args.optimizer == "adamw8bit" and not find_spec("torchao"),

@@ -23,13 +23,16 @@ def add(model: Transformer, rank: int, alpha: float, targets: list[str], seed: i
     """Freezes the model and gives its linear layers of these names adapters, scaled by alpha /
     rank. They change nothing yet: A is drawn as peft draws it, B is 0.
 
-    Raises ValueError where no layer has one of the names.
+    Raises ValueError where no layer has one of the names, or the rank is beyond a full one.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.layers:
         for part in (layer.mixer, layer.mlp):
             for name in (name for name in part if name in targets):
+                if rank > (side := min(part[name].weight.shape)):
+                    raise ValueError(f"--lora-rank {rank} is more than the {side} that the smaller "
+                                     f"side of {name} has: give at most that")
                 part[name] = LoRALinear(part[name], rank, alpha / rank)
                 a = part[name].lora_A.detach()
                 bound = a.shape[1] ** -0.5              # kaiming_uniform_(a=sqrt(5))
