@@ -309,7 +309,8 @@ def test_p26_evaluation_uses_the_training_template_verifier_and_sampler(tiny, mo
                         lambda self, gold, answer, *more: submit(self, gold, f"It is {gold}.", *more))
     results = evaluate.evaluate(*ready(tiny), PROBLEMS, SPEAKERS, SHORT)
     assert results["mean_accuracy"] == 1 and results["pss"] == 1
-    assert seen == [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]
+    asked = [(problem.question, speaker) for speaker in (None, *SPEAKERS) for problem in PROBLEMS]
+    assert seen == asked + asked[::len(PROBLEMS)]       # then the first problem's, for the digest of the template
 
 
 personas_prompt_ids, submit = personas.prompt_ids, evaluate.rewards.Verifier.submit
