@@ -150,7 +150,7 @@ def judge_cell(gym):
 
 
 def ranked(results):
-    """The rows of the personas from best to worst. Everyone asks here, so that ties are one order."""
+    """The rows of the personas from best to worst: one order for equal ones, whoever asks."""
     rows = [row for row in results["personas"] if row["name"] != "none"]
     return sorted(rows, key=lambda row: row["accuracy"])[::-1]
 
