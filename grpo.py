@@ -193,12 +193,12 @@ def token_weights(lengths: Tensor, kind: str, total_tokens: int, total_sequences
                   max_tokens: int, kept: Tensor | None = None) -> Tensor:
     """Weight [N] (fp32) of each token in the loss, for the completions of one micro-batch.
 
-    lengths [R]: theirs. The totals count the *global* batch. A divisor of 0 counts as 1.
+    lengths [R]: theirs. The totals count the *global* batch. A total or a length of 0 counts as 1.
     token: 1 / total_tokens, every token alike (DAPO).
     sequence: 1 / (length * total_sequences), every completion alike, whatever its length (GRPO).
     constant: 1 / (max_tokens * total_sequences), free of both (Dr. GRPO).
     kept [R] (bool): completions that stay in the loss, the others' tokens weigh 0; the totals must
-    count only these.
+    count only these. Raises ValueError on an unknown kind.
     """
     match kind:
         case "token":
@@ -227,8 +227,8 @@ def policy_loss(loss: Loss, logprobs: Tensor, old_logprobs: Tensor, advantages: 
         cispo          clip(ratio, 1 - clip_low, 1 + clip_high) A log pi, no gradient in the ratio
     logprobs [N] with gradient; old_logprobs [N] under the weights before the batch's first
     optimizer step. advantages [R], lengths [R], weights w [N] of `token_weights`, correction c [N]
-    of `sampler_correction`, 1 if None. N = 0 gives a 0 that `backward` accepts. The caller adds KL
-    and entropy.
+    of `sampler_correction`, 1 if None. N = 0 gives a 0 that `backward` accepts. The metrics carry
+    no gradient. The caller adds KL and entropy.
     """
     advantages = advantages.repeat_interleave(lengths, output_size=len(logprobs))  # [N]
     log_ratio = logprobs - old_logprobs.detach()

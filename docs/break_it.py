@@ -3,7 +3,7 @@
     python docs/break_it.py P8           a pitfall: in words, as a diff, and how its test turns red
     python docs/break_it.py P8 --run     trains with and without it, 16 short steps each: both curves
     python docs/break_it.py 57           the 57th mistake, and what pytest says of it
-    python docs/break_it.py P8 P9 57     several in a table: by which test each was killed
+    python docs/break_it.py P8 P9 57     several in a table: which test noticed each
     python docs/break_it.py              all of them
 
 docs/break_it.txt holds the mistakes. First comes one for each pitfall of docs/pitfalls.md, then
@@ -22,7 +22,6 @@ touched: tests and training run in a copy. Each pytest starts as a fork of this 
 is imported already. Left out: mistakes in two places at once, and files that git does not know.
 """
 
-import argparse
 import difflib
 import json
 import math
@@ -41,6 +40,12 @@ from pathlib import Path
 from statistics import fmean, variance
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common.command import Parser  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
 LIMIT = 300                                             # seconds until a test is taken to hang
 TRAIN = ("--method rlvr --prompts 4 --max-new-tokens 16 --learning-rate 6e-5 --seed 0 "
          "--eval-problems 0 --keep 1")                  # of --run; a pitfall's own flags come behind
@@ -62,7 +67,8 @@ class Mistake:
     def broken(self, text: str) -> str:
         """The file's text with the mistake in it. ValueError unless it fits in one place."""
         if text.count(self.old) != 1:
-            raise ValueError(f"{self.file} has {text.count(self.old)} places for {self.what!r}")
+            raise ValueError(f"{self.file} has {text.count(self.old)} places for the mistake "
+                             f"'{self.what}': was its line edited here?")
         return text.replace(self.old, self.new)
 
 
@@ -105,13 +111,20 @@ def copy(folder: Path) -> None:
 
 
 def warm_up() -> None:
-    """Imports once what every fork would import."""
+    """Imports once what every fork would import, without what libraries say of each other."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import matplotlib.pyplot  # noqa: F401
-    import torch.distributed.checkpoint  # noqa: F401
-    import torch.distributed.tensor  # noqa: F401
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import matplotlib.pyplot  # noqa: F401
+        import torch.distributed.checkpoint  # noqa: F401
+        import torch.distributed.tensor  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+        from transformers.models.llama import modeling_llama  # noqa: F401
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def run(tests: str, folder: Path, log: Path, limit: int = LIMIT) -> int | None:
@@ -121,6 +134,8 @@ def run(tests: str, folder: Path, log: Path, limit: int = LIMIT) -> int | None:
         os.setsid()
         os.chdir(folder)
         sys.path[0] = str(folder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "common"]:
+            del sys.modules[name]                       # ours: the folder has its own
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         import pytest
@@ -150,7 +165,7 @@ def write(place: Path, text: str) -> None:
 
 
 def verdict(mistake: Mistake, folder: Path) -> tuple[str, str]:
-    """("killed", by which test), ("ALIVE", "") or ("broken", why), and what pytest said in folder/log."""
+    """("noticed", by which test), ("ALIVE", "") or ("broken", why), and what pytest said in folder/log."""
     place, log = folder / mistake.file, folder / "log"
     text = place.read_text(encoding="utf-8")
     log.write_text("")
@@ -160,23 +175,23 @@ def verdict(mistake: Mistake, folder: Path) -> tuple[str, str]:
     said = log.read_text(encoding="utf-8")
     failed = re.search(r"^(?:FAILED|ERROR) .*?::(\S+)", said, re.M)
     if code is None or code < 0:
-        return "killed", "it hangs" if code is None else "it crashes"
+        return "noticed", "it hangs" if code is None else "it crashes"
     if code == 1 and failed:
-        return "killed", failed[1]
+        return "noticed", f"by {failed[1]}"
     if code == 0:
         return "ALIVE", "" if re.search(r"\d passed", said) else "its tests are skipped here"
     return "broken", f"pytest ended with {code}"
 
 
 def table(mistakes: dict[str, Mistake], folder: Path) -> bool:
-    """Prints by which test each was killed. Were all?"""
-    killed = 0
+    """Prints which test noticed each. Were all noticed?"""
+    noticed = 0
     for name, mistake in mistakes.items():
         word, why = verdict(mistake, folder)
-        killed += word == "killed"
-        print(f"{name:>3} {word:6} {mistake.file}: {mistake.what}   {why}", flush=True)
-    print(f"{killed} of {len(mistakes)} killed")
-    return killed == len(mistakes)
+        noticed += word == "noticed"
+        print(f"{name:>3} {word:7} {mistake.file}: {mistake.what}   {why}", flush=True)
+    print(f"{noticed} of {len(mistakes)} noticed")
+    return noticed == len(mistakes)
 
 
 def show(mistake: Mistake, folder: Path) -> bool:
@@ -192,7 +207,7 @@ def show(mistake: Mistake, folder: Path) -> bool:
     word, why = verdict(mistake, folder)
     print((folder / "log").read_text(encoding="utf-8"))
     print(f"with the mistake: {word} {why}")
-    return green and word == "killed"
+    return green and word == "noticed"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,7 +269,6 @@ def drawn(runs: dict[str, list[dict]], keys: list[str], title: str, path: Path) 
     axes[-1].set_xlabel("step")
     fig.suptitle("\n".join(textwrap.wrap(title, 70)), fontsize=10)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
 
 
@@ -267,20 +281,34 @@ def train_both(mistake: Mistake, folder: Path, out: Path, steps: int) -> None:
         print(f"{name}: train.py {flags}", file=sys.stderr)
         write(place, code)
         runs[name], ends[name] = trained(folder, flags)
-    drawn(runs, keys, f"{mistake.pitfall}: {mistake.what}", out)
     print(compared(runs, keys))
     for name, rows in runs.items():
         print(f"{name}: the reward {'rises' if rises(rows) else 'does not rise'}"
               + (f"; the run ended after {len(rows)} steps: {ends[name]}" if ends[name] else ""))
+    drawn(runs, keys, f"{mistake.pitfall}: {mistake.what}", out)
     print(f"curves: {out}")
 
 
+def picture(path: Path) -> Path:
+    """The path, with its folder made. Raises ValueError where no PNG can be written."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ValueError(f"--out {path} is no .png file's name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be made: {error.strerror}") from error
+    return path.absolute()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
+    if not Path(__file__).with_suffix(".txt").exists():
+        parser.error("this is a homework, and the mistakes quote its solutions: run it in the clone")
     names = {mistake.pitfall or str(i): mistake for i, mistake in enumerate(read(), 1)}
     parser.add_argument("which", nargs="*", metavar="P8 | 57", help="some mistakes; none: all")
     parser.add_argument("--run", action="store_true", help="train with and without a pitfall")
-    parser.add_argument("--steps", type=int, default=16, help="of each of the two (default: 16)")
+    parser.add_argument("--steps", type=int, help="of each of the two (default: 16)")
     parser.add_argument("--out", type=Path, metavar="FILE.png",
                         help="where --run draws (default: runs/break_it/P8.png)")
     args = parser.parse_args()
@@ -289,15 +317,23 @@ def main() -> int:
                      f"{list(names)[-1]}")
     chosen = {name: names[name] for name in args.which or names}
     name, one = next(iter(chosen.items()))
-    if (args.run or args.out) and not (args.run and len(chosen) == 1 and one.pitfall):
-        parser.error("--run takes one pitfall, such as P8, and --out goes with --run")
-    if args.steps < 1:
+    if args.run and not (len(chosen) == 1 and one.pitfall):
+        parser.error("--run takes one pitfall, such as P8")
+    if not args.run and (args.out or args.steps is not None):
+        parser.error("--out and --steps go with --run")
+    steps = 16 if args.steps is None else args.steps
+    if steps < 1:
         parser.error(f"--steps must be at least 1, not {args.steps}")
     if args.run and one.no_run:
         parser.error(f"{name} shows in no curve: {one.no_run}")
+    try:
+        for mistake in chosen.values():
+            mistake.broken((ROOT / mistake.file).read_text(encoding="utf-8"))
+        out = args.run and picture(args.out or ROOT / "runs" / "break_it" / f"{name}.png")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if len(chosen) == 1 and one.pitfall:
         print(f"{pitfalls()[name][0]}\n", flush=True)
-    out = (args.out or ROOT / "runs" / "break_it" / f"{name}.png").absolute()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         try:
@@ -305,7 +341,7 @@ def main() -> int:
         except (OSError, subprocess.CalledProcessError):
             parser.error(f"{ROOT} is no clone: git is asked what belongs to it")
         if args.run:
-            train_both(one, folder, out, args.steps)
+            train_both(one, folder, out, steps)
             return 0
         warm_up()
         return int(not (show(one, folder) if len(chosen) == 1 else table(chosen, folder)))

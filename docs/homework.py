@@ -8,7 +8,8 @@
 A function that waits keeps its signature and its docstring, which says what to write. The solutions are
 the code that the copy was made from, found by name: nothing here can differ from it. DIR keeps them in a
 zip file, so that nobody reads them by accident. Each test runs in a process of its own, for LIMIT seconds
-at most. Run the commands in DIR as they are; there is no need for git.
+at most. Run --check and --solution in DIR; there is no need for git. train.py and evaluate.py stop in DIR
+at a function that waits: run them in the clone.
 """
 
 import ast
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,7 +57,8 @@ EXERCISES = [
         test_p27_a_group_shares_its_persona_in_prompt_mode_and_not_in_rollout_mode
         test_p27_a_draw_depends_on_seed_and_key_not_on_the_batch_the_rank_or_the_order
         test_p27_arms_of_different_rho_speak_alike_where_both_speak
-        test_plain_rlvr_needs_no_pool"""),
+        test_plain_rlvr_needs_no_pool
+        test_a_mix_that_makes_no_sense_is_refused"""),
     Exercise("evaluation/measures.py", "pss", "tests/test_evaluate.py", """
         test_pss_is_zero_when_every_persona_fails_and_one_when_all_are_equal
         test_scores_equal_the_hand_computed_table"""),
@@ -67,20 +70,25 @@ EXERCISES = [
     Exercise("grpo.py", "group_advantages", "tests/test_grpo.py", """
         test_advantages_equal_their_formula
         test_p8_a_flat_group_stays_at_zero_beside_groups_that_are_not
-        test_p8_a_small_true_difference_is_not_taken_for_noise"""),
+        test_p8_a_small_true_difference_is_not_taken_for_noise
+        test_p8_a_group_of_one_is_refused
+        test_p8_a_reward_that_is_not_finite_is_refused"""),
     Exercise("grpo.py", "token_weights", "tests/test_grpo.py", """
         test_p9_the_weights_of_two_of_four_completions_by_hand
-        test_p10_weights_of_parts_are_the_parts_of_the_weights"""),
+        test_p10_weights_of_parts_are_the_parts_of_the_weights
+        test_p9_a_total_or_a_length_of_0_counts_as_1_and_an_unknown_kind_is_refused"""),
     Exercise("grpo.py", "policy_loss", "tests/test_grpo.py", """
         test_p12_the_clip_leaves_these_gradients
         test_losses_and_their_gradients_equal_the_formula
         test_p11_the_first_inner_step_is_reinforce_and_the_second_has_ratios_off_one
         test_p21_a_rank_without_tokens_has_a_zero_loss_to_backpropagate_and_the_same_metrics
-        test_a_sampler_correction_scales_each_token_and_does_not_carry_gradient""", ("token_weights",)),
+        test_a_sampler_correction_scales_each_token_and_does_not_carry_gradient
+        test_the_metrics_of_a_loss_carry_no_gradient""", ("token_weights",)),
     Exercise("grpo.py", "kl", "tests/test_grpo.py", """
         test_p13_kl_estimators_equal_their_formula_and_pass_gradcheck
         test_p13_k3_is_never_negative_and_zero_at_equality
-        test_p13_the_expected_gradient_of_each_estimator_is_that_of_the_named_kl"""),
+        test_p13_the_expected_gradient_of_each_estimator_is_that_of_the_named_kl
+        test_p13_ratios_of_a_kl_are_cut_and_logprobs_alone_has_a_gradient"""),
     Exercise("model.py", "pack", "tests/test_model.py", """
         test_p1_a_label_moves_only_its_own_logprob
         test_the_prompt_is_forwarded_once_for_its_completions
@@ -182,8 +190,11 @@ def make(folder: Path) -> None:
 
 def solve(exercise: Exercise) -> None:
     """Puts the function back as it was. What else was written in its file stays."""
-    with zipfile.ZipFile(ROOT / SOLUTIONS) as kept:
-        original = kept.read(exercise.file).decode()
+    try:
+        with zipfile.ZipFile(ROOT / SOLUTIONS) as kept:
+            original = kept.read(exercise.file).decode()
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise ValueError(f"{SOLUTIONS} is damaged: make the homework anew in another folder") from error
     break_it.write(ROOT / exercise.file, restored(read(exercise.file), original, exercise))
 
 

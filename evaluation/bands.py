@@ -9,12 +9,14 @@ completions is noise. Both numbers are ours; with them each kept run lies inside
 Kept runs of several arms share a band (personas and the anchor move the curves little), but not of
 another model, task or learning rate (`SAME`). Beside such runs only the gap between sampler and
 trainer is compared: it should be small whatever is trained.
+Beyond the kept runs' last step the gap is held to all of its known values, the rest to nothing.
+Steps count from 0, as in metrics.jsonl.
 Left out: evaluations, which `--compare` puts side by side, and a verdict that needs no reader.
 """
 
 import gzip
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,10 @@ LASTING = 4                                             # steps in a row
 FEW = 3                                                 # kept runs
 SAME = ("model", "task", "prompt", "prompts", "group_size", "max_new_tokens", "temperature",
         "learning_rate", "loss", "advantage", "normaliser", "kl_coef", "entropy_coef",
-        "inner_epochs", "minibatches", "dynamic_sampling", "truncated", "lora_rank")
+        "inner_epochs", "minibatches", "dynamic_sampling", "truncated", "lora_rank", "reward",
+        "chat_template", "columns", "correction", "clip_low", "clip_high", "max_grad_norm",
+        "overlong_buffer", "warmup")
+LATER = {"minibatches": 1, "lora_rank": 0, "chat_template": None, "columns": None}
 GAP = "sampler_trainer_gap"
 KEYS = "reward", "entropy", "completion_length", "kl", GAP
 WORDS = {  # (metric, side): what it usually means
@@ -49,6 +54,8 @@ WORDS = {  # (metric, side): what it usually means
     (GAP, "above"): "sampler and trainer are two policies: a stale sampler (P15), an adapter that "
     "only one of them runs (P34), or other labels, temperatures or positions (P1 to P3, P14)",
 }
+NOT_FINITE = "not finite since step {}", "null: no token was trained, groups are flat (P8); NaN: " \
+    "logits, rewards or gradients overflow: lower --learning-rate, or try --dtype float32"
 AT_THE_CAP = "completions run into --max-new-tokens {}: they are cut off and by default worth " \
     "nothing (P7); does the policy learn to stop (P4)? Else raise the limit"
 
@@ -63,16 +70,18 @@ class Run:
 def read(folder: Path) -> Run:
     """A run folder, perhaps one that still grows. ValueError where it is none."""
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    if not config.is_file() or not metrics.is_file():
+    if not config.is_file():
         raise ValueError(f"{folder} is no run: give a folder of train.py, with config.json and "
                          "metrics.jsonl")
-    settings = files.parsed(str(config), config.read_bytes(), "settings").get("settings")
-    rows = [row for row in files.rows(metrics) if isinstance(row, dict) and "step" in row]
-    if not isinstance(settings, dict) or "method" not in settings:
+    told = files.parsed(str(config), config.read_bytes(), "settings").get("settings")
+    rows = [row for row in files.rows(metrics)
+            if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    if not isinstance(told, dict) or "method" not in told:
         raise ValueError(f"{config} is not a run's: it has no settings")
-    if len(rows) < LASTING:
-        raise ValueError(f"{folder} has {len(rows)} steps so far: come back after {LASTING}")
-    return Run(str(folder), settings, rows)
+    if len(rows) < LASTING:                             # none: it evaluates before it trains
+        raise ValueError(f"{folder} has {len(rows) or 'no'} steps yet, and a check needs "
+                         f"{LASTING}: wait, or go on with train.py --resume {folder} --steps N")
+    return Run(str(folder), told, rows)
 
 
 def kept(results: Path = RESULTS) -> list[Run]:
@@ -93,10 +102,11 @@ def kind(settings: dict) -> str:
 def differences(run: Run, other: Run) -> dict[str, tuple]:
     """{setting: (the run's, the other's)} of those that keep their curves from being compared.
 
-    A setting that one of the two did not have yet is not looked at.
+    A setting that one of the two did not have yet counts as off where LATER says how that is
+    written, and is not looked at otherwise.
     """
-    pairs = {key: (run.settings[key], other.settings[key]) for key in SAME
-             if key in run.settings and key in other.settings}
+    mine, theirs = LATER | run.settings, LATER | other.settings
+    pairs = {key: (mine[key], theirs[key]) for key in SAME if key in mine and key in theirs}
     pairs["method"] = kind(run.settings), kind(other.settings)
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -104,14 +114,37 @@ def differences(run: Run, other: Run) -> dict[str, tuple]:
 def value(row: dict, key: str) -> float | None:
     """A step's metric, None without a finite one. With --overlap a gap is no fault."""
     found = None if key == GAP and row.get("lag") else row.get(key)
-    return found if found is not None and math.isfinite(found) else None
+    known = isinstance(found, (int, float)) and abs(found) <= sys.float_info.max
+    return found if known else None
+
+
+def not_finite(run: Run, key: str) -> int | None:
+    """The first step of the last stretch without a finite value, None where that is no fault: one
+    short stretch of null (no token was trained), --overlap, or a metric that the run never has."""
+    last = []
+    for row in reversed(run.rows):
+        if value(row, key) is not None or key == GAP and row.get("lag"):
+            break
+        last.append(row)
+    null = all(row.get(key) is None for row in last)
+    fault = LASTING <= len(last) < len(run.rows) if null else last
+    return last[-1]["step"] if fault else None
 
 
 def band(runs: list[Run], key: str, step: int) -> tuple[float, float] | None:
-    """(lowest, highest) of a metric near a step; None where no run went so far or had it."""
-    near = [value(row, key) for run in runs for row in run.rows if abs(row["step"] - step) <= NEAR]
-    known = [x for x in near if x is not None]
+    """(lowest, highest) of a metric near a step; None where no run went so far or had it.
+
+    Of a gap beyond the last kept step: of all steps.
+    """
+    near = NEAR if key != GAP or step <= end(runs) else step
+    known = [x for run in runs for row in run.rows if abs(row["step"] - step) <= near
+             and (x := value(row, key)) is not None]
     return (min(known), max(known)) if known else None
+
+
+def end(runs: list[Run]) -> int:
+    """The last step that a band reaches."""
+    return max(row["step"] for run in runs for row in run.rows) + NEAR
 
 
 def lasting(run: Run, runs: list[Run], key: str) -> tuple[str, int, int] | None:
@@ -148,26 +181,32 @@ def text(run: Run, others: list[Run]) -> str:
     told = ", ".join(f"{key} {mine} (theirs {theirs})" for key, (mine, theirs) in nearest.items())
     table, said = [["metric", "at step", "here", "band", ""]], []
     for key in KEYS:
-        same = others if key == GAP else like           # a gap is small whatever is trained
+        same, since = others if key == GAP else like, not_finite(run, key)  # a gap: see the head
+        if key == "kl" and not run.settings.get("kl_coef"):
+            continue
         seen = [row for row in run.rows if value(row, key) is not None
                 and band(same, key, row["step"])]
-        if not seen or key == "kl" and not run.settings.get("kl_coef"):
-            continue
-        outside, step = lasting(run, same, key), seen[-1]["step"]
-        words = "inside"
-        if outside and outside[2] == step:
-            words = f"{outside[0]} since step {outside[1]}"
-        elif outside:
-            words = f"inside; {outside[0]} from step {outside[1]} to {outside[2]}"
+        outside = lasting(run, same, key)
         if outside:
+            words = f"{outside[0]} since step {outside[1]}"
+            if outside[2] != seen[-1]["step"]:
+                words = f"inside; {outside[0]} from step {outside[1]} to {outside[2]}"
             said.append(f"{key} {words}: {meaning(run, key, outside[0])}.")
-        low, high = band(same, key, step)
-        table.append([key, str(step), f"{value(seen[-1], key):.3g}", f"{low:.3g} to {high:.3g}",
-                      words])
+        if since is not None:
+            words = NOT_FINITE[0].format(since)
+            said.append(f"{key} {words}: {NOT_FINITE[1]}.")
+            table.append([key, str(run.rows[-1]["step"]), "-", "-", words])
+        elif seen:
+            step, x = seen[-1]["step"], value(seen[-1], key)
+            low, high = band(same, key, step)
+            if not outside:
+                words = "below, which is good" if key == GAP and x < low else "inside"
+            table.append([key, str(step), f"{x:.3g}", f"{low:.3g} to {high:.3g}", words])
     if len(table) == 1:
         raise ValueError(f"{run.name} has nothing to compare: no kept run has its settings "
                          f"({told}), and it has no {GAP}")
-    head = [f"{run.name}, {run.rows[-1]['step'] + 1} of {run.settings.get('steps')} steps"]
+    head = [f"{run.name}, {run.rows[-1]['step'] + 1} of {run.settings.get('steps')} steps "
+            "(below they count from 0, as in metrics.jsonl)"]
     for what, runs in (("all", like), (GAP, others)):
         names = ", ".join(other.name for other in runs)
         head += [f"{what} beside {len(runs)} kept: {names}"] if runs else []
@@ -175,8 +214,11 @@ def text(run: Run, others: list[Run]) -> str:
         head.append(f"warning: no kept run has these settings: {told}. Only {GAP} is compared")
     elif len(like) < FEW:
         head.append(f"warning: bands of {len(like)} are narrow, and a sound run may leave them")
+    if like and run.rows[-1]["step"] > end(like):
+        head.append(f"warning: beyond step {end(like)} only {GAP} is compared: no kept run of "
+                    "these settings went so far")
     if run.settings.get("dtype") == "float32" not in {o.settings.get("dtype") for o in others}:
         head.append(f"warning: this run computes in float32, the kept ones in bfloat16: a fault "
                     f"may hide in their {GAP}; here it should be below 1e-4")
     return "\n\n".join(["\n".join(head), report.aligned(table),
-                        *(said or ["Nothing is outside for long."])])
+                        *(said or ["Nothing compared is outside for long."])])

@@ -149,6 +149,12 @@ def judge_cell(gym):
             f"cost {cost}; {gym['unparsed']} without a score")
 
 
+def ranked(results):
+    """The rows of the personas from best to worst: one order for equal ones, whoever asks."""
+    rows = [row for row in results["personas"] if row["name"] != "none"]
+    return sorted(rows, key=lambda row: row["accuracy"])[::-1]
+
+
 def finding(arms, comparison):
     """The finding in a sentence or two."""
     if comparison:
@@ -162,9 +168,7 @@ def finding(arms, comparison):
         return (f"{limit}{label}: {scores}. Shown here: {'; '.join(shown) or 'nothing'}. "
                 f"The data speak against: {'; '.join(against) or 'nothing'}.")
     (label, results), = arms.items()
-    rows = [row for row in results["personas"] if row["name"] != "none"]
-    rows.sort(key=lambda row: row["accuracy"])
-    worst, best = rows[0], rows[-1]
+    best, *_, worst = ranked(results) * 2               # one persona is both
     few = " Too few problems for a claim." if best["n"] < measures.LEAST else ""
     return (f"With nothing changed but the persona in the system prompt, {label} answers between "
             f"{100 * worst['accuracy']:.0f} % ({worst['name']}) and {100 * best['accuracy']:.0f} % "
@@ -200,8 +204,7 @@ def panels(arms, transcripts):
     """
     greedy = [{(row["persona"], row["id"]): row for row in rows if not row.get("temperature")}
               for rows in transcripts]
-    rows = sorted(next(iter(arms.values()))["personas"], key=lambda row: -row["accuracy"])
-    names = [row["name"] for row in rows if row["name"] != "none"]
+    names = [row["name"] for row in ranked(next(iter(arms.values())))]
     found = []
     for place, i in enumerate(dict.fromkeys(i for _, i in greedy[0])):
         name = names[place % len(names)]
@@ -217,7 +220,8 @@ def card(panel):
     """A question with its answers in columns."""
     columns = ""
     for label, row in panel:
-        verdict = {True: " (right)", False: " (wrong)", None: ""}[row.get("correct")]
+        cut = ", cut off" if row.get("truncated") else ""
+        verdict = {True: f" (right{cut})", False: f" (wrong{cut})", None: ""}[row.get("correct")]
         columns += (f"<div><b>{html.escape(label)}{verdict}</b>"
                     f"<pre>{html.escape(row['answer'])}</pre></div>")
     row = panel[0][1]
@@ -311,9 +315,9 @@ def lottery_text(results):
         return "not measured" if None in values else interval(*values, name=name)
 
     rests, one = "", results["pss_without_one"]
-    if one:
-        rests = (f"; between {one['low']:.3f} and {one['high']:.3f} without one persona "
-                 f"({one['persona']})")
+    if one and one["low"] < one["high"] and shown("pss_deconvolved") != "not measured":
+        rests = (f"; with any one persona left out it lies between {one['low']:.3f} and "
+                 f"{one['high']:.3f}, highest without {one['persona']}")
     return (f"persona_sd, the true spread over personas in points: {shown('persona_sd')}, "
             f"p = {results['persona_sd_p']:.3f} without any effect; "
             f"in logits {shown('persona_sd_logit')}\n"

@@ -50,8 +50,9 @@ class LinearLogprob(torch.autograd.Function):
             d z_j = d x_j / temperature, times 1 - tanh(z_j / softcap)^2 with a softcap
             d hidden = d z @ weight,  d weight = d z^T @ hidden
         forward saved hidden, weight, targets, logprobs, entropy, logsumexp (of x), and the logits,
-        or None where they did not fit. d hidden is summed over chunks in fp32. d z comes
-        from `row_coefficients`, `target_gradient` and `logit_gradient` below.
+        or None where they did not fit. d hidden is summed over chunks in fp32. d z, in
+        hidden's dtype, comes from `row_coefficients`, `logit_gradient` and, cast to that dtype,
+        `target_gradient` below.
         """
         hidden, weight, targets, logprobs, entropy, logsumexp, logits = ctx.saved_tensors
         temperature, softcap, memory_budget = ctx.settings

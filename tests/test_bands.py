@@ -46,7 +46,7 @@ def test_a_sound_run_is_inside_and_the_command_says_beside_how_many(tmp_path, ca
     assert evaluate.main(["--check-run", folder(tmp_path, PLAIN[0])]) == 0
     said = capsys.readouterr().out
     assert f"all beside {len(PLAIN)} kept: " in said and "34 of 34 steps" in said and "warning" not in said
-    assert said.count("  inside\n") == 4 and said.endswith("Nothing is outside for long.\n")
+    assert said.count("  inside\n") == 4 and said.endswith("Nothing compared is outside for long.\n")
 
 
 @pytest.mark.parametrize("key, to, says", [
@@ -77,15 +77,36 @@ def test_a_kl_is_compared_with_runs_of_the_same_coefficient_alone():
 
 def test_what_came_back_is_told_and_what_did_not_last_is_not():
     brief = changed(PLAIN[0], 10, 10 + bands.LASTING - 2, entropy=3.0)
-    assert "Nothing is outside" in bands.text(brief, PLAIN[1:])
+    assert "Nothing compared is outside" in bands.text(brief, PLAIN[1:])
     back = changed(PLAIN[0], 10, 10 + bands.LASTING - 1, entropy=3.0)
     assert "entropy inside; above from step 10 to 13: the policy" in bands.text(back, PLAIN[1:])
 
 
 def test_a_small_gap_is_no_fault_nor_is_that_of_a_sampler_ahead():
-    assert "Nothing is outside" in bands.text(changed(PLAIN[0], **{GAP: 0.0}), PLAIN[1:])
+    said = bands.text(changed(PLAIN[0], **{GAP: 0.0}), PLAIN[1:])
+    assert "Nothing compared is outside" in said and "  below, which is good\n" in said
     ahead = changed(PLAIN[0], 12, **{GAP: 0.5, "lag": 1})
-    assert "Nothing is outside" in bands.text(ahead, PLAIN[1:])
+    assert "Nothing compared is outside" in bands.text(ahead, PLAIN[1:])
+
+
+@pytest.mark.parametrize("key, wrong, says", [
+    ("reward", float("nan"), "not finite since step 10"), (GAP, float("nan"), "not finite since step 10"),
+    ("entropy", None, "not finite since step 10"), ("reward", "high", "not finite since step 10"),
+    ("entropy", 10 ** 400, "not finite since step 10")])
+def test_a_metric_that_is_no_number_any_more_is_not_inside(key, wrong, says, tmp_path, capsys):
+    assert evaluate.main(["--check-run", folder(tmp_path, changed(PLAIN[0], 10, **{key: wrong}))]) == 0
+    said = capsys.readouterr().out
+    assert f"  {says}\n" in said and f"\n\n{key} {says}: null: no token" in said and "Nothing" not in said
+    brief = bands.text(changed(PLAIN[0], 31, entropy=None), PLAIN[1:])      # three steps of flat groups
+    assert "not finite" not in brief and "Nothing compared" in brief
+
+
+def test_a_run_longer_than_the_kept_ones_is_told_so_and_its_gap_still_compared():
+    more = [PLAIN[0].rows[-1] | {"step": step, "reward": 0.0} for step in range(37, 68)]
+    longer = replace(PLAIN[0], rows=PLAIN[0].rows + more)
+    said = bands.text(longer, PLAIN[1:])
+    assert f"warning: beyond step 36 only {GAP} is compared" in said and "Nothing compared is outside" in said
+    assert f"{GAP} above since step 40: sampler" in bands.text(changed(longer, 40, **{GAP: 0.5}), PLAIN[1:])
 
 
 def test_a_run_in_float32_is_told_that_the_gap_of_bf16_is_larger():
@@ -95,20 +116,21 @@ def test_a_run_in_float32_is_told_that_the_gap_of_bf16_is_larger():
 
 
 @pytest.mark.parametrize("setting, other", [("model", "m"), ("task", "gsm8k"), ("group_size", 4),
-                                            ("learning_rate", 1e-3), ("method", "distill")])
+                                            ("learning_rate", 1e-3), ("method", "distill"), ("reward", "mine:fn"),
+                                            ("chat_template", "plain"), ("lora_rank", 8), ("clip_high", 0.28)])
 def test_a_run_of_other_settings_is_told_so_and_only_its_gap_is_compared(setting, other):
     run = changed(replace(PLAIN[0], settings=PLAIN[0].settings | {setting: other}), reward=0.0, entropy=0.0)
     said = bands.text(run, KEPT)
     assert f"warning: no kept run has these settings: {setting} {other} (theirs " in said
     assert f"{GAP} beside {len(KEPT)} kept: " in said and "all beside" not in said
-    assert "\nreward " not in said and "Nothing is outside" in said
+    assert "\nreward " not in said and "Nothing compared is outside" in said
     assert f"{GAP} above since step 5" in bands.text(changed(run, 5, **{GAP: 1.0}), KEPT)
 
 
 def test_a_run_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path, capsys):
     place = folder(tmp_path, replace(PLAIN[0], rows=PLAIN[0].rows[:6]))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "rew')
+        file.write('{"step": null}\n{"step": "6"}\n{"step": 6, "rew')
     assert evaluate.main(["--check-run", place]) == 0 and "6 of 34 steps" in capsys.readouterr().out
 
 
@@ -116,12 +138,15 @@ def test_what_is_no_run_or_cannot_be_compared_is_one_line_and_exit_code_2(tmp_pa
     run, empty = PLAIN[0], tmp_path / "empty"
     empty.mkdir()
     sft = changed(replace(run, settings=run.settings | {"method": "sft"}), **{GAP: None})
-    for wrong, says in ((replace(run, rows=run.rows[:2]), "2 steps so far"), (replace(run, settings={}), "no settings"),
-                        (sft, "method sft")):
+    for wrong, says in ((replace(run, rows=run.rows[:2]), "has 2 steps yet, and a check needs 4: wait"),
+                        (replace(run, settings={}), "no settings"), (sft, "method sft")):
         assert evaluate.main(["--check-run", folder(tmp_path, wrong)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line and line.startswith("evaluate.py: ")
     assert evaluate.main(["--check-run", str(empty)]) == 2 and "is no run" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()               # it evaluates before it trains
+    folder_says = f"{tmp_path} has no steps yet, and a check needs 4: wait, or go on with train.py --resume {tmp_path}"
+    assert evaluate.main(["--check-run", str(tmp_path)]) == 2 and folder_says in capsys.readouterr().err
     assert evaluate.main(["--check-run", str(tmp_path), "--limit", "3"]) == 2
     assert "--check-run does not read --limit" in capsys.readouterr().err
     with pytest.raises(ValueError, match="keeps no metrics"):

@@ -51,11 +51,36 @@ def test_every_pitfall_names_metrics_that_a_run_has_or_why_no_curve_shows_it(mis
 
 @pytest.mark.parametrize("arguments, says", [
     (["P43"], "there is no P43"), (["P8", "P9", "--run"], "one pitfall"), (["50", "--run"], "one pitfall"),
-    (["--run"], "one pitfall"), (["P8", "--out", "x.png"], "goes with --run"), (["P35", "--run"], "no CUDA graphs"),
-    (["P8", "--run", "--steps", "0"], "at least 1")])
+    (["--run"], "one pitfall"), (["P8", "--out", "x.png"], "go with --run"), (["P35", "--run"], "no CUDA graphs"),
+    (["P8", "--run", "--steps", "0"], "at least 1"), (["P8", "--steps", "3"], "go with --run"),
+    (["P8", "--run", "--out", "x.xyz"], "no .png"), (["P8", "--run", "--out", "docs"], "no .png"),
+    (["P8", "--run", "--out", "/dev/null/x.png"], "cannot be made"), (["P8", "--rum"], "did you mean --run")])
 def test_what_the_lab_cannot_do_is_one_line_and_exit_code_2(arguments, says):
     done = lab(*arguments)
-    assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and says in line and not done.stdout
+
+
+@pytest.mark.parametrize("change, says", [("", "was its line edited here"), (None, "this is a homework")])
+def test_a_copy_whose_lines_were_edited_and_a_homework_are_told_so_in_one_line(change, says, tmp_path):
+    for name in ("docs/break_it.py", "docs/break_it.txt", "docs/pitfalls.md", "common/command.py", "grpo.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "grpo.py").write_text("")
+    if change is None:
+        (tmp_path / "docs/break_it.txt").unlink()
+    done = subprocess.run([sys.executable, "docs/break_it.py", "P8"], cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and says in line
+
+
+def test_a_fork_takes_the_folders_own_modules_also_those_that_the_command_has_imported(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common/command.py").write_text("OURS = 1\n")
+    (tmp_path / "test_a.py").write_text("def test_one():\n    from common.command import OURS\n    assert OURS\n")
+    code = ("import sys; from pathlib import Path; from docs import break_it; import common.command\n"
+            "sys.exit(break_it.run('test_a.py', Path(sys.argv[1]), Path(sys.argv[1], 'log')))")
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.slow
@@ -68,7 +93,8 @@ def test_the_lab_shows_a_pitfall_its_diff_and_its_test_turning_red_and_touches_n
     said = done.stdout
     assert said.startswith("P8 Groups without variance.") and "[test]" not in said
     assert "\n--- a/grpo.py\n+++ b/grpo.py\n" in said and "\n-    return torch.where(informative(" in said
-    assert "\nas it is: passed\n" in said and "\nwith the mistake: killed test_p8_" in said
+    assert "\nas it is: passed\n" in said and "\nwith the mistake: noticed by test_p8_" in said
+    assert not done.stderr
 
 
 def test_a_mistake_that_no_test_notices_is_alive_and_a_skipped_test_is_none(tmp_path, capsys):
@@ -81,7 +107,7 @@ def test_a_mistake_that_no_test_notices_is_alive_and_a_skipped_test_is_none(tmp_
     with capsys.disabled():                             # what a fork says goes to its log
         found = [break_it.verdict(dataclasses.replace(alive, tests=words), tmp_path) for words in tests]
     assert found[:2] == [("ALIVE", ""), ("ALIVE", "its tests are skipped here")]
-    assert found[2:] == [("killed", "test_one"), ("broken", "pytest ended with 4")]
+    assert found[2:] == [("noticed", "by test_one"), ("broken", "pytest ended with 4")]
     assert (tmp_path / "a.py").read_text() == "x = 1\n"
 
 
@@ -90,8 +116,8 @@ def test_a_mistake_that_no_test_notices_is_alive_and_a_skipped_test_is_none(tmp_
 def test_every_pitfalls_test_fails_once_it_is_put_back(part):
     names = [mistake.pitfall for mistake in PITFALLS][part::4]
     done = lab(*names)
-    killed = re.findall(r"^ *(P\d+) killed .*   (test_\w+)", done.stdout, re.M)     # neither hung nor crashed
-    assert done.returncode == 0 and [name for name, _ in killed] == names, done.stdout + done.stderr
+    noticed = re.findall(r"^ *(P\d+) noticed .*   by (test_\w+)", done.stdout, re.M)     # neither hung nor crashed
+    assert done.returncode == 0 and [name for name, _ in noticed] == names, done.stdout + done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,7 +146,7 @@ def test_a_run_of_both_draws_and_prints_them_and_says_why_one_ended(tmp_path, mo
         return (rows([0.3], kl=None), "train.py: no") if len(calls) > 1 else (rows(rising, kl=0.5), "")
 
     monkeypatch.setattr(break_it, "trained", trained)
-    break_it.train_both(mistake, tmp_path, tmp_path / "deep" / "P8.png", 6)
+    break_it.train_both(mistake, tmp_path, break_it.picture(tmp_path / "deep" / "P8.png"), 6)
     assert calls == [(text, f"{break_it.TRAIN} --steps 6 --kl-coef 1") for text in ("good", "bad")]
     said = capsys.readouterr().out
     assert "as it is: the reward rises\n" in said and "ended after 1 steps: train.py: no\n" in said

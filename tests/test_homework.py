@@ -101,6 +101,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, says):
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_a_torn_file_of_solutions_is_one_line_and_exit_code_2(keep, copied):
+    place = copied / homework.SOLUTIONS
+    place.write_bytes(place.read_bytes()[:int(keep * place.stat().st_size)])
+    done = command(copied, "--solution", "pss")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "is damaged: make the homework anew" in line
+
+
 @pytest.mark.slow
 def test_an_exercise_that_waits_scores_0_and_its_solution_scores_in_full(copied):
     waiting = command(copied, "--check", "pss")

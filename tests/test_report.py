@@ -1,6 +1,7 @@
 """evaluation/report.py: one file that opens offline, shows every number it was given, and shows text as text."""
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -87,13 +88,40 @@ def test_text_from_models_and_files_is_shown_as_text(single, several):
         assert HOSTILE not in page and "&lt;script&gt;" in page and "a nurse &amp; poet" in page
 
 
-def test_every_persona_and_score_is_in_the_page_with_its_interval(single):
+def test_best_worst_and_every_score_with_its_interval_are_in_the_page(single):
     page, results = (single / "report.html").read_text(), json.loads((single / "results.json").read_text())
     page = page.replace("\u00a0", " ")
-    assert all(row["name"].split("<")[0] in page for row in results["personas"] if row["name"] != "a nurse & poet")
+    best, *_, worst = report.ranked(results)
+    assert all(page.count(html.escape(row["name"])) > 1 for row in (best, worst))       # in the lead and the panels
     for name in ("pss", "mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy"):
         assert f"{results[name]:.3f} [{results[name + '_low']:.3f}, {results[name + '_high']:.3f}]" in page
     assert all(row["name"] in page for row in results["inference_time_rivals"])
+
+
+def test_lead_and_panels_name_the_same_best_and_worst_persona_also_where_several_are_equal():
+    results, rows = arm(0, "rlvr")
+    for row in results["personas"]:
+        row["accuracy"] = 0.5
+    panel, lead = report.panels({"rlvr": results}, [rows])[0], report.finding({"rlvr": results}, None)
+    (_, (best, _), (worst, _)) = panel
+    assert best != worst and f"% ({worst}) and 50 % ({best})" in lead
+
+
+def test_an_answer_that_was_cut_off_is_told_so():
+    row = arm(0, "rlvr")[1][0] | {"truncated": True}
+    assert all(f"none ({word}, cut off)<" in report.card([("none", row | {"correct": right})])
+               for word, right in (("right", True), ("wrong", False)))
+    assert "(wrong)<" in report.card([("none", row | {"correct": False, "truncated": False})])
+
+
+def test_what_one_persona_changes_is_told_where_it_is_measured_and_changes_something():
+    words = "; with any one persona left out it lies between 0.200 and 0.400, highest without x"
+    one = {"low": 0.2, "high": 0.4, "persona": "x"}
+    shown = arm(0, "rlvr")[0] | {"pss_without_one": one} | dict.fromkeys(
+        ("pss_deconvolved", "pss_deconvolved_low", "pss_deconvolved_high"), 0.3)
+    assert report.lottery_text(shown).endswith(words)
+    for other in ({"pss_deconvolved": None}, {"pss_without_one": one | {"low": 0.4}}, {"pss_without_one": None}):
+        assert "left out" not in report.lottery_text(shown | other)
 
 
 def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):

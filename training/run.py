@@ -267,7 +267,7 @@ def before_after(args, before: dict, after: dict) -> str:
 
 # What decides where a run ends. Another dtype or another micro-batch only rounds otherwise.
 DECIDES = (*bands.SAME, "method", "steps", "persona_prob", "mix", "personas", "anchor_coef",
-           "warmup", "max_grad_norm", "reward", "optimizer", "eval_task", "eval_pool")
+           "optimizer", "eval_task", "eval_pool")
 
 
 def in_line(args, after: dict) -> list[str]:
