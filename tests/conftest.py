@@ -73,6 +73,13 @@ def make_reference(family: str, **sizes):
     return model
 
 
+def saved(folder, reference, tokenizer=None):
+    """A transformers model and a tokenizer (tiny_tokenizer's) in a folder -> the folder."""
+    reference.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
 def stopping(model, stop_ids=()):
     """The same model and weights with other stop tokens; none by default."""
     other = copy.copy(model)
@@ -119,19 +126,14 @@ def family(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_reference("llama3").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("tiny"), make_reference("llama3"))
 
 
 @pytest.fixture(scope="session")
 def wide_folder(tmp_path_factory):
     """As tiny_folder, in bf16 and with matrices wide enough for moments of 8 bits."""
-    folder = tmp_path_factory.mktemp("wide")
-    make_reference("llama3", hidden_size=64, intermediate_size=128).bfloat16().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    reference = make_reference("llama3", hidden_size=64, intermediate_size=128).bfloat16()
+    return saved(tmp_path_factory.mktemp("wide"), reference)
 
 
 @pytest.fixture(scope="session")

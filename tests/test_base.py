@@ -18,7 +18,7 @@ import weights
 from personas import Persona
 from results import readers
 from rollout import SamplingParams, generate
-from tests.conftest import make_reference, stopping, tiny_tokenizer
+from tests.conftest import make_reference, saved, stopping, tiny_tokenizer
 from weights import parity, templates
 
 PIRATE = Persona("pirate", "w90 w91", "harmful", "test")
@@ -39,10 +39,7 @@ def bare_tokenizer(begins: bool = False):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The folder of a tiny model without a chat template."""
-    folder = tmp_path_factory.mktemp("base")
-    make_reference("llama3").save_pretrained(folder)
-    bare_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("base"), make_reference("llama3"), bare_tokenizer())
 
 
 @pytest.fixture

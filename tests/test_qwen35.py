@@ -21,7 +21,7 @@ from kernels.delta import Chunks, DeltaSizes, delta_net, delta_step, empty_state
 from model import Transformer, completion_logprobs, pack
 from rollout import Sampler, SamplingParams
 from sampling.cache import row_bytes
-from tests.conftest import FAMILIES, SIZES, make_reference, stopping, tiny_tokenizer
+from tests.conftest import FAMILIES, SIZES, make_reference, saved, stopping, tiny_tokenizer
 from tests.test_model import logits_of, random_ids
 from tests.test_train import FAST, REWARD, metrics
 from weights import lora
@@ -32,10 +32,7 @@ ONE = DeltaSizes(2, 4, 8, 12, 4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen35")
-    make_reference("qwen3_5").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("qwen35"), make_reference("qwen3_5"))
 
 
 @pytest.fixture(scope="module")
