@@ -118,9 +118,8 @@ def script(monkeypatch, capsys):
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def family(request, tmp_path_factory):
     """(our model, transformers' model, folder), for each family in turn."""
-    reference, folder = make_reference(request.param), tmp_path_factory.mktemp(request.param)
-    reference.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    reference = make_reference(request.param)
+    folder = saved(tmp_path_factory.mktemp(request.param), reference)
     return weights.load(str(folder), "float32", "cpu")[0], reference, folder
 
 
