@@ -62,6 +62,8 @@ ABLATIONS = {
     "per rollout": ["--method", "permix", "--mix", "rollout"],
     **{f"kl={beta}": ["--method", "permix", "--kl-coef", beta] for beta in ("0.03", "0.1")},
     **{f"personas={n}": ["--method", "permix", "--personas", n] for n in ("1", "4", "16", "64")},
+    **{f"lora={rank}": ["--method", "permix", "--lora-rank", rank] for rank in ("1", "8", "16", "64")},
+    "adamw8bit": ["--method", "permix", "--optimizer", "adamw8bit"],
 }
 KEPT = ("comparison.json", "stability_against_fidelity.png", "learning_curves.png")     # of a comparison
 
