@@ -340,7 +340,7 @@ class Packed:
     attend: PrefixAttention
     hidden_index: Tensor                                # [M] the position that predicts the token
     targets: Tensor                                     # [M]
-    lengths: list[int]                                  # tokens of each completion
+    lengths: list[int]                                  # tokens of each completion, its last too; [R]
 
 
 def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) -> Packed:

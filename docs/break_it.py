@@ -127,8 +127,10 @@ def warm_up() -> None:
         os.close(nowhere)
 
 
-def run(tests: str, folder: Path, log: Path, limit: int = LIMIT) -> int | None:
-    """pytest's exit code, None after `limit` seconds. What it says goes to `log`."""
+def run(tests: str, folder: Path, log: Path, limit: int = LIMIT, asserts: str = "plain",
+        ) -> int | None:
+    """pytest's exit code, None after `limit` seconds. What it says goes to `log`; with asserts =
+    "rewrite", the values of a failed assertion too."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -143,7 +145,7 @@ def run(tests: str, folder: Path, log: Path, limit: int = LIMIT) -> int | None:
         words, assigned = shlex.split(tests), re.compile(r"[A-Z_]+=")
         os.environ |= dict(word.split("=", 1) for word in words if assigned.match(word))
         tests = [word for word in words if not assigned.match(word)]
-        quick = "-x -q --assert=plain -p no:cacheprovider -p no:hypothesispytest".split()
+        quick = f"-x -q --assert={asserts} -p no:cacheprovider -p no:hypothesispytest".split()
         code = pytest.main([*tests, *quick, "-m", ""])         # slow ones too
         sys.stdout.flush()
         os._exit(int(code))

@@ -49,10 +49,11 @@ def torch_decode_attention(q: Tensor, k: Tensor, v: Tensor, row_kv: LayerCache,
                            ) -> Tensor:
     """The definition of `decode_attention`. It copies each row's keys and values, and is slow.
 
-    Row b first writes k[b], v[b] at token lengths[b] of its entry of row_kv. It then sees
-    prefix_lengths[b] tokens of its prefix's entry and lengths[b] + 1 of its own, at positions 0, 1,
-    ..., and of these the last `window`. out[b] = softmax(scale q K^T) V; heads / kv_heads
-    neighbouring heads of q share one of K and V. What an entry holds beyond its length may be NaN.
+    Row b first writes k[b], v[b] in place, at token lengths[b] of entries[b] of row_kv. It then
+    sees prefix_lengths[b] tokens of its prefix's entry and lengths[b] + 1 of its own, at positions
+    0, 1, ..., and of these the last `window` (0: all). out[b] = softmax(scale q K^T) V; heads /
+    kv_heads neighbouring heads of q share one of K and V. What an entry holds beyond its length may
+    be NaN.
     """
     (B, K, D), P, T = k.shape, prefix_kv[0].shape[2], row_kv[0].shape[2]
     entries, lengths, prefixes = rows.entries.long(), rows.lengths.long(), rows.prefixes.long()

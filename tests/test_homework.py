@@ -113,7 +113,7 @@ def test_a_torn_file_of_solutions_is_one_line_and_exit_code_2(keep, copied):
 @pytest.mark.slow
 def test_an_exercise_that_waits_scores_0_and_its_solution_scores_in_full(copied):
     waiting = command(copied, "--check", "pss")
-    assert waiting.returncode == 1 and "0 of 2  not written yet" in waiting.stdout
+    assert waiting.returncode == 1 and "0 of 2  " in waiting.stdout and "is not written yet" in waiting.stdout
     assert command(copied, "--solution", "pss").returncode == 0
     solved = command(copied, "--check", "pss")
     assert solved.returncode == 0 and "2 of 2\n1 of 1 exercises solved" in solved.stdout

@@ -183,7 +183,8 @@ def test_p17_sequences_of_a_pack_do_not_see_each_other(tiny):
     (prompt, (first, *others)), *rest = groups
     changed = [(prompt, [[t % 90 + 4 for t in first], *others]), *rest]
     after = completion_logprobs(model, pack(changed, model))[0]
-    assert torch.equal(before[len(first):], after[len(first):])
+    assert torch.equal(before[len(first):], after[len(first):]), \
+        "changing one completion moved another: look at the order of input_ids and of hidden_index"
     assert not torch.equal(before[:len(first)], after[:len(first)])
 
 
@@ -202,6 +203,9 @@ def test_the_prompt_is_forwarded_once_for_its_completions(tiny):
     prompt, completions = random_ids(120), [random_ids(40, i) for i in range(8)]
     packed = pack([(prompt, completions)], tiny[0])
     assert len(packed.input_ids) == 120 + 8 * 39        # a completion's last token is only ever a target
+    assert packed.lengths == [40] * 8
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        pack([([], [[5]])], tiny[0])
 
 
 def test_llama3_scaling_keeps_short_and_slows_long_wavelengths():

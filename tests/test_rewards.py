@@ -50,6 +50,11 @@ def test_p23_the_corpus_has_no_false_positive_and_99_percent_are_right():
     assert len(wrong) <= 0.01 * len(CORPUS), wrong
 
 
+def test_p23_a_point_where_a_side_is_undefined_decides_nothing():
+    assert verdict(r"\frac{1}{x+|x|}", r"\frac{2}{2x+2|x|}") == "correct"
+    assert verdict(r"\frac{1}{x-x}", r"\frac{2}{x-x}") == "unverifiable"
+
+
 def test_p23_the_corpus_is_large_and_every_class_has_both_labels():
     assert len(CORPUS) >= 500
     labels = {(row["class"], row["correct"]) for row in CORPUS}

@@ -194,15 +194,15 @@ def test_the_inverse_cdf_hits_every_token_and_never_an_impossible_one():
     assert torch.allclose(logprobs, torch.tensor(0.25).log())
 
 
-@pytest.mark.parametrize("top_k", [0, 9])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (9, 1.0), (0, 0.8)])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_a_row_takes_the_first_token_whose_float64_cdf_passes_its_uniform(temperature, top_k):
+def test_a_row_takes_the_first_token_whose_float64_cdf_passes_its_uniform(temperature, top_k, top_p):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(200, 5003, generator=generator)
     uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
-    tokens, logprobs = sample_rows(logits, uniforms, temperature, top_k, 1.0, 0.0)
+    tokens, logprobs = sample_rows(logits, uniforms, temperature, top_k, top_p, 0.0)
     assert tokens.dtype == torch.long and logprobs.dtype == torch.float32
-    log_p = (filtered(logits, top_k, 1.0, 0.0).double() / temperature).log_softmax(-1)
+    log_p = filtered(logits / temperature, top_k, top_p, 0.0).double().log_softmax(-1)
     wanted = torch.searchsorted(log_p.exp().cumsum(-1), uniforms[:, None], right=True)[:, 0]
     assert (tokens == wanted).float().mean() >= 0.99    # sums in another order may turn a near tie
     exact = log_p.gather(1, tokens[:, None])[:, 0].float()
@@ -217,6 +217,10 @@ def test_rows_that_are_not_finite_and_tokens_that_are_impossible():
     tokens, logprobs = sample_rows(logits, ends, 1.0, 0, 1.0, 0.0)
     assert tokens[:2].tolist() == [255, 256] and 0 <= tokens[2] < 700
     assert torch.allclose(logprobs[:2], torch.tensor(0.5).log()) and logprobs[2].isnan()
+    logits = torch.randn(200, 5003, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 5002]] = -torch.inf
+    ends = torch.full((200,), 1 - 1e-16, dtype=torch.float64)
+    assert sample_rows(logits, ends, 1.0, 0, 1.0, 0.0)[1].isfinite().all(), "a token of p = 0 was drawn"
 
 
 def test_filters_keep_what_their_definitions_say():

@@ -170,10 +170,11 @@ def _equal_exactly(a, b, names, nodes, effort: Effort) -> bool:
     """Whether two trees have the same rational value (`exact`), with variables at random points.
 
     names: all variables of both; a point gives each a `_rational(effort.rng)`. False at the first
-    point where the values differ. True after 4 that agree; without variables after the one there
-    is. A point where a side is undefined (ZeroDivisionError) decides nothing. At most 12 points are
-    tried, each for `effort.spend(nodes)`; if they do not decide, Inexact is raised. What else
-    `exact` raises is passed on.
+    point where the values differ. With variables, 4 points that agree mean True, and at most 12 are
+    tried; without, there is one point, the empty one, and it decides. Each costs
+    `effort.spend(nodes)`. A point where a side is undefined (ZeroDivisionError) decides nothing; if
+    none decides, Inexact is raised. Inexact and TooBig of `exact` are not caught here: the caller
+    then tries another way.
     """
     agreed = 0
     for _ in range(12 if names else 1):
