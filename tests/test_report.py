@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 import re
 import shutil
@@ -10,7 +11,9 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
+from matplotlib.text import Text
 
 import evaluate
 from evaluation import compare, measures, plots, report, rivals
@@ -135,7 +138,7 @@ def test_without_fidelity_stability_is_plotted_against_accuracy_and_the_lead_giv
     arms, comparison = seeds
     plain = {label: {k: v for k, v in results.items() if k != "fidelity"} for label, results in arms.items()}
     assert plots.measured(arms) and not plots.measured(plain)
-    assert plots.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy"
+    assert plots.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy, share of problems"
     lead = report.finding(arms, comparison)
     assert all(f"{label} {100 * results['persona_sd']:.1f}" in lead for label, results in arms.items())
 
@@ -175,6 +178,44 @@ def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend
     assert [entry.get_text() for entry in fig.legends[0].get_texts()] == list(arms)
     markers = {box.lines[0].get_marker() for box in fig.axes[0].containers}
     assert len(markers) == 3  # told apart without colour too
+
+
+def test_no_label_of_a_plot_is_cut_off_at_its_edge(seeds):
+    arms, comparison = seeds
+    rows = [{"step": i, "reward": i / 9, "entropy": 1.0, "completion_length": 30} for i in range(9)]
+    for fig in (plots.bars(arms["start"]), plots.dots(arms), plots.lottery(arms),
+                plots.tradeoff(arms, comparison["runs"]),
+                plots.tradeoff({role: {k: v for k, v in results.items() if k != "fidelity"}
+                                for role, results in arms.items()}),
+                plots.curves(dict.fromkeys(arms, rows))):
+        canvas = FigureCanvasAgg(fig)
+        canvas.draw()
+        edge = fig.bbox.padded(0.5)
+        ticks = {label for ax in fig.axes for label in ax.get_xticklabels() + ax.get_yticklabels()}
+        labels = [text for text in fig.findobj(Text) if text.get_text() and text not in ticks]
+        assert labels
+        for text in labels:
+            box = text.get_window_extent()
+            assert edge.x0 <= box.x0 and box.x1 <= edge.x1, text.get_text()
+            assert edge.y0 <= box.y0 and box.y1 <= edge.y1, text.get_text()
+
+
+def test_arms_with_the_same_numbers_are_all_seen_each_marker_inside_the_one_before(seeds):
+    start = seeds[0]["start"]
+    twins = {"start": start, "twin": start, "third": start}
+    traded = [box.lines[0] for box in plots.tradeoff(twins).axes[0].containers]
+    for markers in (traded, plots.dots(twins).axes[0].lines):
+        assert len(markers) == 3 and {marker.get_markerfacecolor() for marker in markers} == {"none"}
+        sizes = [marker.get_markersize() for marker in markers]
+        assert all(inner <= 0.75 * outer for outer, inner in itertools.pairwise(sizes))
+    widths = [line.get_linewidth() for line in plots.lottery(twins).axes[0].lines if line.get_linestyle() == "-"]
+    assert len(set(widths)) == 3 and widths == sorted(widths, reverse=True)
+
+
+def test_the_lottery_explains_the_dotted_line_only_where_there_is_one():
+    results, _ = arm(0, "rlvr")
+    assert "dotted" in plots.lottery({"rlvr": results}).axes[0].get_xlabel()
+    assert "dotted" not in plots.lottery({"rlvr": results | {"noise_floor": {}}}).axes[0].get_xlabel()
 
 
 def test_paired_differences_carry_an_arrow_only_where_the_interval_leaves_out_zero():
