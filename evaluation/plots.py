@@ -40,9 +40,14 @@ def width(i):
     return max(1, 3 * 0.6 ** i)
 
 
+def marker(i):
+    """Arm i's: another one where the colours begin again."""
+    return MARKERS[(i + i // 10) % len(MARKERS)]
+
+
 def hollow(i, size=13):
     """Arm i's colour and marker: it fits into the one before it."""
-    return {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markerfacecolor": "none",
+    return {"color": f"C{i}", "marker": marker(i), "markerfacecolor": "none",
             "markersize": size * max(0.45, 0.72 ** i), "markeredgewidth": 1.2}
 
 
@@ -75,7 +80,7 @@ def dots(arms):
                 label=arm, clip_on=False, **hollow(i, 10))
     ax.set(xlabel="accuracy, share of problems", xlim=(0, None))
     ax.set_yticks(range(len(names)), map(called, names))
-    ax.margins(y=0.02)
+    ax.set_ylim(-0.7, len(names) - 0.3)
     fig.legend(loc="outside lower center", ncols=3)
     return fig
 
@@ -128,7 +133,7 @@ def tradeoff(arms, runs=None):
                     capsize=2, linestyle="none", elinewidth=width(i), label=arm, **hollow(i))
         seeds = runs[arm] if runs and len(runs[arm]) > 1 else []
         ax.scatter([factor * seed[x] for seed in seeds], [seed[y] for seed in seeds], s=9,
-                   marker=MARKERS[i % len(MARKERS)], linewidths=0.8, facecolors="none",
+                   marker=marker(i), linewidths=0.8, facecolors="none",
                    edgecolors=f"C{i}")
     ax.set(xlabel=label, ylabel="mean accuracy, share of problems")
     if y != "mean_accuracy":

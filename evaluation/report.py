@@ -52,10 +52,11 @@ small,footer{opacity:.75} .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem} small{display:block}
 td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;min-width:5rem}
 tr{border-bottom:1px solid gray} th small{font-weight:normal}
-tr>:first-child{position:sticky;left:0;background:Canvas;min-width:9rem}
+tr>:first-child{position:sticky;left:0;background:Canvas;min-width:8rem}
 @media(max-width:40rem){                      /* a phone: a row's name above its few cells */
 .few,.few tbody{display:block} .few tr{display:flex;flex-wrap:wrap} .few tr>*{flex:1}
-.few tr>:first-child{flex-basis:100%;padding-bottom:0} td,th{padding-right:.4rem}
+.few tr>:first-child{flex-basis:100%;padding-bottom:0} td,th{padding-right:.3rem}
+table{font-size:.8rem}
 .few tr>:nth-child(2):nth-last-child(2){flex:0 0 5.5rem}}
 .row{display:flex;flex-wrap:wrap;gap:1rem;align-items:start}
 .row>*{flex:1 1 14rem;min-width:0} .row>img{flex:0 1 30rem;max-width:100%;background:white}
@@ -308,7 +309,7 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     first = next(iter(arms.values()))
     if comparison:
         title = f"{' / '.join(arms)} on {first['task']}"
-        seeds = ", ".join(f"{role} {len(runs)}" for role, runs in comparison["runs"].items())
+        seeds = ", ".join(f"{len(runs)} of {role}" for role, runs in comparison["runs"].items())
         pairs = comparison["differences"]
         tables = html_table("Scores", score_rows(arms, pairs))
         if len(pairs) > 1:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 import evaluate
@@ -212,6 +213,12 @@ def test_arms_with_the_same_numbers_are_all_seen_each_marker_inside_the_one_befo
         assert all(inner <= 0.75 * outer for outer, inner in itertools.pairwise(sizes))
     widths = [line.get_linewidth() for line in plots.lottery(twins).axes[0].lines if line.get_linestyle() == "-"]
     assert len(set(widths)) == 3 and widths == sorted(widths, reverse=True)
+
+
+def test_twenty_arms_are_told_apart_by_colour_or_marker(seeds):
+    arms = {str(i): seeds[0]["start"] for i in range(20)}
+    shown = [box.lines[0] for box in plots.tradeoff(arms).axes[0].containers]
+    assert len({(point.get_marker(), to_hex(point.get_color())) for point in shown}) == 20
 
 
 def test_the_lottery_explains_the_dotted_line_only_where_there_is_one():
