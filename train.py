@@ -49,7 +49,7 @@ from training.minibatches import MicroBatch, micro_batches, minibatches, taken
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
 from training.policy import Policy, join, ranks, summed, wait
-from training.run import Job, anchored, before_after, evaluated, read, run_folder
+from training.run import Job, anchored, before_after, evaluated, read, run_folder, side_by_side
 from training.settings import settings
 from training.stop import Stopped, told
 from weights import lora
@@ -313,6 +313,7 @@ def run(args) -> None:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
             if talks:
                 print(before_after(args, before, after))
+                side_by_side(out / "evaluation")
     if talks:
         print(f"{time.time() - began:.0f} seconds; everything is in {out}")
     wait()                                              # others may still need this rank

@@ -389,12 +389,6 @@ def text(comparison):
     """The arms' main scores, their paired differences, and a verdict for each hypothesis."""
     verdicts = [f"{h['name']} {h['claim']}: {h['verdict'].upper()}. {h['words']}"
                 for h in comparison["hypotheses"]]
-    note = ("[95 % interval], paired over problems and training seeds; "
-            "▲ ▼ where it leaves out 0.")
-    single = ", ".join(role for role, runs in comparison["runs"].items() if len(runs) == 1)
-    if single:
-        note += (f" One training seed for {single}: its intervals cover the choice of problems "
-                 "alone.")
     return "\n\n".join([report.aligned(report.arm_rows(comparison)),
                         report.aligned(report.difference_rows(comparison)),
-                         "\n".join(verdicts), note])
+                        "\n".join(verdicts), report.remark(comparison)])

@@ -1,14 +1,17 @@
 """Plots of an evaluation: results in, matplotlib Figure out.
 
 An arm has the same colour in every plot, and a marker of its own, so that colour is not all that
-tells two arms apart.
+tells two arms apart. Markers are hollow and lines thin from arm to arm, so that equal arms are
+both seen.
 """
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-CURVES = ("reward", "entropy", "completion_length")  # of metrics.jsonl
+CURVES = {  # of metrics.jsonl, and with their units
+    "reward": "reward, mean over completions", "entropy": "entropy, nats a token",
+    "completion_length": "completion length, tokens"}
 MARKERS = "osD^vhpX*<"  # as many as matplotlib has colours
 matplotlib.rcParams.update({
     "axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False,
@@ -27,6 +30,27 @@ def short(name, limit=34):
     return name if len(name) <= limit else name[:limit - 1].rstrip() + "…"
 
 
+def called(persona):
+    """A persona's label."""
+    return "no persona" if persona == "none" else short(persona)
+
+
+def width(i):
+    """Of arm i's lines: each lies on the one before it and leaves its edges free."""
+    return max(1, 3 * 0.6 ** i)
+
+
+def marker(i):
+    """Arm i's: another one where the colours begin again."""
+    return MARKERS[(i + i // 10) % len(MARKERS)]
+
+
+def hollow(i, size=13):
+    """Arm i's colour and marker: it fits into the one before it."""
+    return {"color": f"C{i}", "marker": marker(i), "markerfacecolor": "none",
+            "markersize": size * max(0.45, 0.72 ** i), "markeredgewidth": 1.2}
+
+
 def bars(results):
     """Accuracy of every persona as sorted bars with 95 % intervals, `none` in another colour."""
     rows = sorted(results["personas"], key=lambda row: row["accuracy"])
@@ -36,25 +60,45 @@ def bars(results):
     ax.barh(range(len(rows)), value, xerr=np.abs([value - low, high - value]),
             color=["C1" if row["name"] == "none" else "C0" for row in rows],
             error_kw={"ecolor": "gray", "capsize": 2})
-    ax.axvline(results["mean_accuracy"], color="gray", linestyle=":")
-    ax.set(xlabel="accuracy (dotted: mean)", xlim=(0, min(1, 1.05 * high.max())))
-    ax.set_yticks(range(len(rows)), [short(row["name"]) for row in rows])
+    ax.axvline(results["mean_accuracy"], color="black", linestyle=":")
+    ax.set(xlabel="accuracy, share of problems\n(dotted: mean over personas)",
+           xlim=(0, min(1, 1.05 * high.max())))
+    ax.set_yticks(range(len(rows)), [called(row["name"]) for row in rows])
     ax.margins(y=0.01)
     ax.grid(visible=False, axis="y")
+    return fig
+
+
+def dots(arms):
+    """Accuracy of every persona, a marker an arm; sorted by the last arm's."""
+    *_, last = arms.values()
+    names = [row["name"] for row in sorted(last["personas"], key=lambda row: row["accuracy"])]
+    fig, ax = figure(4.6, 1.2 + 0.2 * len(names))
+    for i, (arm, results) in enumerate(arms.items()):
+        accuracy = {row["name"]: row["accuracy"] for row in results["personas"]}
+        ax.plot([accuracy[name] for name in names], range(len(names)), linestyle="none",
+                label=arm, clip_on=False, **hollow(i, 10))
+    ax.set(xlabel="accuracy, share of problems", xlim=(0, None))
+    ax.set_yticks(range(len(names)), map(called, names))
+    ax.set_ylim(-0.7, len(names) - 0.3)
+    fig.legend(loc="outside lower center", ncols=3)
     return fig
 
 
 def lottery(arms):
     """Expected accuracy of the best of k personas: as seen, and on items that did not pick it."""
     fig, ax = figure(4.6, 3.5)
+    told = "dashed: picked on other problems"
     for i, (label, results) in enumerate(arms.items()):
         reruns = results.get("noise_floor", {}).get("lottery", [])
+        told += "\ndotted: reruns without persona" if reruns and "dotted" not in told else ""
         for style, values in (("-", results["lottery"]), ("--", results["lottery_held_out"]),
                               (":", reruns)):
-            ax.plot(range(1, len(values) + 1), values, style, color=f"C{i}",
-                    label=label if style == "-" else None)
-    ax.set(ylabel="expected accuracy of the best", ylim=(0, None), xlabel="k personas tried\n"
-           "dashed: picked on other problems; dotted: reruns without persona")
+            solid = style == "-"  # pale, so that a dashed line on it is seen
+            ax.plot(range(1, len(values) + 1), values, style, color=f"C{i}", linewidth=width(i),
+                    alpha=0.6 if solid else 1, label=label if solid else None)
+    ax.set(xlabel=f"personas tried, k\n{told}", ylabel="expected accuracy of the best, share")
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     if len(arms) > 1:
         fig.legend(loc="outside lower center", ncols=3)
     return fig
@@ -85,19 +129,20 @@ def tradeoff(arms, runs=None):
         scores = results | results.get("fidelity", {})
         errors = [np.clip([[scores[key] - scores[key + "_low"]],
                            [scores[key + "_high"] - scores[key]]], 0, 1) for key in (x, y)]
-        style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]}
         ax.errorbar(factor * scores[x], scores[y], xerr=factor * errors[0], yerr=errors[1],
-                    markersize=8, capsize=2, linestyle="none", label=arm, **style)
+                    capsize=2, linestyle="none", elinewidth=width(i), label=arm, **hollow(i))
         seeds = runs[arm] if runs and len(runs[arm]) > 1 else []
-        ax.scatter([factor * seed[x] for seed in seeds], [seed[y] for seed in seeds], s=16,
-                   alpha=0.7, **style)
-    ax.set(xlabel=label, ylabel=y.replace("_", " "))
+        ax.scatter([factor * seed[x] for seed in seeds], [seed[y] for seed in seeds], s=9,
+                   marker=marker(i), linewidths=0.8, facecolors="none",
+                   edgecolors=f"C{i}")
+    ax.set(xlabel=label, ylabel="mean accuracy, share of problems")
     if y != "mean_accuracy":
         ax.axhline(next(iter(arms.values()))["fidelity"]["chance"], color="gray", linestyle=":")
-        ax.set_ylabel("persona identification (dotted: chance)")
+        ax.set_ylabel("answers traced to their persona, share\n(dotted: chance)")
     if x == "persona_sd":
         ax.invert_xaxis()  # stable arms stand on the right
-    fig.legend(loc="outside lower center", ncols=3)
+    fig.legend([box.lines[0] for box in ax.containers], list(arms), loc="outside lower center",
+               ncols=3)
     return fig
 
 
@@ -109,9 +154,10 @@ def curves(metrics, labels=None):
         for label, rows in metrics.items():
             told = [row for row in rows if row.get(key) is not None]
             ax.plot([row["step"] for row in told], [row[key] for row in told],
-                    color=f"C{labels.index(label)}", label=label)
-        ax.set_title(key.replace("_", " "), loc="left")
-    axes[-1].set_xlabel("step")
+                    color=f"C{labels.index(label)}", label=label,
+                    linewidth=width(labels.index(label)))
+        ax.set_title(CURVES[key], loc="left")
+    axes[-1].set_xlabel("training step")
     if len(metrics) > 1:
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig

@@ -19,25 +19,27 @@ MAIN = {  # the columns of a comparison: name in results.json, and in the head o
     "persona_identification": "persona identification",
     "self_identification": "self identification",
 }
-SCORES = {  # name in results.json: what the reader is told
-    "persona_sd": "true spread over personas, points; luck cancels",
-    "persona_sd_common": "its part that repeats over seeds, points",
-    "persona_sd_logit": "spread in logits, free of saturation",
-    "harmful_gap": "points that harmful personas cost",
-    "pss": "worst over best persona; 1 is no lottery",
-    "pss_deconvolved": "worst over best without the luck",
-    "pss_shuffled": "pss if personas made no difference",
-    "pss_mean_minus_std": "mean minus spread over personas",
-    "pss_all_correct": "problems right under every persona",
-    "worst_persona_accuracy": "the unlucky ticket",
-    "mean_accuracy": "a persona at random",
-    "no_persona_accuracy": "no persona: the template's own system prompt, if any",
-    "persona_identification": "answers that the start model traces to their persona",
-    "log_posterior": "its log posterior of that persona",
-    "self_identification": "answers that the model itself traces to their persona",
-    "self_log_posterior": "its own log posterior of that persona",
-    "style_shift": "log-prob a token that the persona adds",
-    "persona_score": "PersonaGym, 1 to 5, by a judge model",
+SCORES = {  # name in results.json: what it is, with its unit where it is no share; a remark
+    "mean_accuracy": ("accuracy, mean over personas", "a persona at random"),
+    "no_persona_accuracy": ("accuracy without a persona",
+                            "under the template's own system prompt, if any"),
+    "worst_persona_accuracy": ("accuracy under the worst persona", ""),
+    "persona_sd": ("true spread of accuracy over personas, points",
+                   "luck cancels, so it may be below 0; 0 is no lottery"),
+    "persona_sd_common": ("spread that repeats over training seeds, points", ""),
+    "persona_sd_logit": ("true spread over personas, logits", "free of saturation"),
+    "harmful_gap": ("what harmful personas cost, points", "other personas minus these"),
+    "pss": ("accuracy of the worst over the best persona", "1 is no lottery; luck lowers it"),
+    "pss_deconvolved": ("worst over best, without the luck", ""),
+    "pss_shuffled": ("worst over best, if personas made no difference", "luck alone"),
+    "pss_mean_minus_std": ("mean accuracy minus spread over personas", ""),
+    "pss_all_correct": ("problems solved under every persona", ""),
+    "persona_identification": ("answers that the start model traces to their persona", ""),
+    "log_posterior": ("the start model's log-probability of that persona, nats", ""),
+    "self_identification": ("answers that the model itself traces to their persona", ""),
+    "self_log_posterior": ("the model's own log-probability of that persona, nats", ""),
+    "style_shift": ("what the persona adds to an answer's log-probability, nats a token", ""),
+    "persona_score": ("playing a persona, 1 to 5", "PersonaGym, graded by a judge model"),
 }
 PAGE = Template("""<!doctype html>
 <html lang=en><head><meta charset=utf-8><link rel=icon href="data:,">
@@ -45,12 +47,19 @@ PAGE = Template("""<!doctype html>
 <style>
 :root{color-scheme:light dark} *{box-sizing:border-box}
 body{margin:0 auto;max-width:64rem;padding:1rem;font:16px/1.5 system-ui,sans-serif}
-body{overflow-wrap:anywhere} small,footer{color:gray} .scroll{overflow-x:auto}
+h1,p,pre,small,footer{overflow-wrap:anywhere} h1{font-size:1.7rem}
+small,footer{opacity:.75} .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem} small{display:block}
 td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;min-width:5rem}
-tr{border-bottom:1px solid gray} td:first-child{position:sticky;left:0;background:Canvas}
+tr{border-bottom:1px solid gray} th small{font-weight:normal}
+tr>:first-child{position:sticky;left:0;background:Canvas;min-width:8rem}
+@media(max-width:40rem){                      /* a phone: a row's name above its few cells */
+.few,.few tbody{display:block} .few tr{display:flex;flex-wrap:wrap} .few tr>*{flex:1}
+.few tr>:first-child{flex-basis:100%;padding-bottom:0} td,th{padding-right:.3rem}
+table{font-size:.8rem}
+.few tr>:nth-child(2):nth-last-child(2){flex:0 0 5.5rem}}
 .row{display:flex;flex-wrap:wrap;gap:1rem;align-items:start}
-.row>*{flex:1 1 14rem;min-width:0} .row>img{flex-basis:22rem;max-width:100%;background:white}
+.row>*{flex:1 1 14rem;min-width:0} .row>img{flex:0 1 30rem;max-width:100%;background:white}
 pre{white-space:pre-wrap;max-height:16rem;overflow-y:auto}
 article{border-top:1px solid gray}
 </style></head><body><h1>$title</h1><p>$lead</p>
@@ -102,40 +111,78 @@ def arm_rows(comparison):
 
 
 def difference_rows(comparison):
-    """A head and a row for each pair of arms, with an arrow where the interval leaves out 0."""
+    """A head and a row for each pair of arms."""
     pairs = comparison["differences"]
     names = [name for name in MAIN if any(name in scores for scores in pairs.values())]
     out = [["difference", *(MAIN[name].replace(" (shuffled)", "") for name in names)]]
     for pair, scores in pairs.items():
-        row = [pair]
-        for name in names:
-            d = scores.get(name)
-            arrow = "▲ " if d and d["low"] > 0 else "▼ " if d and d["high"] < 0 else ""
-            row.append(arrow + interval(d["difference"], d["low"], d["high"], "+", name)
-                       if d else "–")
-        out.append(row)
+        out.append([pair, *(difference_cell(scores, name) for name in names)])
     return out
 
 
-def score_rows(arms):
-    """A head and a row for each score that an arm has, one column an arm."""
+def difference_cell(scores, name):
+    """A paired difference, with an arrow where its interval leaves out 0; a dash without."""
+    if name not in scores:
+        return "–"
+    d = scores[name]
+    arrow = "▲ " if d["low"] > 0 else "▼ " if d["high"] < 0 else ""
+    return arrow + interval(d["difference"], d["low"], d["high"], "+", name)
+
+
+def remark(comparison):
+    """What the intervals and arrows of a comparison mean."""
+    single = ", ".join(role for role, runs in comparison["runs"].items() if len(runs) == 1)
+    return ("[95 % interval], paired over problems and training seeds; ▲ ▼ where it leaves out 0."
+            + (f" One training seed for {single}: its intervals cover the choice of problems alone."
+               if single else ""))
+
+
+def score_rows(arms, differences=None):
+    """A head and a row for each score that an arm has, one column an arm; and of two arms their
+    paired difference, {pair: scores}."""
+    pairs = (differences or {}) if len(arms) == 2 else {}
     graded = [results.get("fidelity", {}).get("personagym", {}) for results in arms.values()]
     found = [gym | results.get("fidelity", {}) | results
              for gym, results in zip(graded, arms.values(), strict=True)]
-    rows = [[f"{name}\n{told}", *(score_cell(scores, name) for scores in found)]
-            for name, told in SCORES.items()]
+    rows = []
+    for name, (called, told) in SCORES.items():
+        note = f"{name}: {told}" if told else name
+        rows.append([f"{called}\n{note}", *(score_cell(scores, name) for scores in found),
+                     *(difference_cell(scores, name) for scores in pairs.values())])
     for task in dict.fromkeys(task for gym in graded for task in gym.get("tasks", ())):
         means = [gym.get("tasks", {}).get(task) for gym in graded]
         rows.append([f"{task}\nPersonaGym's task, 1 to 5",
                      *("–" if mean is None else f"{mean:.2f}" for mean in means)])
+    rows.append(["reward, mean over personas\nmean_reward", *(
+        f"{results['mean_reward']:.3f}" if "mean_reward" in results else "–"
+        for results in arms.values())])
     rows.append(["judge", *(judge_cell(gym) for gym in graded)])
-    rows.append(["pss of the noise floor\nas many reruns without persona",
+    rows.append(["worst over best of as many reruns without a persona\nnoise_floor.pss",
                  *(score_cell(results.get("noise_floor", {}), "pss") for results in arms.values())])
     sampled = [results.get("pass_at_k", {}).get("k", {}) for results in arms.values()]
     for k in sampled[0]:
         rows.append([f"pass@{k}\nsampled, mean over personas",
                      *(score_cell(by_k.get(k, {}), "personas") for by_k in sampled)])
-    return [["score [95 % interval]", *arms]] + [row for row in rows if set(row[1:]) != {"–"}]
+    told = "a share or ratio from 0 to 1 unless a unit is named"
+    head = [f"score [95 % interval]\n{told}", *arms, *pairs]
+    rows = [row + ["–"] * (len(head) - len(row)) for row in rows]
+    return [head] + [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def claim_rows(comparison):
+    """A head, a row for each claim that was tested, and one for all others."""
+    tested, others = [], []
+    for h in comparison["hypotheses"]:
+        told = f"{h['name']} {h['claim']}"
+        if h["verdict"] == "not tested":
+            others.append((told, h["words"]))
+        else:
+            tested.append([told, h["verdict"], h["words"].replace("->", "→")])
+    if others:
+        claims, why = zip(*others, strict=True)
+        tested.append(["\n".join(["others", *claims]), "not tested",
+                       "; ".join(dict.fromkeys(why))])
+    return [["claim", "verdict", "measured"], *tested]
 
 
 def judge_cell(gym):
@@ -159,14 +206,19 @@ def finding(arms, comparison):
     """The finding in a sentence or two."""
     if comparison:
         name, factor, label = plots.stability(arms)
-        scores = ", ".join(f"{arm} {factor * results[name]:.{1 if factor > 1 else 2}f}"
+        scores = ", ".join(f"{arm} {factor * results[name]:z.{1 if factor > 1 else 2}f}"
                            for arm, results in arms.items())
-        shown = [h["claim"] for h in comparison["hypotheses"] if h["verdict"] == "shown"]
-        against = [h["claim"] for h in comparison["hypotheses"] if h["verdict"] == "opposite"]
+        solved = ", ".join(f"{arm} {100 * results['mean_accuracy']:.0f} %"
+                           for arm, results in arms.items())
+        n = len(next(iter(arms.values()))["items"])
         few = [h["words"] for h in comparison["hypotheses"] if h["verdict"] == "too few problems"]
-        limit = f"Too few problems for most claims: {few[0]}. " if few else ""
-        return (f"{limit}{label}: {scores}. Shown here: {'; '.join(shown) or 'nothing'}. "
-                f"The data speak against: {'; '.join(against) or 'nothing'}.")
+        lead = f"Too few problems for most claims: {few[0]}. " if few else ""
+        lead += f"Solved of {n} problems, mean over personas: {solved}. "
+        lead += f"{label[0].upper()}{label[1:]}: {scores}. "
+        for verdict, words in (("shown", "Shown here"), ("opposite", "The data speak against")):
+            claims = [h["claim"] for h in comparison["hypotheses"] if h["verdict"] == verdict]
+            lead += f"{words}: {'; '.join(claims)}. " if claims else ""
+        return lead.strip()
     (label, results), = arms.items()
     best, *_, worst = ranked(results) * 2               # one persona is both
     few = " Too few problems for a claim." if best["n"] < measures.LEAST else ""
@@ -183,7 +235,8 @@ def finding(arms, comparison):
 
 
 def html_table(title, rows):
-    """A head and rows of plain text as an HTML table that scrolls by itself on a narrow screen.
+    """A head and rows of plain text as an HTML table that scrolls by itself on a narrow screen;
+    with few columns it fits.
 
     What follows a line break in a cell is a note.
     """
@@ -193,7 +246,8 @@ def html_table(title, rows):
         cells = [f"<{tag}>{text}{''.join(f'<small>{note}</small>' for note in notes)}</{tag}>"
                  for text, *notes in cells]
         body += f"<tr>{''.join(cells)}</tr>\n"
-    return f"<h2>{title}</h2><div class=scroll><table>{body}</table></div>"
+    few = " class=few" if len(rows[0]) <= 4 else ""
+    return f"<h2>{title}</h2><div class=scroll><table{few}>{body}</table></div>"
 
 
 def panels(arms, transcripts):
@@ -211,7 +265,8 @@ def panels(arms, transcripts):
         columns = [(f"{arm} as {name}", answers.get((name, i)))
                    for arm, answers in zip(arms, greedy, strict=True)]
         if len(arms) == 1:
-            columns = [(name, greedy[0].get((name, i))) for name in ("none", names[0], names[-1])]
+            columns = [("no persona" if name == "none" else name, greedy[0].get((name, i)))
+                       for name in ("none", names[0], names[-1])]
         found.append([(label, row) for label, row in columns if row])
     return sorted(filter(None, found), key=lambda p: -len({row.get("correct") for _, row in p}))
 
@@ -225,7 +280,7 @@ def card(panel):
         columns += (f"<div><b>{html.escape(label)}{verdict}</b>"
                     f"<pre>{html.escape(row['answer'])}</pre></div>")
     row = panel[0][1]
-    gold = f"<small>gold: {html.escape(row['gold'])}</small>" if "gold" in row else ""
+    gold = f"<small>correct answer: {html.escape(row['gold'])}</small>" if "gold" in row else ""
     return f"<article><p>{html.escape(row['question'])}{gold}</p><div class=row>{columns}</div>" \
            "</article>"
 
@@ -252,20 +307,24 @@ def write(arms, transcripts, folder, metrics=None, comparison=None):
     metrics.jsonl}; comparison: what compare.side_by_side returned, where there are several arms.
     """
     first = next(iter(arms.values()))
-    tables = html_table("Scores", score_rows(arms))
     if comparison:
-        title = " / ".join(arms)
-        seeds = ", ".join(f"{role} {len(runs)}" for role, runs in comparison["runs"].items())
-        claims = [[f"{h['name']} {h['claim']}", h["verdict"], h["words"]]
-                  for h in comparison["hypotheses"]]
-        tables = html_table("The claims", [["claim", "verdict", "measured"], *claims]) + tables
-        tables += html_table("Paired differences", difference_rows(comparison))
+        title = f"{' / '.join(arms)} on {first['task']}"
+        seeds = ", ".join(f"{len(runs)} of {role}" for role, runs in comparison["runs"].items())
+        pairs = comparison["differences"]
+        tables = html_table("Scores", score_rows(arms, pairs))
+        if len(pairs) > 1:
+            tables += html_table("Paired differences", difference_rows(comparison))
+        tables += f"<p><small>{html.escape(remark(comparison))}</small></p>"
+        tables += html_table("The claims", claim_rows(comparison))
         against = "fidelity" if plots.measured(arms) else "accuracy"
         figures = {f"stability_against_{against}": plots.tradeoff(arms, comparison["runs"])}
+        if all(len(runs) == 1 for runs in comparison["runs"].values()):
+            figures["accuracy_per_persona"] = plots.dots(arms)
     else:
         title, seeds = f"{stage(first)}: {first['model']} on {first['task']}", "1"
         rivals = [[row["name"], f"{row['accuracy']:.3f}", f"{row['tokens_per_item']:.1f}"]
                   for row in first["inference_time_rivals"]]
+        tables = html_table("Scores", score_rows(arms))
         tables += html_table("What inference can buy", [
             ["instead of training", "accuracy", "generated tokens per item"], *rivals])
         figures = {"accuracy_per_persona": plots.bars(first)}

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 import re
 import shutil
@@ -10,7 +11,10 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 import evaluate
 from evaluation import compare, measures, plots, report, rivals
@@ -127,7 +131,9 @@ def test_what_one_persona_changes_is_told_where_it_is_measured_and_changes_somet
 def test_the_comparison_shows_each_hypothesis_with_its_verdict(several):
     page, comparison = (several / "report.html").read_text(), json.loads((several / "comparison.json").read_text())
     assert [h["name"] for h in comparison["hypotheses"]] == ["H1", "H2", "H3", "H4", "H5", "H6"]
-    assert all(f"{h['claim']}</td><td>{h['verdict']}</td>" in page for h in comparison["hypotheses"])
+    tested = [h for h in comparison["hypotheses"] if h["verdict"] != "not tested"]
+    assert len(tested) > 4 and all(f"{h['claim']}</td><td>{h['verdict']}</td>" in page for h in tested)
+    assert all(h["claim"] in page for h in comparison["hypotheses"])
     assert all(f"{label} as " in page for label in ("start", "rlvr", "permix"))  # transcripts side by side
 
 
@@ -135,14 +141,14 @@ def test_without_fidelity_stability_is_plotted_against_accuracy_and_the_lead_giv
     arms, comparison = seeds
     plain = {label: {k: v for k, v in results.items() if k != "fidelity"} for label, results in arms.items()}
     assert plots.measured(arms) and not plots.measured(plain)
-    assert plots.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy"
+    assert plots.tradeoff(plain, comparison["runs"]).axes[0].get_ylabel() == "mean accuracy, share of problems"
     lead = report.finding(arms, comparison)
     assert all(f"{label} {100 * results['persona_sd']:.1f}" in lead for label, results in arms.items())
 
 
 def test_each_plot_is_in_the_page_and_beside_it_as_png(single, several):
     wanted = {single: ["accuracy_per_persona", "the_persona_lottery", "learning_curves"],
-              several: ["the_persona_lottery", "stability_against_fidelity"]}
+              several: ["accuracy_per_persona", "the_persona_lottery", "stability_against_fidelity"]}
     for folder, names in wanted.items():
         assert sorted(f.stem for f in folder.glob("*.png")) == sorted(names)
         shown = re.findall(r'src="data:image/png;base64,([^"]+)"', (folder / "report.html").read_text())
@@ -177,6 +183,86 @@ def test_each_training_seed_is_a_small_point_around_its_arms_mean_and_the_legend
     assert len(markers) == 3  # told apart without colour too
 
 
+def test_no_label_of_a_plot_is_cut_off_at_its_edge(seeds):
+    arms, comparison = seeds
+    rows = [{"step": i, "reward": i / 9, "entropy": 1.0, "completion_length": 30} for i in range(9)]
+    for fig in (plots.bars(arms["start"]), plots.dots(arms), plots.lottery(arms),
+                plots.tradeoff(arms, comparison["runs"]),
+                plots.tradeoff({role: {k: v for k, v in results.items() if k != "fidelity"}
+                                for role, results in arms.items()}),
+                plots.curves(dict.fromkeys(arms, rows))):
+        canvas = FigureCanvasAgg(fig)
+        canvas.draw()
+        edge = fig.bbox.padded(0.5)
+        ticks = {label for ax in fig.axes for label in ax.get_xticklabels() + ax.get_yticklabels()}
+        labels = [text for text in fig.findobj(Text) if text.get_text() and text not in ticks]
+        assert labels
+        for text in labels:
+            box = text.get_window_extent()
+            assert edge.x0 <= box.x0 and box.x1 <= edge.x1, text.get_text()
+            assert edge.y0 <= box.y0 and box.y1 <= edge.y1, text.get_text()
+
+
+def test_arms_with_the_same_numbers_are_all_seen_each_marker_inside_the_one_before(seeds):
+    start = seeds[0]["start"]
+    twins = {"start": start, "twin": start, "third": start}
+    traded = [box.lines[0] for box in plots.tradeoff(twins).axes[0].containers]
+    for markers in (traded, plots.dots(twins).axes[0].lines):
+        assert len(markers) == 3 and {marker.get_markerfacecolor() for marker in markers} == {"none"}
+        sizes = [marker.get_markersize() for marker in markers]
+        assert all(inner <= 0.75 * outer for outer, inner in itertools.pairwise(sizes))
+    widths = [line.get_linewidth() for line in plots.lottery(twins).axes[0].lines if line.get_linestyle() == "-"]
+    assert len(set(widths)) == 3 and widths == sorted(widths, reverse=True)
+
+
+def test_twenty_arms_are_told_apart_by_colour_or_marker(seeds):
+    arms = {str(i): seeds[0]["start"] for i in range(20)}
+    shown = [box.lines[0] for box in plots.tradeoff(arms).axes[0].containers]
+    assert len({(point.get_marker(), to_hex(point.get_color())) for point in shown}) == 20
+
+
+def test_the_lottery_explains_the_dotted_line_only_where_there_is_one():
+    results, _ = arm(0, "rlvr")
+    assert "dotted" in plots.lottery({"rlvr": results}).axes[0].get_xlabel()
+    assert "dotted" not in plots.lottery({"rlvr": results | {"noise_floor": {}}}).axes[0].get_xlabel()
+
+
+def test_a_score_is_named_in_words_with_its_unit_and_its_field_stands_below(seeds):
+    names = [row[0].split("\n") for row in report.score_rows(seeds[0])]
+    assert all("_" not in words for words, _ in names)
+    below = {field.split(":")[0]: words for words, field in names}
+    assert below["persona_sd"].endswith(", points") and below["no_persona_accuracy"] == "accuracy without a persona"
+
+
+def test_a_reward_of_ones_own_has_its_mean_in_the_table_and_no_row_without_one():
+    plain, _ = arm(0, "rlvr")
+    rows = report.score_rows({"a": plain, "b": plain | {"mean_reward": 0.25}})
+    assert ["reward, mean over personas\nmean_reward", "–", "0.250"] in rows
+    assert "mean_reward" not in str(report.score_rows({"a": plain}))
+
+
+def test_two_arms_have_their_difference_beside_them_and_more_a_table_of_pairs(seeds, several):
+    arms, comparison = seeds
+    two = {role: arms[role] for role in ("start", "permix")}
+    head, *rows = report.score_rows(two, {"permix - start": comparison["differences"]["permix - start"]})
+    assert head[1:] == ["start", "permix", "permix - start"] and {len(row) for row in rows} == {4}
+    assert rows[0][3] == report.difference_cell(comparison["differences"]["permix - start"], "mean_accuracy")
+    assert report.score_rows(arms, comparison["differences"])[0][1:] == list(arms)
+    assert "<h2>Paired differences</h2>" in (several / "report.html").read_text()
+
+
+def test_claims_that_nothing_tested_share_one_row_and_the_lead_does_not_list_them():
+    missing = ("not tested", "no arm rlvr given")
+    told = {"H1": missing, "H2": ("shown", "1 -> 2"), "H3": missing}
+    rows = [{"name": name, "claim": f"claim {name}", "verdict": verdict, "words": words}
+            for name, (verdict, words) in told.items()]
+    assert report.claim_rows({"hypotheses": rows})[1:] == [
+        ["H2 claim H2", "shown", "1 → 2"], ["others\nH1 claim H1\nH3 claim H3", *missing]]
+    arms = {role: arm(seed, role)[0] for seed, role in enumerate(("start", "permix"))}
+    lead = report.finding(arms, {"hypotheses": rows})
+    assert "Shown here: claim H2." in lead and "H1" not in lead and "nothing" not in lead
+
+
 def test_paired_differences_carry_an_arrow_only_where_the_interval_leaves_out_zero():
     d = {"difference": 0.1, "low": -0.1, "high": 0.3}
     got = report.difference_rows({"differences": {"b - a": {"pss": d, "mean_accuracy": d | {"low": 0.05}},
@@ -193,7 +279,7 @@ def test_a_judge_that_failed_its_controls_is_called_unusable_beside_its_scores_a
     results["fidelity"]["personagym"] = gym
     rows = {name.split("\n")[0]: cell for name, cell in report.score_rows({"rlvr": results})}
     assert "NOT USABLE" in rows["judge"] and "18 calls" in rows["judge"] and "cost 0.50" in rows["judge"]
-    assert rows["Linguistic Habits"] == "2.25" and rows["persona_score"].startswith("3.500 [3.000")
+    assert rows["Linguistic Habits"] == "2.25" and rows["playing a persona, 1 to 5"].startswith("3.500 [3.000")
     gym["usable"] = True
     assert "NOT USABLE" not in str(report.score_rows({"rlvr": results}))
 

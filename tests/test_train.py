@@ -1032,6 +1032,8 @@ def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(ti
         page = (tmp_path / "run" / "evaluation" / when / "report.html").read_text()
         assert f"<title>{title}" in page and ("permix" in page.split("<footer>")[0]) == (when == "after")
         assert "no system prompt" not in page and "own system prompt, if any" in page
+    page = (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert "<th>start</th><th>permix</th><th>permix - start</th>" in page
 
 
 def test_files_of_ones_own_are_trained_and_evaluated_on_whole_or_split_between_them(tiny_folder, tmp_path, capsys):

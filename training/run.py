@@ -265,6 +265,11 @@ def before_after(args, before: dict, after: dict) -> str:
     return "\n".join([f"{'':{width}}  before   after", *lines, *in_line(args, after)])
 
 
+def side_by_side(folder: Path) -> None:
+    """Start and trained on one page: report.html in the folder `evaluation` of a run."""
+    evaluate.compare.folders([folder / when for when in ("before", "after")], folder)
+
+
 # What decides where a run ends. Another dtype or another micro-batch only rounds otherwise.
 DECIDES = (*bands.SAME, "method", "steps", "persona_prob", "mix", "personas", "anchor_coef",
            "optimizer", "eval_task", "eval_pool")
