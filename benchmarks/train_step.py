@@ -1,6 +1,6 @@
 """A GRPO step of ours against one of TRL's GRPOTrainer, and against the matmuls it cannot do without.
 
-    python benchmarks/train_step.py [--steps 4] [--trl-python /path/to/python]
+    python benchmarks/train_step.py [--steps 4] [--trl-python /path/to/python] [--trl SECONDS,MB] [flags of ours]
 
 Embedded model, the same 8 prompts x 8 completions, at most 32 new tokens, GRPO without KL, each in its best dtype
 (TRL: --trl-dtype, training in micro-batches of 16). Rewards are a checksum of the completion's text, so that every
@@ -48,7 +48,7 @@ def ours(folder: Path, args) -> dict:
                        "--steps", str(args.steps + 1), "--prompts", str(PROMPTS), "--group-size", str(GROUP),
                        "--max-new-tokens", str(NEW), "--prompt", "plain", "--loss", "grpo", "--learning-rate", "1e-6",
                        "--truncated", "keep", "--reward", "benchmarks.train_step:checksum", "--eval-problems", "0",
-                       "--save-every", "1000", "--out", str(out)])
+                       "--save-every", "1000", "--out", str(out), *args.flags])
     assert code == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     assert all(row["zero_variance_fraction"] == 0 for row in rows)
@@ -93,7 +93,7 @@ def floor(folder: Path, length: float) -> float:
     from personas import prompt_ids
 
     model, tokenizer = weights.load(str(folder / "model"), device="cpu")
-    problems = tasks.from_file(folder / "problems.jsonl", "all", whole=True)
+    problems = tasks.load(str(folder / "problems.jsonl"), "all")
     prompt_tokens = sum(len(prompt_ids(tokenizer, p.question, None)) for p in problems)
     rows = PROMPTS * GROUP
     completion_tokens = round(rows * length)
@@ -118,7 +118,8 @@ def main() -> None:
     p.add_argument("--trl-dtype", default="bfloat16", help="of TRL's model")
     p.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = p.parse_args()
+    p.add_argument("--trl", help="seconds a step and peak MB of TRL, measured before in the same way: it is not run")
+    args, args.flags = p.parse_known_args()             # the rest are train.py's
     if args.child:
         print(json.dumps({"ours": ours, "trl": trl}[args.child](args.folder, args)))
         return
@@ -132,9 +133,14 @@ def main() -> None:
                 for p in tasks.load("arithmetic", "train", 0, PROMPTS)]
         (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         results = {}
+        if args.trl:
+            seconds, peak = map(float, args.trl.split(","))
+            results["trl"] = {"seconds": [seconds], "peak_mb": peak}
         for child, python in (("ours", sys.executable), ("trl", args.trl_python)):
+            if child in results:
+                continue
             command = [python, __file__, "--child", child, "--folder", name, "--steps", str(args.steps),
-                       "--trl-dtype", args.trl_dtype]
+                       "--trl-dtype", args.trl_dtype, *args.flags]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{child} failed: {done.stderr.strip().splitlines()[-1]}")
