@@ -111,6 +111,7 @@ def test_each_number_that_the_readme_found_is_one_of_the_results():
     found = re.search("## What we found\n(.*?)One small model", (ROOT / "README.md").read_text(), re.S)[1]
     numbers = set(re.findall(r"[-+]?\d+\.\d+", found))
     tables = "".join((ROOT / "results" / name / "tables.md").read_text() for name in ("main", "anchors", "pushed"))
+    tables += (ROOT / "results" / "gym" / "README.md").read_text()                  # held below
     shares = {f"{float(x):.2f}" for x in re.findall(r"\b0\.\d{3}\b", tables)}
     assert len(numbers) > 12 and not [x for x in numbers if x not in shares and x not in tables]
     page = (ROOT / "README.md").read_text()
@@ -118,6 +119,28 @@ def test_each_number_that_the_readme_found_is_one_of_the_results():
     runs = [json.loads(path.read_text()) for path in (ROOT / "results" / "main").glob("permix-seed*/results.json")]
     ends = sorted(f"{run['mean_accuracy']:.2f}" for run in runs)
     assert len(runs) == 9 and (ends[0], ends[-1]) == (low, high)
+
+
+def test_the_gym_page_shows_what_was_measured():
+    def interval(results, name, digits, times=1):
+        low, high = results[f"{name}_low"] * times, results[f"{name}_high"] * times
+        return f"{results[name] * times:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else "")
+
+    folder = ROOT / "results" / "gym"
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (folder / "README.md").read_text(), re.M)
+    assert len(rows) == 3
+    for task, row in rows:
+        before, after = (json.loads((folder / f"{task}-{when}" / "results.json").read_text())
+                         for when in ("before", "after"))
+        cells = row.split(" | ")
+        assert cells[0] == str(len(before["items"])) == str(len(after["items"]))
+        assert cells[1:3] == [interval(results, "mean_accuracy", 3) for results in (before, after)]
+        assert cells[3].startswith(f"{after['mean_accuracy'] - before['mean_accuracy']:+.3f} ")
+        assert cells[4] == " -> ".join(f"{results['no_persona_accuracy'] + 1e-9:.2f}" for results in (before, after))
+        assert cells[5] == " -> ".join(interval(results, "persona_sd", 1, 100) for results in (before, after))
+    rlvr = json.loads((folder / "products-rlvr" / "results.json").read_text())
+    assert (rlvr["mean_accuracy"], rlvr["persona_sd"]) == (1, 0)
+    assert {line["extracted"] for line in transcripts.read(folder / "letter_counting-after")} == {"1"}
 
 
 def test_the_answers_that_the_readme_shows_are_those_that_were_given():
