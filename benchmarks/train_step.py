@@ -1,6 +1,8 @@
 """A GRPO step of ours against one of TRL's GRPOTrainer, and against the matmuls it cannot do without.
 
-    python benchmarks/train_step.py [--steps 4] [--trl-python /path/to/python] [--trl SECONDS,MB] [flags of ours]
+    python benchmarks/train_step.py [--steps 4] [--trl-python /path/to/python] [--trl SECONDS MB] [flags]
+
+The flags go to our train.py alone. --trl: what TRL took, measured before; it is not run again.
 
 Embedded model, the same 8 prompts x 8 completions, at most 32 new tokens, GRPO without KL, each in its best dtype
 (TRL: --trl-dtype, training in micro-batches of 16). Rewards are a checksum of the completion's text, so that every
@@ -15,6 +17,7 @@ The last line is JSON: samples_per_second_ratio, peak_memory_ratio (ours / TRL's
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -118,7 +121,7 @@ def main() -> None:
     p.add_argument("--trl-dtype", default="bfloat16", help="of TRL's model")
     p.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    p.add_argument("--trl", help="seconds a step and peak MB of TRL, measured before in the same way: it is not run")
+    p.add_argument("--trl", nargs=2, type=float, help="seconds a step and peak MB of TRL: it is not run")
     args, args.flags = p.parse_known_args()             # the rest are train.py's
     if args.child:
         print(json.dumps({"ours": ours, "trl": trl}[args.child](args.folder, args)))
@@ -126,6 +129,7 @@ def main() -> None:
     import tasks
     import weights
 
+    env = dict(os.environ)                              # before `weights` limits the matmul library's caches
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights.save(*weights.load(weights.EMBEDDED, device="cpu"), folder / "model")
@@ -134,14 +138,13 @@ def main() -> None:
         (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         results = {}
         if args.trl:
-            seconds, peak = map(float, args.trl.split(","))
-            results["trl"] = {"seconds": [seconds], "peak_mb": peak}
+            results["trl"] = {"seconds": args.trl[:1], "peak_mb": args.trl[1]}
         for child, python in (("ours", sys.executable), ("trl", args.trl_python)):
             if child in results:
                 continue
             command = [python, __file__, "--child", child, "--folder", name, "--steps", str(args.steps),
                        "--trl-dtype", args.trl_dtype, *args.flags]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
             if done.returncode:
                 sys.exit(f"{child} failed: {done.stderr.strip().splitlines()[-1]}")
             results[child] = json.loads(done.stdout.splitlines()[-1])

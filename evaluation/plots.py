@@ -1,8 +1,8 @@
 """Plots of an evaluation: results in, matplotlib Figure out.
 
 An arm has the same colour in every plot, and a marker of its own, so that colour is not all that
-tells two arms apart. Markers are hollow and lines thin from arm to arm, so that equal arms are
-both seen.
+tells two arms apart. Markers are hollow, and they and lines get smaller over the first three arms,
+so that equal arms are all seen.
 """
 
 import matplotlib
@@ -98,7 +98,7 @@ def lottery(arms):
             ax.plot(range(1, len(values) + 1), values, style, color=f"C{i}", linewidth=width(i),
                     alpha=0.6 if solid else 1, label=label if solid else None)
     ax.set(xlabel=f"personas tried, k\n{told}", ylabel="expected accuracy of the best, share")
-    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+    ax.set_ylim(0, min(1.04, 1.1 * ax.get_ylim()[1]))
     if len(arms) > 1:
         fig.legend(loc="outside lower center", ncols=3)
     return fig

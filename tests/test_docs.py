@@ -127,7 +127,8 @@ def test_the_gym_page_shows_what_was_measured():
         return f"{results[name] * times:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else "")
 
     folder = ROOT / "results" / "gym"
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (folder / "README.md").read_text(), re.M)
+    page = (folder / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.M)
     assert len(rows) == 3
     for task, row in rows:
         before, after = (json.loads((folder / f"{task}-{when}" / "results.json").read_text())
@@ -140,7 +141,12 @@ def test_the_gym_page_shows_what_was_measured():
         assert cells[5] == " -> ".join(interval(results, "persona_sd", 1, 100) for results in (before, after))
     rlvr = json.loads((folder / "products-rlvr" / "results.json").read_text())
     assert (rlvr["mean_accuracy"], rlvr["persona_sd"]) == (1, 0)
-    assert {line["extracted"] for line in transcripts.read(folder / "letter_counting-after")} == {"1"}
+    assert [line["extracted"] for line in transcripts.read(folder / "letter_counting-after")] == ["1"] * 400
+    start, permix = (json.loads((folder / f"products-{arm}" / "results.json").read_text()) for arm in ("start", "permix"))
+    words = " ".join(page.split())
+    assert f"`persona_sd` is {100 * start['persona_sd']:.1f} points" in words and permix["persona_sd"] == 0
+    for name, digits in (("pss", 2), ("mean_accuracy", 3), ("no_persona_accuracy", 2)):
+        assert f"from {start[name]:.{digits}f} to {permix[name]:.{digits}f}" in words
 
 
 def test_the_answers_that_the_readme_shows_are_those_that_were_given():

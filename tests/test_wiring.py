@@ -432,7 +432,8 @@ def anchored(folder, *more):
 
 def test_the_anchor_is_the_exact_kl_from_the_start_model_with_its_gradient(tiny_folder):
     job, start = anchored(tiny_folder, "--anchor-answers", "6", "--anchor-tokens", "5")
-    prompt, (answer,) = job.anchor.groups[0]            # a short one: the mean is over tokens, not over answers
+    prompt, (answer,) = job.anchor.groups[0]
+    assert len(answer) > 2                              # a short one: the mean is over tokens, not over answers
     job.anchor.groups[0], job.anchor.hidden[0] = (prompt, [answer[:2]]), job.anchor.hidden[0][:2]
     for step in (0, 1):                                 # 4 answers, then the other 2 and the first 2 again
         groups = [job.anchor.groups[i % 6] for i in range(4 * step, 4 * step + 4)]

@@ -16,7 +16,7 @@ import evaluate
 import personas
 import tasks
 import weights
-from common.command import note
+from common.command import note, one_line
 from common.files import commit, write_atomically
 from evaluation import bands
 from grpo import Loss
@@ -266,8 +266,14 @@ def before_after(args, before: dict, after: dict) -> str:
 
 
 def side_by_side(folder: Path) -> None:
-    """Start and trained on one page: report.html in the folder `evaluation` of a run."""
-    evaluate.compare.folders([folder / when for when in ("before", "after")], folder)
+    """Start and trained on one page: report.html in the folder `evaluation` of a run.
+
+    None where a run was resumed with what makes the two no pair, such as another --reward: said.
+    """
+    try:
+        evaluate.compare.folders([folder / when for when in ("before", "after")], folder)
+    except ValueError as error:
+        note(f"no page of start and trained: {one_line(error)}")
 
 
 # What decides where a run ends. Another dtype or another micro-batch only rounds otherwise.
