@@ -142,7 +142,8 @@ def test_the_gym_page_shows_what_was_measured():
     rlvr = json.loads((folder / "products-rlvr" / "results.json").read_text())
     assert (rlvr["mean_accuracy"], rlvr["persona_sd"]) == (1, 0)
     assert [line["extracted"] for line in transcripts.read(folder / "letter_counting-after")] == ["1"] * 400
-    start, permix = (json.loads((folder / f"products-{arm}" / "results.json").read_text()) for arm in ("start", "permix"))
+    start, permix = (json.loads((folder / f"products-{arm}" / "results.json").read_text())
+                     for arm in ("start", "permix"))
     words = " ".join(page.split())
     assert f"`persona_sd` is {100 * start['persona_sd']:.1f} points" in words and permix["persona_sd"] == 0
     for name, digits in (("pss", 2), ("mean_accuracy", 3), ("no_persona_accuracy", 2)):

@@ -1034,6 +1034,9 @@ def test_a_resumed_run_compares_like_with_like_when_it_is_evaluated_otherwise(ti
         assert "no system prompt" not in page and "own system prompt, if any" in page
     page = (tmp_path / "run" / "evaluation" / "report.html").read_text()
     assert "<th>start</th><th>permix</th><th>permix - start</th>" in page
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "3", "--unset", "reward"]) == 0
+    assert "no page of start and trained: " in capsys.readouterr().err         # their rewards are no pair
+    assert not (tmp_path / "run" / "evaluation" / "report.html").exists()
 
 
 def test_files_of_ones_own_are_trained_and_evaluated_on_whole_or_split_between_them(tiny_folder, tmp_path, capsys):

@@ -273,6 +273,7 @@ def side_by_side(folder: Path) -> None:
     try:
         evaluate.compare.folders([folder / when for when in ("before", "after")], folder)
     except ValueError as error:
+        (folder / "report.html").unlink(missing_ok=True)    # of what was there before
         note(f"no page of start and trained: {one_line(error)}")
 
 
