@@ -150,6 +150,21 @@ def test_the_gym_page_shows_what_was_measured():
         assert f"from {start[name]:.{digits}f} to {permix[name]:.{digits}f}" in words
 
 
+def test_the_base_models_page_shows_what_was_measured():
+    folder = ROOT / "results" / "base"
+    start, trained = (json.loads((folder / arm / "results.json").read_text()) for arm in ("start", "rlvr"))
+    [found] = json.loads((folder / "compared" / "comparison.json").read_text())["differences"].values()
+    page = (folder / "README.md").read_text()
+    for label, name, digits, times in (("mean accuracy", "mean_accuracy", 3, 1),
+                                       ("without a persona", "no_persona_accuracy", 3, 1),
+                                       ("`persona_sd`, points", "persona_sd", 1, 100)):
+        cells = [f"{times * results[name]:.{digits}f} [{times * results[f'{name}_low']:.{digits}f}, "
+                 f"{times * results[f'{name}_high']:.{digits}f}]" for results in (start, trained)]
+        one = {key: times * found[name][key] for key in ("difference", "low", "high")}
+        cells.append("{difference:+.N} [{low:+.N}, {high:+.N}]".replace("N", f"{digits}f").format(**one))
+        assert f"| {label} | {' | '.join(cells)} |" in page
+
+
 def test_the_answers_that_the_readme_shows_are_those_that_were_given():
     page = (ROOT / "README.md").read_text()
     shown = re.findall(r"^\| (start|RLVR|PerMix|PerMix with anchor) \| (.*) \|$", page, re.M)
