@@ -340,7 +340,7 @@ class Packed:
     attend: PrefixAttention
     hidden_index: Tensor                                # [M] the position that predicts the token
     targets: Tensor                                     # [M]
-    lengths: list[int]                                  # tokens of each completion, its last too; [R]
+    lengths: list[int]                                  # [R] tokens of each, its last one too
 
 
 def pack(groups: list[tuple[list[int], list[list[int]]]], model: Transformer) -> Packed:
