@@ -158,10 +158,11 @@ def test_p3_packed_padded_shared_and_single_forwards_agree(family):
         start += len(completion)
 
 
-def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
-    model, groups = family[0], groups_of()
-    if model.c.delta_layers:                            # whose fp32 rounds to 1.5e-6
-        model = copy.deepcopy(model).double()
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family, dtype, close):
+    model, groups = copy.deepcopy(family[0]).to(dtype), groups_of()
+    if dtype == torch.float32 and (model.c.delta_layers or not model.c.pre_norm):
+        pytest.skip("fp32 rounds to 1.2e-6 or 1.5e-6 here")
     weight = torch.randn(sum(len(c) for _, cs in groups for c in cs), generator=torch.Generator().manual_seed(0))
 
     def gradients(batches):
@@ -173,7 +174,7 @@ def test_p10_gradients_of_shared_prompts_equal_those_of_the_plain_batch(family):
     shared = gradients([groups])
     for other in ([[(p, [c]) for p, cs in groups for c in cs]], [[group] for group in groups],
                   [[(p, [c])] for p, cs in groups for c in cs]):
-        assert (gradients(other) - shared).norm() <= 2e-6 * shared.norm()      # fp32: 1.2e-6 was seen
+        assert (gradients(other) - shared).norm() <= close * shared.norm()
 
 
 def test_p17_sequences_of_a_pack_do_not_see_each_other(tiny):

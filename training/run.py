@@ -268,7 +268,7 @@ def before_after(args, before: dict, after: dict) -> str:
 def side_by_side(folder: Path) -> None:
     """Start and trained on one page: report.html in the folder `evaluation` of a run.
 
-    None where a run was resumed with what makes the two no pair, such as another --reward: said.
+    No page, and a note, where a run was resumed with what makes the two no pair (another --reward).
     """
     try:
         evaluate.compare.folders([folder / when for when in ("before", "after")], folder)
