@@ -17,7 +17,7 @@ Behind this door, in evaluation/:
     rivals.py     pass@k, the noise floor, and what inference can buy
     fidelity.py   does an answer still tell its persona? No judge is needed
     judge.py      PersonaGym with a judge model; replies.py reads its grades
-    compare.py    arms side by side, and the hypotheses
+    compare.py    arms side by side; claims.py: the differences, and what they say
     bands.py      does a training run look right?
     report.py     the HTML page; plots.py draws its plots
 

@@ -69,7 +69,8 @@ POOLS = {                                               # --personas: a file in 
 
 
 def load(which: str = "test", split: str | None = None) -> list[Persona]:
-    """The personas of one of POOLS, or of a .jsonl file, in the order of the file.
+    """The personas of one of POOLS, of several (`test+conflict-test`), or of a .jsonl file, in its
+    order.
 
     A file has lines {"name", "text", "stratum"} with an optional "split" and "kind" (see
     docs/formats.md), or PersonaGym's {"persona", "questions"} (arXiv 2407.18416), whose repository
@@ -77,6 +78,9 @@ def load(which: str = "test", split: str | None = None) -> list[Persona]:
     split: of a file whose lines name theirs, these alone; other files are used whole. Raises
     ValueError naming file and line.
     """
+    several = which.split("+")
+    if len(several) > 1 and POOLS.keys() >= set(several):
+        return [persona for name in several for persona in load(name)]
     file, own = POOLS.get(which, (which, SPLITS))
     path = DATA / file if which in POOLS else Path(file)
     found, splits = {}, []

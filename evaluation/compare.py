@@ -3,14 +3,9 @@
 Every arm answered the same problems under the same personas, so differences are paired: one
 resampling of the items serves all arms. Training seeds add their own spread (measures.seed_spread).
 
-The claims of PerMix-RLVR (arXiv 2604.08986) become hypotheses H1 to H6; H6 is ours. Each has a
-verdict: shown, opposite, not shown, not tested, or too few problems. Beside "not shown" stands the
-difference that the design could have shown. Stability is decided by `persona_sd`, in which luck
-cancels (evaluation/lottery.py). The paper's `pss` is printed beside its value for shuffled answers.
+What the differences say of the claims of PerMix-RLVR (arXiv 2604.08986) is in evaluation/claims.py.
 
     python evaluate.py --compare runs/*/evaluation/after runs/rlvr-0/evaluation/before
-
-Left out: corrections for looking at many pairs. The hypotheses are few and were fixed in advance.
 """
 
 import json
@@ -20,16 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from common import files
-from evaluation import lottery, measures, plots, report
+from evaluation import claims, lottery, measures, plots, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
 TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
 
 
-def answer_table(run):
-    """The table of right and wrong [N, 1 + P] of a results dict, column 0 without a persona."""
-    columns = [list(run["correct"][row["name"]]) for row in run["personas"]]
-    return np.array(columns, dtype=float).T
+def personagym_of(runs):
+    """PersonaGym's part of each results dict, empty where it was not asked."""
+    return [run.get("fidelity", {}).get("personagym", {}) for run in runs]
 
 
 def run_draws(run, salt, seed=0):
@@ -38,7 +32,7 @@ def run_draws(run, salt, seed=0):
     The counts are the same for every run, so items are paired. The shrinkage is drawn for each run
     by itself, by its `salt`.
     """
-    table = answer_table(run)
+    table = measures.answer_table(run)
     plain, correct = table[:, 0], table[:, 1:]
     counts = measures.resamples(len(table), seed=seed)
     drawn = measures.bootstrap(correct, counts, [seed, salt])
@@ -46,12 +40,17 @@ def run_draws(run, salt, seed=0):
     out["no_persona_accuracy"] = plain.mean(), np.stack([counts @ plain / len(table)] * 2)
     for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
         out[name] = np.mean(rows), np.stack([measures.crossed(rows, seed)] * 2)
+    graded = personagym_of([run])[0]
+    if graded.get("usable") and "table" in graded:  # [personas, tasks]; the tasks are fixed
+        rows = np.mean(graded["table"], axis=1)
+        drawn = measures.resamples(len(rows), seed=seed) @ rows / len(rows)
+        out["persona_score"] = rows.mean(), np.stack([drawn] * 2)
     return out
 
 
 def persona_tables(runs):
     """(tables [S, N, P], the personas' strata, their names) of an arm's runs, `none` left out."""
-    tables = np.array([answer_table(run)[:, 1:] for run in runs])
+    tables = np.array([measures.answer_table(run)[:, 1:] for run in runs])
     rows = runs[0]["personas"][1:]
     return tables, [row["stratum"] for row in rows], [row["name"] for row in rows]
 
@@ -72,6 +71,7 @@ def check_comparable(runs):
     """
     asked = [{"reward": None} | run.get("fidelity", {}) | run
              | {"personas": [row["name"] for row in run["personas"]]} for run in runs]
+    check_same(personagym_of(runs), ("judge", "personas"), "PersonaGym's ")
     check_same(asked, ("task", "prompt", "max_new_tokens", "stop", "reward", "items", "problems",
                        "personas", "pool", "template", "questions", "candidates"), "")
 
@@ -84,148 +84,6 @@ def check_same(rows, keys, where):
             apart = "" if isinstance(seen[0], list) else f" ({seen[0]} and {other[0]})"
             raise ValueError("these evaluations cannot be paired: they differ in "
                              f"{where}{key!r}{apart}")
-
-
-def difference(a, b):
-    """Second arm minus first, paired: {score: {"first", "second", "difference", "low", "high",
-    "detectable"}} for the scores that both have.
-
-    a, b: as arm_draws gives them. The interval of persona_sd leaves out 0 exactly where that of its
-    square S2 does, since the root keeps the order of each pair of draws.
-    """
-    out = {}
-    for name in [name for name in a if name in b]:
-        low, high = measures.interval(b[name][1] - a[name][1])
-        first, second = float(a[name][0]), float(b[name][0])
-        out[name] = {"first": first, "second": second, "difference": second - first, "low": low,
-                     "high": high, "detectable": measures.detectable(low, high)}
-    if "persona_sd" in out:
-        out["persona_sd"]["detectable"] = detectable_fall(a["persona_sd"], b["persona_sd"])
-    return out
-
-
-def detectable_fall(a, b):
-    """The smallest fall of persona_sd from arm a's value that could have been shown, from the
-    standard error of S2; above a's value where even a fall to 0 could not have been."""
-    first, apart = a[0] * abs(a[0]), b[1] * abs(b[1]) - a[1] * abs(a[1])
-    return float(a[0] - lottery.signed_root(first - measures.detectable(*measures.interval(apart))))
-
-
-CLAIMS = (  # hypothesis, first arm, second arm, the score that decides, the sign claimed, in words
-    ("H1", "start", "rlvr", "persona_sd", -1, "RLVR raises stability over the start model"),
-    ("H2", "start", "rlvr", "persona_identification", -1,
-     "RLVR lowers fidelity against the start model"),
-    ("H3", "rlvr", "permix", "persona_sd", -1, "PerMix raises stability over RLVR"),
-    ("H4", "rlvr", "permix", "persona_identification", 1, "PerMix raises fidelity over RLVR"),
-    ("H5", "rlvr", "permix", "no_persona_accuracy", 0,
-     "PerMix loses no accuracy without a persona"),
-)
-BESIDE = {"persona_sd": ("persona_sd_logit", "harmful_gap"),
-          "self_identification": ("persona_identification",)}  # told beside the score that decides
-MARGIN = 0.03  # of accuracy: H5 claims no loss, and less than this is none
-NEAR_ZERO = 0.1  # of accuracy, for H6
-
-
-def hypotheses(arms, draws, scores, seed=0):
-    """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not
-    tested, too few problems) and words. draws: {role: arm_draws}; scores: {role: the scores that
-    are printed}.
-
-    Stability rises where the interval of the difference in persona_sd lies below 0 and the gap of
-    harmful personas does not grow (an interval above 0). H5's interval must stay above -MARGIN.
-    """
-    out, few = [], too_few(next(iter(arms.values()))[0])
-    for name, first, second, score, sign, claim in CLAIMS:
-        missing = [arm for arm in (first, second) if arm not in arms]
-        got = {} if missing else difference(draws[first], draws[second])
-        if score == "persona_identification" and "self_identification" in got:
-            score = "self_identification"  # the other is of drift, but older results have only that
-        found, said = "not tested", f"no {score} was measured"
-        if missing:
-            said = f"no arm {' or '.join(missing)} given"
-        if score in got:
-            found = verdict(got[score], sign)
-            told = [key for key in (score, *BESIDE.get(score, ())) if key in got]
-            said = "; ".join(words(key, got[key]) for key in told)
-            if score == "persona_sd":
-                before, after = (beside_shuffled(scores[arm]) for arm in (first, second))
-                said += f"; pss {before} -> {after}"
-                if found == "shown" and got.get("harmful_gap", {"low": 0})["low"] > 0:
-                    found, said = "not shown", said + "; the gap of harmful personas grows"
-            if found == "not shown":
-                said += f"; {could_show(score, got[score], sign)}"
-        row = {"name": name, "claim": claim, "verdict": found, "words": said}
-        by_problems = score in got and not score.endswith("_identification")
-        out.append(row | few if by_problems else row)
-    return [*out, collapse(arms, seed) | few]
-
-
-def too_few(run):
-    """The verdict where a run has fewer problems than its intervals need, else {}."""
-    n, least = len(run["items"]), measures.LEAST
-    words = f"{n} problems; the intervals need {least}"
-    return {"verdict": "too few problems", "words": words} if n < least else {}
-
-
-def words(name, d):
-    """A difference in words: the two values, and the change with its interval."""
-    first, second = (report.number(name, d[key]) for key in ("first", "second"))
-    unit = " points" if name in report.POINTS else ""
-    apart = report.interval(d["difference"], d["low"], d["high"], "+", name)
-    return f"{name} {first} -> {second}{unit}, difference {apart}".replace("\u00a0", " ")
-
-
-def beside_shuffled(scores):
-    """`pss`, and in brackets its value without any effect of personas."""
-    return f"{scores['pss']:.3f} ({scores['pss_shuffled']:.3f} shuffled)"
-
-
-def could_show(name, d, sign):
-    """What the design could have shown with 80 % power, in words, beside "not shown"."""
-    size = d["detectable"]
-    if name == "persona_sd":
-        return ("not even a fall to 0 could have been shown" if size > d["first"] else
-                f"a fall of {report.number(name, size)} points could have been shown")
-    if sign == 0:
-        return (f"a true difference of {size - MARGIN:+.3f} or more could have been shown to be "
-                "no loss")
-    return f"a difference of {sign * size:+.3f} could have been shown"
-
-
-def verdict(d, sign):
-    """The verdict on a difference with its interval, against the claimed sign; 0 claims no loss."""
-    if sign == 0:
-        return "shown" if d["low"] > -MARGIN else "opposite" if d["high"] < 0 else "not shown"
-    low, high = sorted((sign * d["low"], sign * d["high"]))
-    return "shown" if low > 0 else "opposite" if high < 0 else "not shown"
-
-
-def collapse(arms, seed=0):
-    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below
-    NEAR_ZERO against others.
-
-    Kinds, not items: items chosen for being answered wrong would have a low PSS by construction.
-    """
-    values, draws = {True: [], False: []}, {True: [], False: []}  # key: is accuracy near zero?
-    for run in [run for runs in arms.values() for run in runs]:
-        table, kinds = answer_table(run)[:, 1:], np.array([item["kind"] for item in run["items"]])
-        for part in [table[kinds == kind] for kind in np.unique(kinds)]:
-            weak = bool(part.mean() < NEAR_ZERO)
-            counts = measures.resamples(len(part), seed=seed)
-            values[weak].append(measures.pss(part.mean(axis=0)))
-            draws[weak].append(measures.bootstrap(part, counts, seed)["pss"])
-    out = {"name": "H6", "claim": "PSS collapses where accuracy is near zero"}
-    n_weak, n_strong = len(values[True]), len(values[False])
-    if not n_weak or not n_strong:
-        side = "above" if n_weak else "below"
-        return out | {"verdict": "not tested",
-                      "words": f"no problem kind has a mean accuracy {side} {NEAR_ZERO}"}
-    weak, strong = np.mean(values[True]), np.mean(values[False])
-    low, high = measures.interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
-    said = (f"PSS {weak:.3f} where a run's accuracy on a kind of problem is below {NEAR_ZERO} "
-            f"({n_weak} of {n_weak + n_strong}), else {strong:.3f}, "
-            f"difference {strong - weak:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return out | {"verdict": verdict({"low": low, "high": high}, 1), "words": said}
 
 
 def side_by_side(arms, seed=0):
@@ -245,9 +103,9 @@ def side_by_side(arms, seed=0):
     return {
         "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
         "arms": scores,
-        "differences": {f"{b} - {a}": difference(draws[a], draws[b])
+        "differences": {f"{b} - {a}": claims.difference(draws[a], draws[b])
                         for a, b in combinations(arms, 2)},
-        "hypotheses": hypotheses(arms, draws, scores, seed),
+        "hypotheses": claims.hypotheses(arms, draws, scores, seed),
     }
 
 
@@ -265,6 +123,7 @@ def arm_scores(got):
     bounds = dict.fromkeys(("style_shift", "persona_sd_logit"), (-np.inf, np.inf))
     bounds |= dict.fromkeys(("log_posterior", "self_log_posterior"), (-np.inf, 0))
     bounds |= dict.fromkeys(("pss_mean_minus_std", *report.POINTS), (-1, 1))
+    bounds["persona_score"] = 1, 5
     draws = {name: np.clip(drawn, *bounds.get(name, (0, 1))) for name, (_, drawn) in got.items()}
     return measures.with_intervals({name: value for name, (value, _) in got.items()}, draws)
 
@@ -290,6 +149,10 @@ def averaged(runs, scores):
     spoken = out.pop("fidelity", {})
     if "persona_identification" not in scores:  # not measured in every run
         spoken = {key: value for key, value in spoken.items() if key == "personagym"}
+    if all(graded := personagym_of(runs)):
+        tasks = {task: np.mean([one["tasks"][task] for one in graded])
+                 for task in graded[0]["tasks"]}
+        spoken["personagym"] = graded[0] | {"tasks": tasks}
     return out | ({"fidelity": spoken | scores} if spoken else {})
 
 

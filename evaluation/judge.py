@@ -325,7 +325,8 @@ def person_scores(rows, seed):
     low, high = measures.interval(means.mean(axis=1))
     by_task = dict(zip(tasks, table.mean(axis=0).tolist(), strict=True))
     return {"persona_score": float(table.mean()), "persona_score_low": low,
-            "persona_score_high": high, "tasks": by_task}
+            "persona_score_high": high, "tasks": by_task, "personas": names,
+            "table": table.tolist()}
 
 
 def control(rows, planted, seed):

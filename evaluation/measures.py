@@ -302,3 +302,9 @@ def has_table(results: dict) -> bool:
                                     and len(table) == len(results["items"]) for table in tables)
     except (TypeError, KeyError):
         return False
+
+
+def answer_table(run):
+    """The table of right and wrong [N, 1 + P] of a results dict, column 0 without a persona."""
+    columns = [list(run["correct"][row["name"]]) for row in run["personas"]]
+    return np.array(columns, dtype=float).T

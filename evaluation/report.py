@@ -17,7 +17,7 @@ MAIN = {  # the columns of a comparison: name in results.json, and in the head o
     "persona_sd": "persona_sd, points", "persona_sd_p": "p", "harmful_gap": "harmful gap, points",
     "pss": "pss (shuffled)", "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
     "persona_identification": "persona identification",
-    "self_identification": "self identification",
+    "self_identification": "self identification", "persona_score": "PersonaGym, 1 to 5",
 }
 SCORES = {  # name in results.json: what it is, with its unit where it is no share; a remark
     "mean_accuracy": ("accuracy, mean over personas", "a persona at random"),

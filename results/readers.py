@@ -42,7 +42,7 @@ import personas  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
 from common.command import Parser  # noqa: E402
-from evaluation import compare, measures, report  # noqa: E402
+from evaluation import claims, compare, measures, report  # noqa: E402
 from evaluation.fidelity import blocks, total_logprobs  # noqa: E402
 from results import transcripts  # noqa: E402
 
@@ -360,7 +360,7 @@ def lines(found: dict) -> list[list[str]]:
             a, b = found.get((at, first), found.get(("", first))), found.get((at, second))
             if a and b:
                 apart = [(d["difference"], d["low"], d["high"])
-                         for d in compare.difference(a, b).values()]
+                         for d in claims.difference(a, b).values()]
                 out.append([f"{second} - {first} {at}".strip(),
                             *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*x) for x in apart)])
     return out

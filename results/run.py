@@ -85,19 +85,20 @@ def workers(jobs: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(jobs, initializer=pin)
 
 
-def call(script: str, *flags) -> None:
+def call(script: str, *flags, processes: int = 1) -> None:
+    """Runs a script of ours. CalledProcessError where it fails; it has told why."""
     print("$", script, *flags, flush=True)
-    subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True)
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    subprocess.run([sys.executable, *map(str, (*several, script, *flags))], cwd=ROOT, check=True)
 
 
-def evaluated(model, arm: str, folder: Path, args) -> Path:
-    """results.json of a model in `folder`, made if it is not there."""
+def evaluated(model, arm: str, folder: Path, args, speaks: bool = True) -> Path:
+    """results.json of a model in `folder`, made if it is not there; `speaks`: open questions too."""
     if not (folder / "results.json").is_file():
         trained = settings(["--task", args.task, *args.rest])       # the start model is asked as the others are trained
         asked = ["--prompt", trained.prompt, "--max-new-tokens", trained.max_new_tokens] if arm == "start" else []
-        call("evaluate.py", "--model", model, "--task", args.task, "--personas", args.personas, "--limit",
-             args.problems, "--fidelity", args.questions, "--start-model", args.model, "--method", arm, "--out", folder,
-             *asked)
+        call("evaluate.py", "--model", model, "--task", args.eval_task, "--personas", args.personas, "--limit",
+             args.problems, "--method", arm, "--out", folder, *(args.spoken if speaks else []), *asked)
     return folder
 
 
@@ -122,7 +123,7 @@ def trained(arm: str, seed: int, step: int, run: Path, args) -> Path:
     goes_on = ["--resume", run, "--steps", step] if (run / "config.json").is_file() else [
         *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", step,
         "--eval-problems", 0, "--keep", 1, "--out", run, *args.rest]
-    call("train.py", *goes_on)
+    call("train.py", *goes_on, processes=args.processes)
     return run / "model"
 
 
@@ -142,7 +143,7 @@ def done_before(folder: Path, args) -> bool:
     if not (folder / "results.json").is_file():
         return False
     results = json.loads((folder / "results.json").read_text())
-    return results["task"] == args.task and len(results["items"]) == args.problems
+    return results["task"] == args.eval_task and len(results["items"]) == args.problems
 
 
 def one_run(arm: str, seed: int | None, args) -> list[Path]:
@@ -163,11 +164,22 @@ def one_run(arm: str, seed: int | None, args) -> list[Path]:
     folders = [run / "evaluation" / stage(step) for step in args.at]
     for step, folder in zip(args.at, folders, strict=True):
         if not (folder / "results.json").is_file():
-            evaluated(trained(arm, seed, step or args.steps, run, args), arm, folder, args)
+            speaks = not args.fidelity_once or step == args.at[-1]
+            evaluated(trained(arm, seed, step or args.steps, run, args), arm, folder, args, speaks)
         keep(folder, kept_in / run.name / stage(step))
     transcripts.keep_training(run, kept_in / run.name)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)      # until here, a resumed run starts from the last one
     return folders
+
+
+def check_judge(folder: Path) -> None:
+    """Ends the experiment before any training where the judge fails its planted controls on the start model."""
+    judged = json.loads((folder / "results.json").read_text())["fidelity"]["personagym"]
+    if not judged["usable"]:
+        gap = report.interval(*(judged.get(f"planted_gap{end}") or 0 for end in ("", "_low", "_high")), "+")
+        print(f"run.py: {judged['judge']} is no judge: answers get {gap} grades more than the same answers under "
+              "another persona's name; give another --judge-model", file=sys.stderr)
+        sys.exit(2)
 
 
 def markdown(head: list[str], *rows: list[str]) -> str:
@@ -247,17 +259,26 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--at", nargs="+", type=int, metavar="STEP",
                    help="evaluate after each of these steps; the last ends the training, whatever --steps says")
     p.add_argument("--model", default="smollm2-135m", help="start model")
-    p.add_argument("--task", default="arithmetic", help="trained and evaluated on")
+    p.add_argument("--task", default="arithmetic", help="trained on")
+    p.add_argument("--eval-task", help="evaluated on (default: --task's test problems)")
     p.add_argument("--personas", default="test", help="of the evaluation")
     p.add_argument("--problems", type=int, default=50, help="held-out problems")
     p.add_argument("--questions", type=int, default=8, help="open questions for fidelity")
+    p.add_argument("--fidelity-once", action="store_true", help="open questions after the last step of --at alone")
+    p.add_argument("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
+    p.add_argument("--judge-model", default="smollm2-135m", help="a model in the process of evaluate.py")
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders")
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
     p.add_argument("--rebuild", nargs="+", metavar="NAME", help="only: the kept comparisons again, from kept results")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, 5.6 GB each, on its share of the cores")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
+    p.add_argument("--processes", type=int, default=1, help="of torchrun, for a run's training; one a GPU")
     args, args.rest = p.parse_known_args(argv)
-    if args.jobs < 1:
-        p.error(f"--jobs must be at least 1, not {args.jobs}")
+    for name in ("jobs", "processes"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    args.eval_task = args.eval_task or args.task
+    args.spoken = ["--fidelity", args.questions, "--start-model", args.model]
+    args.spoken += ["--personagym", args.personagym, "--judge-model", args.judge_model] if args.personagym else []
     args.at = args.at or [None]
     if args.at != [None] and (args.at[0] < 1 or args.at != sorted(set(args.at))):
         p.error("--at takes steps from 1 on, each later than the one before")
@@ -270,8 +291,8 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = flags_of()
+def main(argv: list[str] | None = None) -> None:
+    args = flags_of(argv)
     if args.rebuild:
         for name in args.rebuild:
             rebuild(name)
@@ -279,6 +300,9 @@ def main() -> None:
     args.out, began = args.out.resolve(), time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     args.flags = {arm: flags(arm, args.out) for arm in args.arms}
+
+    if args.personagym:
+        check_judge(one_run("start", None, args)[0])
 
     # All arms of a seed first: stopped early, arms are comparable.
     todo = [("start", None), *((arm, seed) for seed in args.seeds for arm in args.arms)]
@@ -292,5 +316,13 @@ def main() -> None:
     print(f"{time.time() - began:.0f} seconds; everything is in {args.out}")
 
 
+def command(argv: list[str]) -> None:
+    """main, where the failure of a script that it calls, which has told why, is the exit code."""
+    try:
+        main(argv)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+
+
 if __name__ == "__main__":
-    main()
+    command(sys.argv[1:])

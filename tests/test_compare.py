@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import command, compare, lottery, measures, plots, report
+from evaluation import claims, command, compare, lottery, measures, plots, report
+from evaluation import judge as judge_module
 from tests.test_evaluate import persona_tables
 
 
@@ -53,7 +54,7 @@ def told(monkeypatch, **rows):
     """Hypotheses of two arms whose differences are made up: {score: (difference, low, high)}."""
     made = {name: {"first": 0.05, "second": 0.05 + row[0], "difference": row[0], "low": row[1], "high": row[2],
                    "detectable": 0.04} for name, row in rows.items()}
-    monkeypatch.setattr(compare, "difference", lambda a, b: made)
+    monkeypatch.setattr(claims, "difference", lambda a, b: made)
     return compare.side_by_side({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})["hypotheses"][0]
 
 
@@ -83,15 +84,15 @@ def test_beside_not_shown_stands_what_could_have_been_shown(monkeypatch):
     assert "persona_sd 5.0 -> 3.0 points, difference -2.0 [-5.0, +1.0]" in got
     assert got.endswith("; a fall of 4.0 points could have been shown") and "shuffled) -> " in got
     too_much = {"detectable": 0.06, "first": 0.05}
-    assert compare.could_show("persona_sd", too_much, -1) == "not even a fall to 0 could have been shown"
-    assert "-0.060 could" in compare.could_show("persona_identification", too_much, -1)
-    assert "+0.030 or more" in compare.could_show("no_persona_accuracy", too_much, 0)
+    assert claims.could_show("persona_sd", too_much, -1) == "not even a fall to 0 could have been shown"
+    assert "-0.060 could" in claims.could_show("persona_identification", too_much, -1)
+    assert "+0.030 or more" in claims.could_show("no_persona_accuracy", too_much, 0)
 
 
 def test_mere_saturation_shrinks_the_spread_of_accuracy_and_not_the_spread_in_logits():
     logits = np.linspace(-2.5, -0.5, 9)
     first, second = (results_of(1 / (1 + np.exp(-logits - shift)), 3, n_items=2000, hard=False) for shift in (1, 5))
-    got = compare.difference(*(compare.arm_draws([run]) for run in (first, second)))
+    got = claims.difference(*(compare.arm_draws([run]) for run in (first, second)))
     assert got["persona_sd"]["high"] < -0.02 and got["pss"]["low"] > 0.1
     assert got["persona_sd_logit"]["low"] < 0 < got["persona_sd_logit"]["high"]
 
@@ -102,21 +103,21 @@ def test_the_interval_of_a_difference_in_spread_leaves_out_0_exactly_where_that_
         squares = [(mean, mean + rng.normal(size=2000)) for mean in (1.0, 1.0 + shift)]
         low, high = measures.interval(squares[1][1] - squares[0][1])
         a, b = ({"persona_sd": tuple(map(lottery.signed_root, pair))} for pair in squares)
-        d = compare.difference(a, b)["persona_sd"]
+        d = claims.difference(a, b)["persona_sd"]
         assert (d["low"] > 0, d["high"] < 0) == (low > 0, high < 0)
-        verdicts.append(compare.verdict(d, -1))
+        verdicts.append(claims.verdict(d, -1))
     assert set(verdicts) == {"shown", "opposite", "not shown"}
 
 
 def test_a_fall_that_could_be_shown_is_shown_in_four_of_five_repetitions():
     rng, shown, start = np.random.default_rng(1), 0, 25.0
-    fall = compare.detectable_fall(*((5.0, lottery.signed_root(start + rng.normal(size=20_000))) for _ in range(2)))
+    fall = claims.detectable_fall(*((5.0, lottery.signed_root(start + rng.normal(size=20_000))) for _ in range(2)))
     truth = (5 - fall) ** 2  # of the second arm's square, each square with a standard error of 1
     for _ in range(500):
         estimated = [start + rng.normal(), truth + rng.normal()]
         draws = ({"persona_sd": (lottery.signed_root(x), lottery.signed_root(x + rng.normal(size=400)))}
                  for x in estimated)
-        shown += compare.difference(*draws)["persona_sd"]["high"] < 0
+        shown += claims.difference(*draws)["persona_sd"]["high"] < 0
     assert shown / 500 == pytest.approx(0.8, abs=0.06)
 
 
@@ -255,9 +256,42 @@ def test_fidelity_is_shown_where_every_run_of_an_arm_has_it(arms, tmp_path):
 
 
 def test_an_arm_graded_by_a_judge_alone_keeps_its_grades():
-    run = results_of(BASE, 0) | {"fidelity": {"personagym": {"persona_score": 3.0}}}
+    run = results_of(BASE, 0) | {"fidelity": {"personagym": graded([[2, 4], [3, 3]])}}
     scores = compare.arm_scores(compare.arm_draws([run]))
-    assert compare.averaged([run], scores)["fidelity"]["personagym"] == {"persona_score": 3.0}
+    shown = compare.averaged([run], scores)["fidelity"]
+    assert shown["personagym"] == graded([[2, 4], [3, 3]]) and shown["persona_score"] == 3.0
+
+
+def graded(table, usable=True, judge="some"):
+    """PersonaGym's part of the results, of grades [personas, tasks]."""
+    return judge_module.person_scores([
+        {"persona": f"p{i}", "task": task, "score": score}
+        for i, row in enumerate(table) for task, score in zip(judge_module.TASKS, row, strict=False)], 0) | {
+        "usable": usable, "judge": judge}
+
+
+def test_personagyms_grades_are_compared_over_the_same_personas():
+    """permix is graded 1 more than rlvr by every persona, so the difference is 1 whoever is drawn."""
+    rng = np.random.default_rng(0)
+    tables = [rng.integers(1, 5, (12, 2)) for _ in range(2)]
+    arms = {"rlvr": [], "permix": []}
+    for seed, table in enumerate(tables):
+        for more, role in enumerate(arms):
+            run = results_of(BASE, seed) | {"training_seed": seed}
+            run["fidelity"] = run["fidelity"] | {"personagym": graded((table + more).tolist())}
+            arms[role].append(run)
+    got = compare.side_by_side(arms)
+    d = got["differences"]["permix - rlvr"]["persona_score"]
+    assert [d["difference"], d["low"], d["high"]] == pytest.approx([1, 1, 1])
+    assert got["arms"]["rlvr"]["persona_score"] == pytest.approx(np.mean(tables))
+    assert got["arms"]["rlvr"]["persona_score_low"] < np.mean(tables) < got["arms"]["rlvr"]["persona_score_high"]
+    tasks = compare.averaged(arms["permix"], got["arms"]["permix"])["fidelity"]["personagym"]["tasks"]
+    assert list(tasks.values()) == pytest.approx(np.mean(tables, axis=(0, 1)) + 1)
+    arms["permix"][0]["fidelity"]["personagym"] |= {"usable": False}        # a judge that failed its controls
+    assert "persona_score" not in compare.side_by_side(arms)["differences"]["permix - rlvr"]
+    arms["permix"][0]["fidelity"]["personagym"] |= {"judge": "another"}
+    with pytest.raises(ValueError, match="differ in PersonaGym's 'judge' .some and another."):
+        compare.side_by_side(arms)
 
 
 def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):

@@ -268,7 +268,7 @@ def test_arms_of_an_experiment_are_told_apart(experiment, capsys):
     assert kept.keys() == {"ngrams", "ngrams, masked"}
     got = readers.arms(kept["ngrams"])
     assert list(got) == [("", "start"), ("step-12", "rlvr"), ("step-12", "permix")]
-    fall = readers.compare.difference(got["", "start"], got["step-12", "rlvr"])["identification"]
+    fall = readers.claims.difference(got["", "start"], got["step-12", "rlvr"])["identification"]
     assert fall["high"] < -0.1
 
 

@@ -78,10 +78,10 @@ def test_the_sanity_table_follows_from_the_curves_that_are_kept_and_has_a_row_fo
 def test_the_start_model_is_asked_as_the_arms_are_trained(run, monkeypatch, tmp_path):
     called = []
     monkeypatch.setitem(run.evaluated.__globals__, "call", lambda *flags: called.append(list(map(str, flags))))
-    args = SimpleNamespace(task="arithmetic", rest=["--prompt", "cot", "--max-new-tokens", "64"], personas="test",
-                           problems=2, questions=2, model="smollm2-135m")
+    args = run.flags_of(["--prompt", "cot", "--max-new-tokens", "64", "--eval-task", "facts"])
     run.evaluated(args.model, "start", tmp_path, args)
     assert called[0][-4:] == ["--prompt", "cot", "--max-new-tokens", "64"]
+    assert called[0][called[0].index("--task") + 1] == "facts"
 
 
 def test_every_arm_is_one_that_train_py_takes(run, tmp_path):
@@ -94,6 +94,47 @@ def test_a_number_of_personas_is_a_file_of_as_many_training_personas_from_all_st
     pool = personas.load(run.flags(f"personas={count}", tmp_path)[-1])
     assert len(pool) == count and set(pool) <= set(personas.load("train"))
     assert len({p.stratum for p in pool}) == min(count, 3)
+
+
+def test_the_papers_setting_is_one_that_both_scripts_take_and_a_given_flag_wins(run):
+    paper = runpy.run_path(str(RESULTS / "paper.py"))
+    args = run.flags_of(paper["flags"](["--model", "some", "--task", "math", "--at", "50"]))
+    assert (args.task, args.eval_task, args.at, args.problems, args.model) == ("math", "math500", [50], 500, "some")
+    assert len(personas.load(args.personas)) == 24 + 30 and "cot" in args.rest
+    small = run.flags_of(paper["flags"](["--small", "--questions", "3"]))
+    assert (small.at, small.problems, small.questions, small.personas) == ([1, 2], 4, 3, args.personas)
+    for one in (args, small):
+        train_flags = settings.settings(["--task", one.task, *one.rest])
+        assert train_flags.prompt == "cot" and {*one.arms} <= {*run.ARMS, *run.ABLATIONS}
+    assert settings.settings(args.rest).max_new_tokens == 512 != settings.settings(small.rest).max_new_tokens
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_judge_that_fails_its_planted_controls_ends_the_experiment_before_any_training(
+        run, monkeypatch, tmp_path, capsys, usable):
+    monkeypatch.setitem(run.main.__globals__, "KEPT_IN", tmp_path)
+    called = []
+
+    def call(script, *flags, processes=1):
+        called.append(script)
+        folder = Path(flags[flags.index("--out") + 1])
+        folder.mkdir(parents=True)
+        judged = {"judge": "tiny", "usable": usable}
+        judged |= {"planted_gap": 0.1, "planted_gap_low": -0.1, "planted_gap_high": 0.3}
+        (folder / "results.json").write_text(json.dumps(
+            {"task": "arithmetic", "items": [0] * 50, "fidelity": {"personagym": judged}}))
+        (folder / "transcripts.jsonl").write_text("")
+        if len(called) > 1:
+            raise KeyboardInterrupt                         # the judge has passed, and training begins
+
+    monkeypatch.setitem(run.main.__globals__, "call", call)
+    argv = ["--personagym", "gym.jsonl", "--judge-model", "tiny", "--out", str(tmp_path / "runs"), "--jobs", "1"]
+    with pytest.raises(KeyboardInterrupt if usable else SystemExit) as stopped:
+        run.main(argv)
+    assert called[:2] == ["evaluate.py", *(["train.py"] if usable else [])]
+    if not usable:
+        assert stopped.value.code == 2
+        assert "tiny is no judge: answers get +0.100 [-0.100,\u00a0+0.300] grades more" in capsys.readouterr().err
 
 
 # -- what a run keeps ------------------------------------------------------------------------------
@@ -234,7 +275,7 @@ def test_what_is_kept_is_not_run_again_where_its_run_folder_is_gone(run, stages)
     assert len(calls) == before and folders[0] == [target / "start"] * 2
     assert folders[1] == [target / "rlvr-seed0" / step for step in ("step-1", "step-3")]
     moved.rename(args.out)
-    others = {"task": "facts"}, {"problems": 5}         # of another experiment under the same name
+    others = {"eval_task": "facts"}, {"problems": 5}         # of another experiment under the same name
     assert not any(run.done_before(target / "start", SimpleNamespace(**vars(args) | other)) for other in others)
 
 
