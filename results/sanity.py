@@ -81,7 +81,7 @@ def keep(metrics: dict[str, list[dict]], key: str, path: Path) -> dict[str, list
 
 
 def table(rewards: dict[str, list[float]], clipped: dict[str, list[float]]) -> str:
-    """What results/README.md shows of it."""
+    """What results/sanity/README.md shows of it."""
     first = min(curve[0] for curve in rewards.values())
     lines = [f"| loss | best mean reward of two batches, from {first:.2f} "
              "| tokens clipped, mean over batches | most in a batch |", "|---|---|---|---|"]
