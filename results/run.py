@@ -263,7 +263,7 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--eval-task", help="evaluated on (default: --task's test problems)")
     p.add_argument("--personas", default="test", help="of the evaluation")
     p.add_argument("--problems", type=int, default=50, help="held-out problems")
-    p.add_argument("--questions", type=int, default=8, help="open questions for fidelity")
+    p.add_argument("--questions", type=int, default=8, help="open questions for fidelity; 0: none")
     p.add_argument("--fidelity-once", action="store_true", help="open questions after the last step of --at alone")
     p.add_argument("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
     p.add_argument("--judge-model", default="smollm2-135m", help="a model in the process of evaluate.py")
@@ -277,7 +277,7 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     args.eval_task = args.eval_task or args.task
-    args.spoken = ["--fidelity", args.questions, "--start-model", args.model]
+    args.spoken = ["--fidelity", args.questions, "--start-model", args.model] if args.questions else []
     args.spoken += ["--personagym", args.personagym, "--judge-model", args.judge_model] if args.personagym else []
     args.at = args.at or [None]
     if args.at != [None] and (args.at[0] < 1 or args.at != sorted(set(args.at))):

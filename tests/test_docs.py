@@ -99,12 +99,26 @@ def test_the_results_that_the_pages_show_are_those_that_were_measured():
     measured = (ROOT / "results" / "main" / "tables.md").read_text().splitlines()
     arms = [line for line in measured if re.match(r"\| [a-z+]+ \| \d", line)]
     assert len(arms) == 6
-    assert set(arms) <= set((ROOT / "results/README.md").read_text().splitlines())
+    for page in ("README.md", "arithmetic.md"):
+        assert set(arms) <= set((ROOT / "results" / page).read_text().splitlines())
     for name in ("early", "ablations", "pushed", "anchors", "sanity"):
         measured += (ROOT / "results" / name / "tables.md").read_text().splitlines()
-    shown = [line for line in (ROOT / "results" / "README.md").read_text().splitlines()
+    shown = [line for page in ("arithmetic.md", "sanity/README.md")
+             for line in (ROOT / "results" / page).read_text().splitlines()
              if line.startswith("|") and not re.match(r"\| (learning rate|\de-\d)", line)]  # see test_results.py
     assert len(shown) > 20 and set(shown) <= set(measured)
+
+
+def test_each_number_of_the_results_page_is_one_of_the_results():
+    """Intervals as the tables have them; what the start models of the later experiments have, as measured."""
+    page = (ROOT / "results" / "README.md").read_text()
+    measured = "".join((ROOT / "results" / name / "tables.md").read_text() for name in ("main", "pushed"))
+    measured += (ROOT / "results/gym/README.md").read_text().replace(" points", "")      # held below
+    facts = json.loads((ROOT / "results/facts/start/results.json").read_text())
+    measured += "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * facts[f"persona_sd{end}"] for end in ("", "_low", "_high")))
+    intervals = re.findall(r"[-+]?\d+\.\d+\s+\[[-+]?\d+\.\d+,\s+[-+]?\d+\.\d+\]", page)
+    assert len(intervals) > 30
+    assert not [one for one in intervals if " ".join(one.split()) not in " ".join(measured.split())]
 
 
 def test_each_number_that_the_readme_found_is_one_of_the_results():

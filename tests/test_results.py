@@ -5,6 +5,7 @@ import json
 import random
 import re
 import runpy
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
 
 
 def test_the_page_shows_how_far_rlvr_was_pushed_as_it_was_measured():
-    page = (RESULTS / "README.md").read_text().splitlines()
+    page = (RESULTS / "arithmetic.md").read_text().splitlines()
     for label, folder in {"3e-5, 34": "main/rlvr-seed0", "3e-5, 102": "probes/rlvr-102-steps",
                           "6e-5, 68": "pushed/rlvr-seed0", "1e-4, 34": "probes/rlvr-1e-4"}.items():
         got = json.loads((RESULTS / folder / "results.json").read_text())
@@ -107,6 +108,16 @@ def test_the_papers_setting_is_one_that_both_scripts_take_and_a_given_flag_wins(
         train_flags = settings.settings(["--task", one.task, *one.rest])
         assert train_flags.prompt == "cot" and {*one.arms} <= {*run.ARMS, *run.ABLATIONS}
     assert settings.settings(args.rest).max_new_tokens == 512 != settings.settings(small.rest).max_new_tokens
+
+
+def test_every_command_of_the_experiments_pages_is_one_that_the_script_takes(run):
+    paper, found = runpy.run_path(str(RESULTS / "paper.py")), []
+    for page in sorted(RESULTS.rglob("*.md")):
+        text = page.read_text().replace("\\\n", " ")
+        for script, given in re.findall(r"^python results/(run|paper)\.py(.*)$", text, re.M):
+            argv = shlex.split(given.replace("NAME", "some"), comments=True)
+            found.append(run.flags_of(paper["flags"](argv) if script == "paper" else argv))
+    assert len(found) > 8 and any(one.processes > 1 for one in found)
 
 
 @pytest.mark.parametrize("usable", [True, False])

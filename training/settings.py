@@ -126,7 +126,7 @@ FLAGS = [
     # what is kept and said
     ("eval-task", None, "task to evaluate on; a file is used whole (default: --task's test split)",
      {}),
-    ("eval-problems", 50, "held-out problems before and after; 0: no evaluation", {}),
+    ("eval-problems", 100, "held-out problems before and after; 0: no evaluation", {}),
     ("eval-pool", "test", "who speaks in the evaluation: test, conflict-test, paraphrases-test, or "
      "a .jsonl file", {}),
     ("eval-personas", None, "how many of them, evenly from the strata (default: 9, or all)",
