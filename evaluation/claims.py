@@ -32,8 +32,8 @@ def difference(a, b):
     """Second arm minus first, paired: {score: {"first", "second", "difference", "low", "high",
     "detectable"}} for the scores that both have.
 
-    a, b: as compare.arm_draws gives them. The interval of persona_sd leaves out 0 exactly where that of its
-    square S2 does, since the root keeps the order of each pair of draws.
+    a, b: as compare.arm_draws gives them. The interval of persona_sd leaves out 0 exactly where
+    that of its square S2 does, since the root keeps the order of each pair of draws.
     """
     out = {}
     for name in [name for name in a if name in b]:
@@ -55,8 +55,8 @@ def detectable_fall(a, b):
 
 def hypotheses(arms, draws, scores, seed=0):
     """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not
-    tested, too few problems) and words. draws: {role: compare.arm_draws}; scores: {role: the scores that
-    are printed}.
+    tested, too few problems) and words. draws: {role: compare.arm_draws}; scores: {role: the scores
+    that are printed}.
 
     Stability rises where the interval of the difference in persona_sd lies below 0 and the gap of
     harmful personas does not grow (an interval above 0). H5's interval must stay above -MARGIN.
@@ -135,7 +135,8 @@ def collapse(arms, seed=0):
     """
     values, draws = {True: [], False: []}, {True: [], False: []}  # key: is accuracy near zero?
     for run in [run for runs in arms.values() for run in runs]:
-        table, kinds = measures.answer_table(run)[:, 1:], np.array([item["kind"] for item in run["items"]])
+        table = measures.answer_table(run)[:, 1:]
+        kinds = np.array([item["kind"] for item in run["items"]])
         for part in [table[kinds == kind] for kind in np.unique(kinds)]:
             weak = bool(part.mean() < NEAR_ZERO)
             counts = measures.resamples(len(part), seed=seed)

@@ -170,19 +170,16 @@ def score_rows(arms, differences=None):
 
 
 def claim_rows(comparison):
-    """A head, a row for each claim that was tested, and one for all others."""
-    tested, others = [], []
+    """A head, a row for each claim that was tested, and one for each reason why others were not."""
+    tested, others = [], {}
     for h in comparison["hypotheses"]:
         told = f"{h['name']} {h['claim']}"
         if h["verdict"] == "not tested":
-            others.append((told, h["words"]))
+            others.setdefault(h["words"], ["others"]).append(told)
         else:
             tested.append([told, h["verdict"], h["words"].replace("->", "→")])
-    if others:
-        claims, why = zip(*others, strict=True)
-        tested.append(["\n".join(["others", *claims]), "not tested",
-                       "; ".join(dict.fromkeys(why))])
-    return [["claim", "verdict", "measured"], *tested]
+    untested = [["\n".join(claims), "not tested", why] for why, claims in others.items()]
+    return [["claim", "verdict", "measured"], *tested, *untested]
 
 
 def judge_cell(gym):

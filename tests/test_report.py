@@ -251,13 +251,15 @@ def test_two_arms_have_their_difference_beside_them_and_more_a_table_of_pairs(se
     assert "<h2>Paired differences</h2>" in (several / "report.html").read_text()
 
 
-def test_claims_that_nothing_tested_share_one_row_and_the_lead_does_not_list_them():
+def test_claims_untested_for_one_reason_share_a_row_and_the_lead_does_not_list_them():
     missing = ("not tested", "no arm rlvr given")
-    told = {"H1": missing, "H2": ("shown", "1 -> 2"), "H3": missing}
+    unmeasured = ("not tested", "no self_identification was measured")
+    told = {"H1": missing, "H2": ("shown", "1 -> 2"), "H3": missing, "H4": unmeasured}
     rows = [{"name": name, "claim": f"claim {name}", "verdict": verdict, "words": words}
             for name, (verdict, words) in told.items()]
     assert report.claim_rows({"hypotheses": rows})[1:] == [
-        ["H2 claim H2", "shown", "1 → 2"], ["others\nH1 claim H1\nH3 claim H3", *missing]]
+        ["H2 claim H2", "shown", "1 → 2"], ["others\nH1 claim H1\nH3 claim H3", *missing],
+        ["others\nH4 claim H4", *unmeasured]]
     arms = {role: arm(seed, role)[0] for seed, role in enumerate(("start", "permix"))}
     lead = report.finding(arms, {"hypotheses": rows})
     assert "Shown here: claim H2." in lead and "H1" not in lead and "nothing" not in lead

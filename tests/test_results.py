@@ -1,5 +1,6 @@
 """The experiment's script: its arms, and the tables it left."""
 
+import copy
 import gzip
 import json
 import random
@@ -11,16 +12,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import personas
 import rewards
 import tasks
 import train
+import weights
 from common import files
 from evaluation import answers, fidelity, lottery
-from results import curves, transcripts
+from results import curves, interpolate, transcripts
 from rollout import Completion, Sampler
+from tests.conftest import make_reference, saved
 from training import settings
 from training.run import in_line
 
@@ -380,3 +384,26 @@ def test_the_main_job_ends_with_its_place_among_the_kept_runs_of_its_settings():
     assert said("--seed", "7", "--dtype", "float32", after="permix-seed3") == [line]      # decides nothing
     for other in (["--steps", "33"], ["--anchor-coef", "0.5"], ["--lora-rank", "4"], ["--task", "facts"]):
         assert said(*other, after="permix-seed3") == []
+
+
+# -- rivals without training -----------------------------------------------------------------------
+
+
+def test_weights_are_interpolated_and_the_folder_is_a_model_like_any(tiny, tiny_folder, tmp_path, capsys):
+    moved = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight += torch.randn_like(weight) * 0.1
+    weights.save(moved, tiny[1], tmp_path / "trained")
+    flags = ["--start", str(tiny_folder), "--trained", str(tmp_path / "trained")]
+    for share in (0.0, 0.25, 1.0):
+        out = tmp_path / str(share)
+        assert interpolate.main([*flags, "--share", str(share), "--out", str(out)]) == 0
+        got = weights.load(str(out), "float32")[0]
+        for one, a, b in zip(got.parameters(), tiny[0].parameters(), moved.parameters(), strict=True):
+            assert torch.allclose(one.double(), (1 - share) * a.double() + share * b.double(), atol=1e-7)
+    assert interpolate.main([*flags, "--share", "1.5", "--out", str(tmp_path / "far")]) == 2
+    assert "must lie in [0, 1], not 1.5" in capsys.readouterr().err and not (tmp_path / "far").exists()
+    other = weights.load(str(saved(tmp_path / "other", make_reference("llama3", hidden_size=64))), "float32")[0]
+    with pytest.raises(ValueError, match="other names or shapes"):
+        interpolate.interpolate(tiny[0], other, 0.5)
