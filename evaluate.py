@@ -263,7 +263,7 @@ def one_arm(args):
     if args.reward:                                     # refused before anything is spent
         rewards.Rewarder(args.reward, args.reward_seconds).close()
     personas = pool.load(args.personas, "test")
-    trained_on = tasks.is_file_of(args.task, trained.get("task"))
+    trained_on = tasks.is_file_of(args.task, args.trained_on or trained.get("task"))
     tasks.check_columns(args.columns, args.task)
     columns = args.columns or (trained.get("columns") if trained_on else None)
     problems = tasks.load(args.task, "test", args.seed, args.limit, not trained_on, columns)
@@ -316,7 +316,7 @@ def main(argv=None):
         if args.check_run:
             print(bands.text(bands.read(Path(args.check_run)), bands.kept()))
         elif args.compare:
-            found = compare.folders(args.compare, args.out, args.roles, args.seed)
+            found = compare.folders(args.compare, args.out, args.roles, args.seed, args.looks)
             print(compare.text(found))
         else:
             print(table_text(one_arm(args)))

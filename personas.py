@@ -79,13 +79,14 @@ def load(which: str = "test", split: str | None = None) -> list[Persona]:
     ValueError naming file and line.
     """
     several = which.split("+")
-    if len(several) > 1 and POOLS.keys() >= set(several):
+    if 1 < len(several) == len(POOLS.keys() & set(several)):
         return [persona for name in several for persona in load(name)]
     file, own = POOLS.get(which, (which, SPLITS))
     path = DATA / file if which in POOLS else Path(file)
     found, splits = {}, []
     if not path.exists():
-        raise ValueError(f"no personas called {which!r}: give {', '.join(POOLS)}, or a .jsonl file")
+        raise ValueError(f"no personas called {which!r}: give {', '.join(POOLS)}, several "
+                         "joined by +, or a .jsonl file")
     cloned = path.is_dir()
     for _, where, row in personagym(path) if cloned else numbered(path, "name, text and stratum"):
         persona = from_row(where, row)

@@ -5,7 +5,10 @@ opposite, not shown, not tested, or too few problems. Beside "not shown" stands 
 the design could have shown. Stability is decided by `persona_sd`, in which luck cancels
 (evaluation/lottery.py). The paper's `pss` is printed beside its value for shuffled answers.
 
-Left out: corrections for looking at many pairs. The hypotheses are few and were fixed in advance.
+H2 and H4 are decided by one reader, a model: a second one has to agree (results/readers.py).
+
+Left out: corrections for looking at many pairs. The hypotheses are few; that `persona_sd` decides
+was fixed before the second experiment (results/plan.md), after the first one's data were seen.
 """
 
 import numpy as np
@@ -28,7 +31,7 @@ MARGIN = 0.03  # of accuracy: H5 claims no loss, and less than this is none
 NEAR_ZERO = 0.1  # of accuracy, for H6
 
 
-def difference(a, b):
+def difference(a, b, level=0.95):
     """Second arm minus first, paired: {score: {"first", "second", "difference", "low", "high",
     "detectable"}} for the scores that both have.
 
@@ -37,34 +40,39 @@ def difference(a, b):
     """
     out = {}
     for name in [name for name in a if name in b]:
-        low, high = measures.interval(b[name][1] - a[name][1])
+        low, high = measures.interval(b[name][1] - a[name][1], level)
         first, second = float(a[name][0]), float(b[name][0])
         out[name] = {"first": first, "second": second, "difference": second - first, "low": low,
-                     "high": high, "detectable": measures.detectable(low, high)}
+                     "high": high, "detectable": measures.detectable(low, high, level)}
     if "persona_sd" in out:
-        out["persona_sd"]["detectable"] = detectable_fall(a["persona_sd"], b["persona_sd"])
+        fall = detectable_fall(a["persona_sd"], b["persona_sd"], level)
+        out["persona_sd"]["detectable"] = fall
     return out
 
 
-def detectable_fall(a, b):
+def detectable_fall(a, b, level=0.95):
     """The smallest fall of persona_sd from arm a's value that could have been shown, from the
     standard error of S2; above a's value where even a fall to 0 could not have been."""
     first, apart = a[0] * abs(a[0]), b[1] * abs(b[1]) - a[1] * abs(a[1])
-    return float(a[0] - lottery.signed_root(first - measures.detectable(*measures.interval(apart))))
+    least = measures.detectable(*measures.interval(apart, level), level)
+    return float(a[0] - lottery.signed_root(first - least))
 
 
-def hypotheses(arms, draws, scores, seed=0):
+def hypotheses(arms, draws, scores, seed=0, looks=1):
     """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not
     tested, too few problems) and words. draws: {role: compare.arm_draws}; scores: {role: the scores
     that are printed}.
 
     Stability rises where the interval of the difference in persona_sd lies below 0 and the gap of
     harmful personas does not grow (an interval above 0). H5's interval must stay above -MARGIN.
+    looks: at how many checkpoints H3 is looked at. They are one claim, so H3's interval is of
+    1 - 0.05 / looks (Bonferroni).
     """
     out, few = [], too_few(next(iter(arms.values()))[0])
     for name, first, second, score, sign, claim in CLAIMS:
         missing = [arm for arm in (first, second) if arm not in arms]
-        got = {} if missing else difference(draws[first], draws[second])
+        level = 1 - 0.05 / (looks if name == "H3" else 1)
+        got = {} if missing else difference(draws[first], draws[second], level)
         if score == "persona_identification" and "self_identification" in got:
             score = "self_identification"  # the other is of drift, but older results have only that
         found, said = "not tested", f"no {score} was measured"
@@ -74,6 +82,8 @@ def hypotheses(arms, draws, scores, seed=0):
             found = verdict(got[score], sign)
             told = [key for key in (score, *BESIDE.get(score, ())) if key in got]
             said = "; ".join(words(key, got[key]) for key in told)
+            if level > 0.95:
+                said += f"; intervals of {100 * level:.1f} %, for {looks} looks"
             if score == "persona_sd":
                 before, after = (beside_shuffled(scores[arm]) for arm in (first, second))
                 said += f"; pss {before} -> {after}"

@@ -22,9 +22,13 @@ def parse(argv):
     add("--task", default="arithmetic",
         help="arithmetic, facts, svamp, gsm8k, math, math500, reasoning-gym:NAME, a .jsonl file or "
              "a folder")
+    add("--trained-on", metavar="TASK",
+        help="of a file: without the lines that training on TASK takes (default: the task of the "
+             "model's run)")
     add("--columns", help="of a file or folder: question=COLUMN,answer=COLUMN (default: as in the "
                           "model's run)")
-    add("--personas", default="test", help=f"{', '.join(personas.POOLS)}, or a .jsonl file")
+    add("--personas", default="test",
+        help=f"{', '.join(personas.POOLS)}, several joined by +, or a .jsonl file")
     add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
@@ -52,6 +56,13 @@ def parse(argv):
         help="identify personas by their answers to N open questions (8 without a number)")
     add("--start-model",
         help="frozen reader of --fidelity (default: that of the model's run, else the model)")
+    add_judge(add)
+    add_compare(add)
+    return parser.parse_args(argv)
+
+
+def add_judge(add):
+    """The flags of PersonaGym, by `add` of a parser."""
     add("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
     add("--judge", metavar="URL",
         help="OpenAI-compatible endpoint, key in JUDGE_API_KEY (default: in this process)")
@@ -61,18 +72,24 @@ def parse(argv):
         help="room of a judge's reply; one cut off before its score is repeated with more")
     add("--judge-price", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"),
         help="per million tokens")
+
+
+def add_compare(add):
+    """The flags that evaluate nothing, but read what is there."""
     add("--compare", nargs="+", metavar="DIR",
         help="evaluation folders to put side by side, into --out")
     add("--check-run", metavar="RUN",
         help="does a training run look right? Its metrics beside those of the kept runs")
+    add("--looks", type=int, default=1,
+        help="of --compare: checkpoints at which H3 is looked at; its interval is of 1 - 0.05 / N")
     add("--roles", nargs="+", help="names for the folders of --compare: start, rlvr, permix, ...")
-    return parser.parse_args(argv)
 
 
 LEAST = {"limit": 1, "seed": 0, "slots": 0, "max_new_tokens": 1, "samples": 0, "fidelity": 0,
-         "judge_concurrency": 1, "judge_tokens": 1, "judge_price": 0}
+         "looks": 1, "judge_concurrency": 1, "judge_tokens": 1, "judge_price": 0}
 BESIDE = {  # flags that are read only beside another
-    "roles": ["compare"], "reward_seconds": ["reward"], "start_model": ["fidelity"],
+    "roles": ["compare"], "looks": ["compare"], "reward_seconds": ["reward"],
+    "start_model": ["fidelity"],
     "temperature": ["samples", "noise_floor"], "judge_concurrency": ["judge"],
     **dict.fromkeys(("judge", "judge_model", "judge_tokens", "judge_price"), ["personagym"])}
 
@@ -88,7 +105,7 @@ def check(args):
                 raise ValueError(f"{flag} is empty: give it a value, or leave it out")
             if least is not None and not least <= one < math.inf:
                 raise ValueError(f"{flag} must be at least {least}, not {one}")
-        if args.compare and name not in ("compare", "roles", "out", "seed"):
+        if args.compare and name not in ("compare", "roles", "looks", "out", "seed"):
             raise ValueError(f"--compare does not read {flag}: leave it out")
         if args.check_run and name != "check_run":
             raise ValueError(f"--check-run does not read {flag}: leave it out")

@@ -21,7 +21,7 @@ ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this
 TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
 
 
-def personagym_of(runs):
+def grades_of(runs):
     """PersonaGym's part of each results dict, empty where it was not asked."""
     return [run.get("fidelity", {}).get("personagym", {}) for run in runs]
 
@@ -40,7 +40,7 @@ def run_draws(run, salt, seed=0):
     out["no_persona_accuracy"] = plain.mean(), np.stack([counts @ plain / len(table)] * 2)
     for name, rows in run.get("fidelity", {}).get("tables", {}).items():  # [questions, personas]
         out[name] = np.mean(rows), np.stack([measures.crossed(rows, seed)] * 2)
-    graded = personagym_of([run])[0]
+    graded = grades_of([run])[0]
     if graded.get("usable") and "table" in graded:  # [personas, tasks]; the tasks are fixed
         rows = np.mean(graded["table"], axis=1)
         drawn = measures.resamples(len(rows), seed=seed) @ rows / len(rows)
@@ -71,7 +71,7 @@ def check_comparable(runs):
     """
     asked = [{"reward": None} | run.get("fidelity", {}) | run
              | {"personas": [row["name"] for row in run["personas"]]} for run in runs]
-    check_same(personagym_of(runs), ("judge", "personas"), "PersonaGym's ")
+    check_same(grades_of(runs), ("judge", "personas", "questions"), "PersonaGym's ")
     check_same(asked, ("task", "prompt", "max_new_tokens", "stop", "reward", "items", "problems",
                        "personas", "pool", "template", "questions", "candidates"), "")
 
@@ -86,12 +86,13 @@ def check_same(rows, keys, where):
                              f"{where}{key!r}{apart}")
 
 
-def side_by_side(arms, seed=0):
+def side_by_side(arms, seed=0, looks=1):
     """{role: [results dict, one a training seed]} -> runs, arms (their scores with intervals),
     differences, hypotheses.
 
-    Differences are second minus first, for every pair of arms in the order given. ValueError where
-    runs cannot be paired.
+    Differences are second minus first, for every pair of arms in the order given. looks: at how
+    many checkpoints the arms are compared, see claims.hypotheses. ValueError where runs cannot be
+    paired.
     """
     check_comparable([run for runs in arms.values() for run in runs])
     own = [run.get("trained", {}) for role in ARMS for run in arms.get(role, ())]
@@ -105,7 +106,7 @@ def side_by_side(arms, seed=0):
         "arms": scores,
         "differences": {f"{b} - {a}": claims.difference(draws[a], draws[b])
                         for a, b in combinations(arms, 2)},
-        "hypotheses": claims.hypotheses(arms, draws, scores, seed),
+        "hypotheses": claims.hypotheses(arms, draws, scores, seed, looks),
     }
 
 
@@ -146,11 +147,14 @@ def averaged(runs, scores):
     out = runs[0] | scores
     for name in ("lottery", "lottery_held_out"):
         out[name] = np.mean([run[name] for run in runs], axis=0).tolist()
-    spoken = out.pop("fidelity", {})
+    spoken = dict(out.pop("fidelity", {}))
     if "persona_identification" not in scores:  # not measured in every run
         spoken = {key: value for key, value in spoken.items() if key == "personagym"}
-    if all(graded := personagym_of(runs)):
-        tasks = {task: np.mean([one["tasks"][task] for one in graded])
+    graded = grades_of(runs)
+    if len(runs) > 1 and "persona_score" not in scores:  # one of them has none to be believed
+        spoken.pop("personagym", None)
+    elif all(graded):
+        tasks = {task: float(np.mean([one["tasks"][task] for one in graded]))
                  for task in graded[0]["tasks"]}
         spoken["personagym"] = graded[0] | {"tasks": tasks}
     return out | ({"fidelity": spoken | scores} if spoken else {})
@@ -207,7 +211,7 @@ def rank(row):
     return arm, results.get("training_seed") or 0, "fidelity" not in results
 
 
-def folders(paths, out, roles=None, seed=0):
+def folders(paths, out, roles=None, seed=0, looks=1):
     """Evaluations side by side: comparison.json, report.html and plots into `out` -> the dict of
     side_by_side.
 
@@ -235,7 +239,7 @@ def folders(paths, out, roles=None, seed=0):
         curves = run_of(folder)[1]
         if role != "start" and curves:
             metrics.setdefault(role, []).append(curves)
-    comparison, out = side_by_side(arms, seed), Path(out)
+    comparison, out = side_by_side(arms, seed, looks), Path(out)
     shown = {role: averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
     out.mkdir(parents=True, exist_ok=True)
     curves = {role: plots.mean_curve(runs) for role, runs in metrics.items()}

@@ -21,6 +21,7 @@ Left out: other significance tests (an interval says more) and anything that nee
 
 from collections import Counter
 from math import comb
+from statistics import NormalDist
 
 import numpy as np
 
@@ -191,11 +192,12 @@ def with_intervals(values, draws):
     return out
 
 
-def detectable(low, high):
-    """The true difference that a design shows in 80 % of repetitions (two-sided, 5 %): 2.8 standard
-    errors, 1.96 of them being half of the 95 % interval (low, high). With few seeds the interval is
-    Student's t, and this a little too much."""
-    return 2.8 / 1.96 * (high - low) / 2
+def detectable(low, high, level=0.95):
+    """The true difference that a design shows in 80 % of repetitions: z + 0.84 standard errors,
+    where z of them, 1.96 at 95 %, are half of the interval (low, high). With few seeds the interval
+    is Student's t, and this a little too much."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    return (z + 0.84) / z * (high - low) / 2
 
 
 def crossed(table, seed=0):

@@ -175,7 +175,7 @@ def claim_rows(comparison):
     for h in comparison["hypotheses"]:
         told = f"{h['name']} {h['claim']}"
         if h["verdict"] == "not tested":
-            others.setdefault(h["words"], ["others"]).append(told)
+            others.setdefault(h["words"], []).append(told)
         else:
             tested.append([told, h["verdict"], h["words"].replace("->", "→")])
     untested = [["\n".join(claims), "not tested", why] for why, claims in others.items()]

@@ -17,7 +17,8 @@ import numpy as np
 
 from evaluation import lottery, measures, plots, report
 
-MEASURES = {"persona_sd": "persona_sd, points", "persona_identification": "persona identification"}
+MEASURES = {"persona_sd": "persona_sd, points", "persona_identification": "persona identification",
+            "self_identification": "self identification"}
 
 
 def points(comparisons: dict, arm: str, measure: str, seed=None) -> list[tuple[float, float]]:
@@ -58,13 +59,17 @@ def difference(comparisons: dict, first: str, second: str, measure: str) -> dict
     return found
 
 
+def measured(comparisons: dict) -> list[str]:
+    """Those of MEASURES that every trained arm has at every checkpoint."""
+    arms = [scores for c in comparisons.values() for arm, scores in c["arms"].items() if arm != "start"]
+    return [measure for measure in MEASURES if all(measure in scores for scores in arms)]
+
+
 def differences(comparisons: dict) -> dict:
     """{measure: {"second - first": difference}} for every pair of trained arms."""
-    every = list(comparisons.values())
-    arms = [arm for arm in every[0]["arms"] if arm != "start"]
-    taken = [m for m in MEASURES if all(m in c["arms"][arm] for c in every for arm in arms)]
+    arms = [arm for arm in next(iter(comparisons.values()))["arms"] if arm != "start"]
     return {m: {f"{b} - {a}": difference(comparisons, a, b, m) for a, b in combinations(arms, 2)}
-            for m in taken}
+            for m in measured(comparisons)}
 
 
 def rows(found: dict) -> list[list[str]]:
@@ -89,7 +94,7 @@ def cells(measure: str, got: dict | None) -> list[str]:
 def plot(comparisons: dict):
     """Each measure against mean accuracy, a line an arm from the start model on -> Figure."""
     last = list(comparisons.values())[-1]["arms"]
-    taken = [m for m in MEASURES if all(m in scores for scores in last.values())]
+    taken = measured(comparisons)
     fig, axes = plots.figure(4.6, 1 + 2.4 * len(taken), rows=len(taken))
     for ax, measure in zip(np.atleast_1d(axes), taken, strict=True):
         factor = 100 if measure in report.POINTS else 1

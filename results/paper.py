@@ -5,10 +5,11 @@
     python results/paper.py --small --model smollm2-135m --task gsm8k_train.jsonl --eval-task math500.jsonl
 
 It is results/run.py with the flags below. That script's flags and train.py's can be given too, and
-win. The arms are those that the paper compares, plain RLVR with
-paraphrases of the default prompt (is it the personas, or any change of the prompt?), and ours.
-Personas: the 24 for testing and the 30 that forbid the solver's format. A judge that fails its
-planted controls on the start model ends the experiment before any training.
+win. The arms are those that the paper compares, with and without a KL to the start model; plain
+RLVR with paraphrases of the default prompt (is it the personas, or any change of the prompt?); and
+ours. `sft` is left out: it would learn golds, which have no reasoning, under a prompt that asks for
+it. Personas: the 24 for testing, and 24 that forbid the solver's format beside six ordinary ones. A
+judge that fails its planted controls on the start model ends the experiment before any training.
 
 --small is a dry run: the same path on a laptop, with 2 problems a step and 2 steps. Its numbers say
 nothing.
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from results import run  # noqa: E402
 
 SETTING = {  # flags of run.py, then of train.py
-    "--arms": "sft distill rlvr permix rlvr+kl permix+kl rlvr+paraphrases permix+anchor",
+    "--arms": "distill rlvr permix rlvr+kl permix+kl rlvr+paraphrases permix+anchor",
     "--seeds": "0 1 2", "--at": "100 200 300", "--jobs": "1",
     "--task": "gsm8k", "--eval-task": "math500", "--problems": "500",
     "--personas": "test+conflict-test", "--questions": "32", "--name": "paper", "--out": "runs/paper",

@@ -9,8 +9,8 @@
 
 Flags that are not its own go to train.py, for every arm.
 
-What results/NAME keeps of the same task and as many problems is not run again, also where its run folder is gone: so an
-experiment of many days goes on from what was committed.
+What results/NAME keeps is not run again, also where its run folder is gone: so an experiment of many days goes on from
+what was committed, and arms and seeds can be added. Other flags are another experiment, and need another --name.
 
 All arms see the same problems in the same order, with as many steps and completions; only who speaks (and for `sft`
 and `distill` who writes) differs. Evaluation: greedy accuracy on 50 held-out problems under 24 test personas, and
@@ -41,6 +41,8 @@ KEPT_IN = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
+import tasks  # noqa: E402
+from common.files import write_atomically  # noqa: E402
 from evaluation import compare, plots, report  # noqa: E402
 from results import curves, transcripts  # noqa: E402
 from training.settings import settings  # noqa: E402
@@ -65,7 +67,8 @@ ABLATIONS = {
     **{f"lora={rank}": ["--method", "permix", "--lora-rank", rank] for rank in ("1", "8", "16", "64")},
     "adamw8bit": ["--method", "permix", "--optimizer", "adamw8bit"],
 }
-KEPT = ("comparison.json", "stability_against_fidelity.png", "learning_curves.png")     # of a comparison
+KEPT = ("comparison.json", "stability_against_fidelity.png", "stability_against_accuracy.png",
+        "learning_curves.png")                                                          # of a comparison
 
 
 def workers(jobs: int) -> ThreadPoolExecutor:
@@ -95,10 +98,9 @@ def call(script: str, *flags, processes: int = 1) -> None:
 def evaluated(model, arm: str, folder: Path, args, speaks: bool = True) -> Path:
     """results.json of a model in `folder`, made if it is not there; `speaks`: open questions too."""
     if not (folder / "results.json").is_file():
-        trained = settings(["--task", args.task, *args.rest])       # the start model is asked as the others are trained
-        asked = ["--prompt", trained.prompt, "--max-new-tokens", trained.max_new_tokens] if arm == "start" else []
         call("evaluate.py", "--model", model, "--task", args.eval_task, "--personas", args.personas, "--limit",
-             args.problems, "--method", arm, "--out", folder, *(args.spoken if speaks else []), *asked)
+             args.problems, "--method", arm, "--out", folder, *args.computes, *(args.spoken if speaks else []),
+             *(args.asked if arm == "start" else []))
     return folder
 
 
@@ -122,28 +124,21 @@ def trained(arm: str, seed: int, step: int, run: Path, args) -> Path:
     """The model of an arm after `step` steps, in its run folder; goes on with a run that has fewer."""
     goes_on = ["--resume", run, "--steps", step] if (run / "config.json").is_file() else [
         *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", step,
-        "--eval-problems", 0, "--keep", 1, "--out", run, *args.rest]
+        "--eval-problems", 0, "--keep", 1, "--out", run, *args.apart, *args.rest]
     call("train.py", *goes_on, processes=args.processes)
     return run / "model"
 
 
 def keep(folder: Path, target: Path) -> None:
-    """What is small enough for the repository of an evaluation or a comparison, into `target`."""
+    """What is small enough for the repository of an evaluation or a comparison, into `target`; results.json last."""
     target.mkdir(parents=True, exist_ok=True)
-    evaluation = (folder / "results.json").is_file()
-    for file in ("results.json",) if evaluation else KEPT:
+    if (folder / "results.json").is_file():
+        transcripts.keep(folder, target)
+        write_atomically(target / "results.json", (folder / "results.json").read_text())
+        return
+    for file in KEPT:
         if (folder / file).is_file():
             shutil.copy(folder / file, target / file)
-    if evaluation:
-        transcripts.keep(folder, target)
-
-
-def done_before(folder: Path, args) -> bool:
-    """Does results/NAME keep this evaluation already, of the same task and as many problems?"""
-    if not (folder / "results.json").is_file():
-        return False
-    results = json.loads((folder / "results.json").read_text())
-    return results["task"] == args.eval_task and len(results["items"]) == args.problems
 
 
 def one_run(arm: str, seed: int | None, args) -> list[Path]:
@@ -154,10 +149,12 @@ def one_run(arm: str, seed: int | None, args) -> list[Path]:
     kept_in = KEPT_IN / args.name
     name = arm if seed is None else f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
     before = [kept_in / name / ("" if seed is None else stage(step)) for step in args.at]
-    if all(done_before(folder, args) for folder in before):
+    if all((folder / "results.json").is_file() for folder in before):
         return before
     if seed is None:
         folder = evaluated(args.model, arm, args.out / arm, args)
+        if args.personagym:
+            check_judge(folder)
         keep(folder, kept_in / arm)
         return [folder] * len(args.at)
     run = args.out / name
@@ -166,20 +163,47 @@ def one_run(arm: str, seed: int | None, args) -> list[Path]:
         if not (folder / "results.json").is_file():
             speaks = not args.fidelity_once or step == args.at[-1]
             evaluated(trained(arm, seed, step or args.steps, run, args), arm, folder, args, speaks)
+        if step == args.at[-1]:
+            transcripts.keep_training(run, kept_in / run.name)  # before what says that this run is done
         keep(folder, kept_in / run.name / stage(step))
-    transcripts.keep_training(run, kept_in / run.name)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)      # until here, a resumed run starts from the last one
     return folders
 
 
 def check_judge(folder: Path) -> None:
-    """Ends the experiment before any training where the judge fails its planted controls on the start model."""
+    """Ends the experiment before any training where the judge fails its planted controls on the start model's answers.
+    These results are not kept: the next command, with another judge, asks again."""
     judged = json.loads((folder / "results.json").read_text())["fidelity"]["personagym"]
-    if not judged["usable"]:
-        gap = report.interval(*(judged.get(f"planted_gap{end}") or 0 for end in ("", "_low", "_high")), "+")
-        print(f"run.py: {judged['judge']} is no judge: answers get {gap} grades more than the same answers under "
-              "another persona's name; give another --judge-model", file=sys.stderr)
-        sys.exit(2)
+    if judged["usable"]:
+        return
+    (folder / "results.json").unlink()
+    told = "no control could be planted: give PersonaGym two personas or more"
+    if judged["planted_gap"] is not None:
+        gap = report.interval(*(judged[f"planted_gap{end}"] for end in ("", "_low", "_high")), "+")
+        told = (f"the start model's answers get {gap} grades more than under another persona's name: give another "
+                "--judge-model, or a start model that plays its personas")
+    print(f"run.py: {judged['judge']} cannot judge here: {told}", file=sys.stderr)
+    sys.exit(2)
+
+
+def identity(args) -> dict:
+    """What two commands must share to be parts of one experiment; arms and seeds may be added."""
+    names = ("model", "task", "eval_task", "personas", "problems", "questions", "fidelity_once", "personagym", "at",
+             "rest")
+    judge = {"judge_model": args.judge_model} if args.personagym else {}
+    return {name: getattr(args, name) for name in names} | judge | ({"steps": args.steps} if args.at == [None] else {})
+
+
+def check_identity(args) -> None:
+    """Ends the command where --out or results/NAME holds an experiment of other flags."""
+    for flag, folder in (("--out", args.out), ("--name", KEPT_IN / args.name)):
+        file, own = folder / "experiment.json", identity(args)
+        used = any(folder.glob("*/results.json")) or any(folder.glob("*/config.json*"))
+        there = json.loads(file.read_text()) if file.is_file() else {} if used else own
+        for key in [key for key in own | there if own.get(key) != there.get(key)]:
+            print(f"run.py: {folder} holds another experiment, with {key} {there.get(key)}, not {own.get(key)}: "
+                  f"give another {flag}", file=sys.stderr)
+            sys.exit(2)
 
 
 def markdown(head: list[str], *rows: list[str]) -> str:
@@ -217,7 +241,7 @@ def kept(name: str, step: int | None = None) -> tuple[dict, dict]:
         arms.setdefault(role, []).append(results)
     order = json.loads((folder / "compared" / stage(step) / "comparison.json").read_text())["arms"]
     arms = {role: arms[role] for role in order}
-    return arms, compare.side_by_side(arms)
+    return arms, compare.side_by_side(arms, looks=len(list(folder.glob("compared/step-*"))) or 1)
 
 
 def rebuild(name: str) -> None:
@@ -241,10 +265,16 @@ def write_page(name: str) -> None:
 
 
 def compared(folders: list[list[Path]], args) -> None:
-    """All arms at each checkpoint, kept with their page; folders: what `one_run` gave for each arm and seed."""
+    """All arms at each checkpoint, kept with their page; folders: what `one_run` gave for each arm and seed. What
+    results/NAME keeps of other arms and seeds is compared with them."""
+    own = {part for folder in folders for part in folder[0].parts}
+    for path in sorted((KEPT_IN / args.name).glob("*-seed*")):
+        others = [path / stage(step) for step in args.at]
+        if path.name not in own and all((other / "results.json").is_file() for other in others):
+            folders = [*folders, others]
     for step, at_step in zip(args.at, zip(*folders, strict=True), strict=True):
         folder = Path("compared") / stage(step)
-        call("evaluate.py", "--compare", *at_step, "--out", args.out / folder)
+        call("evaluate.py", "--compare", *at_step, "--looks", len(args.at), "--out", args.out / folder)
         keep(args.out / folder, KEPT_IN / args.name / folder)
     write_page(args.name)
 
@@ -270,12 +300,22 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders")
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
     p.add_argument("--rebuild", nargs="+", metavar="NAME", help="only: the kept comparisons again, from kept results")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores")
+    p.add_argument("--jobs", type=int, help="runs at a time, each on its share of the cores (default: 2, or 1 with "
+                                           "--processes)")
     p.add_argument("--processes", type=int, default=1, help="of torchrun, for a run's training; one a GPU")
     args, args.rest = p.parse_known_args(argv)
+    args.jobs = (1 if args.processes > 1 else 2) if args.jobs is None else args.jobs
     for name in ("jobs", "processes"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.processes > 1 < args.jobs:
+        p.error("--processes shares the GPUs among the ranks of one run: leave out --jobs")
+    for name in ("model", "task", "eval_task", "personas", "personagym"):
+        given = getattr(args, name)
+        if given and Path(given).exists():
+            setattr(args, name, str(Path(given).resolve()))     # the scripts run in the repository's root
+    own_file = any(map(tasks.is_local, (args.task, args.eval_task or args.task)))   # whose lines both may ask for
+    args.apart = ["--eval-task", args.eval_task] if args.eval_task and own_file else []
     args.eval_task = args.eval_task or args.task
     args.spoken = ["--fidelity", args.questions, "--start-model", args.model] if args.questions else []
     args.spoken += ["--personagym", args.personagym, "--judge-model", args.judge_model] if args.personagym else []
@@ -283,9 +323,21 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     if args.at != [None] and (args.at[0] < 1 or args.at != sorted(set(args.at))):
         p.error("--at takes steps from 1 on, each later than the one before")
     try:
-        told = settings(args.rest)                      # train.py's flags: a mistyped one is told before anything runs
+        for arm in args.arms:                           # train.py's flags: a mistyped one is told before anything runs
+            own = (ARMS | ABLATIONS)[arm]
+            own = own[:own.index("--personas")] if "--personas" in own else own
+            told = settings([*own, "--task", args.task, "--eval-problems", "0", *args.apart, *args.rest])
     except ValueError as error:
-        p.error(str(error))
+        p.error(f"{arm}: {error}")
+    if told.stop:
+        p.error("--stop ends the answers of trained models alone, and the start model's would go on: leave it out")
+    usual = settings([])
+    args.computes = [part for name in ("dtype", "device", "slots") if getattr(told, name) != getattr(usual, name)
+                     for part in (f"--{name}", getattr(told, name))] + ["--no-cuda-graphs"] * told.no_cuda_graphs
+    args.asked = ["--prompt", told.prompt, "--max-new-tokens", told.max_new_tokens]     # as the trained ones are
+    args.asked += ["--chat-template", told.chat_template] if told.chat_template else []
+    args.asked += ["--trained-on", args.task] if tasks.is_local(args.eval_task) else []
+    args.asked += ["--columns", told.columns] if told.columns else []
     if told.overlap and len(args.at) > 1:
         p.error("--at stops and resumes, which with --overlap is another run than one that goes through")
     return args
@@ -301,8 +353,12 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     args.flags = {arm: flags(arm, args.out) for arm in args.arms}
 
+    check_identity(args)
     if args.personagym:
-        check_judge(one_run("start", None, args)[0])
+        one_run("start", None, args)                    # whose answers say whether the judge can judge
+    for folder in (args.out, KEPT_IN / args.name):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "experiment.json", json.dumps(identity(args), indent=1) + "\n")
 
     # All arms of a seed first: stopped early, arms are comparable.
     todo = [("start", None), *((arm, seed) for seed in args.seeds for arm in args.arms)]

@@ -23,6 +23,7 @@ from common import files  # noqa: E402
 
 TRANSCRIPTS = "transcripts.jsonl"  # as evaluate.py writes it
 KEPT = "transcripts.json.gz"
+GRADED = ("personagym.jsonl", "judge.jsonl")  # with --personagym: the answers, the judge's replies
 TRAINING = ("metrics.jsonl", "config.json")  # of a run folder
 
 
@@ -52,13 +53,17 @@ def write_gzip(path: Path, text: str) -> None:
 
 
 def keep(folder: Path, target: Path) -> None:
-    """An evaluation's answers, from `folder` into the folder `target`."""
+    """An evaluation's answers, from `folder` into the folder `target`, PersonaGym's with its grades."""
     tables = compact(list(files.rows(folder / TRANSCRIPTS)))
     write_gzip(target / KEPT, json.dumps(tables, separators=(",", ":")))
+    for name in GRADED:
+        if (folder / name).is_file():
+            write_gzip(target / f"{name}.gz", (folder / name).read_text(encoding="utf-8"))
 
 
 def keep_training(run: Path, target: Path) -> None:
     """A run folder's metrics and settings, gzipped into `target` as they are."""
+    target.mkdir(parents=True, exist_ok=True)
     for name in TRAINING:
         write_gzip(target / f"{name}.gz", (run / name).read_text(encoding="utf-8"))
 

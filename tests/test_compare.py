@@ -54,7 +54,7 @@ def told(monkeypatch, **rows):
     """Hypotheses of two arms whose differences are made up: {score: (difference, low, high)}."""
     made = {name: {"first": 0.05, "second": 0.05 + row[0], "difference": row[0], "low": row[1], "high": row[2],
                    "detectable": 0.04} for name, row in rows.items()}
-    monkeypatch.setattr(claims, "difference", lambda a, b: made)
+    monkeypatch.setattr(claims, "difference", lambda a, b, level=0.95: made)
     return compare.side_by_side({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})["hypotheses"][0]
 
 
@@ -65,6 +65,21 @@ def test_stability_is_decided_by_the_spread_and_a_growing_harmful_gap_forbids_th
     got = told(monkeypatch, persona_sd=falls, harmful_gap=grows)
     assert got["verdict"] == "not shown" and "gap of harmful personas grows" in got["words"]
     assert told(monkeypatch, persona_sd=(0.04, 0.03, 0.05))["verdict"] == "opposite"
+
+
+def test_several_looks_at_h3_are_one_claim():
+    """The interval of 95 % leaves out 0, that of 98.3 % does not; what else is claimed has one look."""
+    draws = np.stack([np.linspace(-0.1, 0.0047, 2001)] * 2)
+    high = {level: measures.interval(draws, level)[1] for level in (0.95, 1 - 0.05 / 3)}
+    between = sum(high.values()) / 2
+    arms = {role: [results_of(RLVR, seed)] for seed, role in enumerate(("start", "rlvr", "permix"))}
+    made = {"persona_sd": (0.0, draws - between)}
+    zero = {"persona_sd": (0.0, np.zeros((2, 2001)))}
+    scores = {role: {"pss": 0.5, "pss_shuffled": 0.6} for role in arms}
+    for looks, verdict in ((1, "shown"), (3, "not shown")):
+        h1, _, h3, *_ = claims.hypotheses(arms, {"start": zero, "rlvr": zero, "permix": made}, scores, looks=looks)
+        assert h3["verdict"] == verdict and ("intervals of 98.3 %, for 3 looks" in h3["words"]) == (looks == 3)
+        assert "98.3" not in h1["words"]
 
 
 def test_character_is_decided_by_the_models_own_reading_where_it_was_measured():
@@ -288,7 +303,9 @@ def test_personagyms_grades_are_compared_over_the_same_personas():
     tasks = compare.averaged(arms["permix"], got["arms"]["permix"])["fidelity"]["personagym"]["tasks"]
     assert list(tasks.values()) == pytest.approx(np.mean(tables, axis=(0, 1)) + 1)
     arms["permix"][0]["fidelity"]["personagym"] |= {"usable": False}        # a judge that failed its controls
-    assert "persona_score" not in compare.side_by_side(arms)["differences"]["permix - rlvr"]
+    got = compare.side_by_side(arms)
+    assert "persona_score" not in got["differences"]["permix - rlvr"]
+    assert "personagym" not in compare.averaged(arms["permix"], got["arms"]["permix"])["fidelity"]
     arms["permix"][0]["fidelity"]["personagym"] |= {"judge": "another"}
     with pytest.raises(ValueError, match="differ in PersonaGym's 'judge' .some and another."):
         compare.side_by_side(arms)

@@ -17,6 +17,7 @@ import tasks
 import train
 from common import files
 from docs import anchors
+from evaluation import claims, report
 from results import transcripts
 from training import settings
 
@@ -99,8 +100,7 @@ def test_the_results_that_the_pages_show_are_those_that_were_measured():
     measured = (ROOT / "results" / "main" / "tables.md").read_text().splitlines()
     arms = [line for line in measured if re.match(r"\| [a-z+]+ \| \d", line)]
     assert len(arms) == 6
-    for page in ("README.md", "arithmetic.md"):
-        assert set(arms) <= set((ROOT / "results" / page).read_text().splitlines())
+    assert set(arms) <= set((ROOT / "results/README.md").read_text().splitlines())
     for name in ("early", "ablations", "pushed", "anchors", "sanity"):
         measured += (ROOT / "results" / name / "tables.md").read_text().splitlines()
     shown = [line for page in ("arithmetic.md", "sanity/README.md")
@@ -117,8 +117,30 @@ def test_each_number_of_the_results_page_is_one_of_the_results():
     facts = json.loads((ROOT / "results/facts/start/results.json").read_text())
     measured += "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * facts[f"persona_sd{end}"] for end in ("", "_low", "_high")))
     intervals = re.findall(r"[-+]?\d+\.\d+\s+\[[-+]?\d+\.\d+,\s+[-+]?\d+\.\d+\]", page)
-    assert len(intervals) > 30
+    assert len(intervals) >= 40
     assert not [one for one in intervals if " ".join(one.split()) not in " ".join(measured.split())]
+
+
+def test_the_verdicts_of_the_results_page_are_those_of_the_comparison():
+    """Each with the interval of the score that decides; H4's and H5's words narrow the verdict."""
+    page = (ROOT / "results" / "README.md").read_text()
+    rows = {name: (found, words) for name, found, words in re.findall(r"^\| (H\d) \| (.*?) \| (.*) \|$", page, re.M)}
+    told = json.loads((ROOT / "results/main/compared/comparison.json").read_text())
+    assert list(rows) == ["H1", "H2", "H3", "H4", "H5"]
+    for row, claim in zip(told["hypotheses"], claims.CLAIMS, strict=False):
+        name, first, second, score, *_ = claim
+        assert row["name"] == name and rows[name][0].startswith(row["verdict"])
+        d = told["differences"][f"{second} - {first}"][score]
+        apart = report.interval(d["difference"], d["low"], d["high"], "+", score).replace("\u00a0", " ")
+        assert apart in rows[name][1]
+    pushed = json.loads((ROOT / "results/pushed/compared/comparison.json").read_text())
+    d = pushed["differences"]["rlvr - start"]["persona_identification"]
+    assert report.interval(d["difference"], d["low"], d["high"], "+").replace("\u00a0", " ") in rows["H2"][1]
+    d = told["differences"]["permix+anchor - permix"]["persona_identification"]
+    gain = report.interval(d["difference"], d["low"], d["high"], "+").replace("\u00a0", " ")
+    assert f"the anchor's gain ({gain} over PerMix)" in " ".join(page.split())
+    shuffled = [told["arms"][arm]["pss_shuffled"] for arm in ("start", "rlvr")]
+    assert "from {:.2f} to {:.2f}".format(*shuffled) in " ".join(page.split())
 
 
 def test_each_number_that_the_readme_found_is_one_of_the_results():

@@ -542,15 +542,20 @@ def test_a_users_files_are_evaluated_whole_and_the_file_of_the_run_only_where_it
     held_out = [problem.id for problem in tasks.load(str(task), "test")]
     assert 0 < len(held_out) < 20
     warning = f"warning: the model was trained on all of {task}\n"
-    for trained, other, ids, said in (("arithmetic", None, [str(i) for i in range(1, 21)], ""),
-                                      (str(task), None, held_out, ""), (str(task), "x.jsonl", held_out, warning)):
+    every, told = [str(i) for i in range(1, 21)], ["--trained-on", str(task)]
+    for trained, other, flags, ids, said in (
+            ("arithmetic", None, [], every, ""), ("arithmetic", None, told, held_out, ""),
+            (str(task), None, [], held_out, ""), (str(task), "x.jsonl", [], held_out, warning),
+            (str(task), None, ["--trained-on", "gsm8k"], every, "")):
         settings = {"method": "permix", "seed": 0, "task": trained, "eval_task": other}
         (tmp_path / "run/config.json").write_text(json.dumps({"settings": settings}))
         (tmp_path / "run/metrics.jsonl").touch()
+        flags += ["--out", str(tmp_path / "out"), "--max-new-tokens", "2", "--dtype", "float32"]
         assert evaluate.main(["--model", str(tmp_path / "run/model"), "--task", str(task), "--personas", str(who),
-                              "--out", str(tmp_path / "out"), "--max-new-tokens", "2", "--dtype", "float32"]) == 0
+                              *flags]) == 0
         results = json.loads((tmp_path / "out/results.json").read_text())
-        assert [item["id"] for item in results["items"]] == ids and list(results["correct"]) == ["none", "w8", "w9"]
+        assert [item["id"] for item in results["items"]] == ids
+        assert list(results["correct"]) == ["none", "w8", "w9"]
         assert capsys.readouterr().err == (f"{said}{task}: {len(ids)} problems, golds: {len(ids)} text; "
                                            f"{who}: 2 personas, 2 x\n")
 

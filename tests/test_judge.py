@@ -201,6 +201,26 @@ def test_a_reply_without_a_score_is_asked_for_once_more_then_counted_as_one_and_
         got = judge.grade(rows, judge.endpoint(server.url, "m"), "m", tmp_path)
     assert got["asked_twice"] == CALLS and got["unparsed"] == 9 and got["calls"] == 2 * CALLS == server.requests
     assert [row["score"] for row in rows] == [1] * 5 + [5] * 5
+    assert got["usable"] is False and got["planted_gap"] is None  # of no answer both grades could be read
+
+
+def test_a_planted_control_without_a_score_is_no_low_grade(tmp_path):
+    """The judge likes everything, and says nothing of answers under another name."""
+    def reply(text):
+        persona = text.split("Character: ")[1].split("\n")[0]
+        return "Score: 4" if ANSWERS[persona] in text or "Linguistic Habits" in text else "no idea"
+
+    with Server(reply) as server:
+        got = judge.grade([dict(row) for row in ROWS], judge.endpoint(server.url, "m"), "m", tmp_path)
+    assert got["unparsed"] == 6 and got["planted_gap"] == 0 and got["usable"] is False
+
+
+def test_the_grades_carry_who_was_asked_what(tmp_path):
+    with Server(reader) as server:
+        asked = [judge.grade([row | more for row in ROWS], judge.endpoint(server.url, "m"), "m", tmp_path / str(i))
+                 for i, more in enumerate(({}, {"question": "And at dusk?"})) if (tmp_path / str(i)).mkdir() is None]
+    assert asked[0]["personas"] == ["a chemist", "a pirate"] and asked[0]["questions"] != asked[1]["questions"]
+    assert asked[0]["table"] == [[5] * 5] * 2
 
 
 def test_a_refused_key_ends_the_evaluation_at_once_with_one_plain_error(tmp_path):

@@ -193,6 +193,14 @@ def test_p26_no_text_to_test_shares_its_word_trigrams_with_a_text_to_train_on(na
     assert max(len(a & b) / len(a | b) for a in train for b in test) < most
 
 
+def test_pools_joined_by_plus_are_loaded_in_their_order_and_each_once():
+    both = personas.load("conflict-test+test")
+    assert both == [*personas.load("conflict-test"), *personas.load("test")]
+    for name in ("test+test", "test+nobody", "test+"):
+        with pytest.raises(ValueError, match="several joined by"):
+            personas.load(name)
+
+
 def test_p26_no_text_of_any_test_pool_can_be_trained_on():
     held_out = {p.text for p in personas.held_out()}
     assert len(held_out) == 24 + 30 + 24

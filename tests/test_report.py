@@ -258,8 +258,8 @@ def test_claims_untested_for_one_reason_share_a_row_and_the_lead_does_not_list_t
     rows = [{"name": name, "claim": f"claim {name}", "verdict": verdict, "words": words}
             for name, (verdict, words) in told.items()]
     assert report.claim_rows({"hypotheses": rows})[1:] == [
-        ["H2 claim H2", "shown", "1 → 2"], ["others\nH1 claim H1\nH3 claim H3", *missing],
-        ["others\nH4 claim H4", *unmeasured]]
+        ["H2 claim H2", "shown", "1 → 2"], ["H1 claim H1\nH3 claim H3", *missing],
+        ["H4 claim H4", *unmeasured]]
     arms = {role: arm(seed, role)[0] for seed, role in enumerate(("start", "permix"))}
     lead = report.finding(arms, {"hypotheses": rows})
     assert "Shown here: claim H2." in lead and "H1" not in lead and "nothing" not in lead

@@ -109,8 +109,8 @@ def test_the_papers_setting_is_one_that_both_scripts_take_and_a_given_flag_wins(
     small = run.flags_of(paper["flags"](["--small", "--questions", "3"]))
     assert (small.at, small.problems, small.questions, small.personas) == ([1, 2], 4, 3, args.personas)
     for one in (args, small):
-        train_flags = settings.settings(["--task", one.task, *one.rest])
-        assert train_flags.prompt == "cot" and {*one.arms} <= {*run.ARMS, *run.ABLATIONS}
+        assert settings.settings(["--task", one.task, *one.rest]).prompt == "cot"
+    assert args.asked[:4] == ["--prompt", "cot", "--max-new-tokens", 512]
     assert settings.settings(args.rest).max_new_tokens == 512 != settings.settings(small.rest).max_new_tokens
 
 
@@ -124,32 +124,118 @@ def test_every_command_of_the_experiments_pages_is_one_that_the_script_takes(run
     assert len(found) > 8 and any(one.processes > 1 for one in found)
 
 
-@pytest.mark.parametrize("usable", [True, False])
-def test_a_judge_that_fails_its_planted_controls_ends_the_experiment_before_any_training(
-        run, monkeypatch, tmp_path, capsys, usable):
-    monkeypatch.setitem(run.main.__globals__, "KEPT_IN", tmp_path)
-    called = []
+@pytest.fixture
+def scripts(run, monkeypatch, tmp_path):
+    """(calls, graded) of main with scripts that only write what main reads; results are kept in tmp_path/kept.
+
+    calls: (script, flags, processes). graded: PersonaGym's part of every results.json."""
+    calls, graded = [], {}
 
     def call(script, *flags, processes=1):
-        called.append(script)
-        folder = Path(flags[flags.index("--out") + 1])
-        folder.mkdir(parents=True)
-        judged = {"judge": "tiny", "usable": usable}
-        judged |= {"planted_gap": 0.1, "planted_gap_low": -0.1, "planted_gap_high": 0.3}
-        (folder / "results.json").write_text(json.dumps(
-            {"task": "arithmetic", "items": [0] * 50, "fidelity": {"personagym": judged}}))
-        (folder / "transcripts.jsonl").write_text("")
-        if len(called) > 1:
-            raise KeyboardInterrupt                         # the judge has passed, and training begins
+        calls.append((script, list(map(str, flags)), processes))
+        folder = Path(flags[flags.index("--out") + 1] if "--out" in flags else flags[flags.index("--resume") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "metrics.jsonl") if script == "train.py" else ("transcripts.jsonl",):
+            (folder / name).write_text("")
+        if script == "evaluate.py" and "--compare" not in flags:
+            (folder / "results.json").write_text(json.dumps({"fidelity": {"personagym": graded}}))
 
+    monkeypatch.setitem(run.main.__globals__, "KEPT_IN", tmp_path / "kept")
     monkeypatch.setitem(run.main.__globals__, "call", call)
-    argv = ["--personagym", "gym.jsonl", "--judge-model", "tiny", "--out", str(tmp_path / "runs"), "--jobs", "1"]
-    with pytest.raises(KeyboardInterrupt if usable else SystemExit) as stopped:
-        run.main(argv)
-    assert called[:2] == ["evaluate.py", *(["train.py"] if usable else [])]
-    if not usable:
-        assert stopped.value.code == 2
-        assert "tiny is no judge: answers get +0.100 [-0.100,\u00a0+0.300] grades more" in capsys.readouterr().err
+    monkeypatch.setitem(run.main.__globals__, "write_page", lambda name: None)
+    return calls, graded
+
+
+def main_of(run, tmp_path, *flags):
+    run.main(["--out", str(tmp_path / "runs"), "--name", "some", "--jobs", "1", "--arms", "rlvr", "permix", *flags])
+
+
+def asked_by(calls, script, folder):
+    """The flags of a script whose --out ends so."""
+    [found] = [flags for name, flags, _ in calls if name == script and "--out" in flags
+               and flags[flags.index("--out") + 1].endswith(folder)]
+    return found
+
+
+def test_the_scripts_are_called_as_the_flags_say(run, scripts, tmp_path):
+    calls, graded = scripts
+    graded |= {"usable": True}
+    main_of(run, tmp_path, "--seeds", "4", "--at", "2", "5", "--fidelity-once", "--questions", "3", "--model", "some",
+            "--personagym", "gym", "--judge-model", "judge", "--processes", "2", "--slots", "7", "--eval-task", "facts")
+    assert all("2" in str(processes) for script, _, processes in calls if script == "train.py")
+    spoken = ["--fidelity", "3", "--start-model", "some", "--personagym", "gym", "--judge-model", "judge"]
+    for folder, speaks in (("runs/start", True), ("rlvr-seed4/evaluation/step-2", False),
+                           ("permix-seed4/evaluation/step-5", True)):
+        flags = asked_by(calls, "evaluate.py", folder)
+        assert (" ".join(spoken) in " ".join(flags)) == speaks and ("--fidelity" in flags) == speaks
+        assert "--slots 7" in " ".join(flags) and flags[flags.index("--task") + 1] == "facts"
+    [first, second] = [flags for script, flags, _ in calls if script == "train.py" and "permix-seed4" in str(flags)]
+    assert first[first.index("--task") + 1] == "arithmetic" and "--eval-task" not in first
+    assert second == ["--resume", str(tmp_path / "runs/permix-seed4"), "--steps", "5"]
+    compared = [flags for script, flags, _ in calls if "--compare" in flags]
+    assert len(compared) == 2 and all(flags[flags.index("--looks") + 1] == "2" for flags in compared)
+    kept = tmp_path / "kept/some/permix-seed4"
+    assert (kept / "metrics.jsonl.gz").is_file() and (kept / "step-2/results.json").is_file()
+
+
+def test_a_file_is_asked_of_the_start_model_without_the_lines_that_are_trained_on(run, scripts, tmp_path, monkeypatch):
+    calls, _ = scripts
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    mine = str(tmp_path / "mine.jsonl")                         # the scripts run elsewhere
+    main_of(run, tmp_path, "--seeds", "0", "--task", "mine.jsonl", "--dtype", "float32")
+    start, trained = (asked_by(calls, "evaluate.py", folder) for folder in ("runs/start", "rlvr-seed0/evaluation"))
+    assert start[start.index("--task") + 1] == mine == start[start.index("--trained-on") + 1]
+    assert "--trained-on" not in trained and all("--dtype float32" in " ".join(flags) for flags in (start, trained))
+    calls.clear()
+    run.main(["--out", str(tmp_path / "two"), "--name", "two", "--arms", "rlvr", "--seeds", "0",
+              "--eval-task", "mine.jsonl", "--questions", "0"])
+    flags = asked_by(calls, "train.py", "two/rlvr-seed0")
+    assert flags[flags.index("--eval-task") + 1] == mine        # so that train.py keeps it apart
+    assert not any("--fidelity" in flags or "--start-model" in flags for _, flags, _ in calls)
+
+
+def test_experiments_of_other_flags_share_no_folder_and_seeds_can_be_added(run, scripts, tmp_path, capsys):
+    calls, _ = scripts
+    main_of(run, tmp_path, "--seeds", "0")
+    calls.clear()
+    for other in (["--task", "facts"], ["--eval-task", "facts"], ["--problems", "5"], ["--learning-rate", "1e-4"],
+                  ["--steps", "3"], ["--model", "other"], ["--questions", "1"], ["--personas", "train"]):
+        with pytest.raises(SystemExit, match="2"):
+            main_of(run, tmp_path, "--seeds", "0", *other)
+        assert "holds another experiment, with " in capsys.readouterr().err and not calls
+    main_of(run, tmp_path, "--seeds", "1")
+    [compared] = [flags for _, flags, _ in calls if "--compare" in flags]
+    for one in ("runs/rlvr-seed1", "runs/permix-seed1", "kept/some/rlvr-seed0", "kept/some/permix-seed0"):
+        assert [one in flag for flag in compared].count(True) == 1
+    (tmp_path / "kept/some/experiment.json").unlink()           # of nobody knows what
+    with pytest.raises(SystemExit, match="2"):
+        main_of(run, tmp_path, "--seeds", "0")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--processes", "2", "--jobs", "2"], "leave out --jobs"), (["--stop", "x"], "would go on"),
+    (["--arms", "sft", "--temperature", "1", "--loss", "nope"], "invalid choice"), (["--jobs", "0"], "at least 1")])
+def test_flags_that_cannot_be_meant_are_refused(run, capsys, flags, says):
+    with pytest.raises(SystemExit, match="2"):
+        run.flags_of(flags)
+    assert says in capsys.readouterr().err
+    assert run.flags_of(["--processes", "2"]).jobs == 1 and run.flags_of([]).jobs == 2
+
+
+@pytest.mark.parametrize("gap", [None, 0.1])
+def test_a_judge_that_fails_its_planted_controls_ends_the_experiment_before_any_training(
+        run, scripts, tmp_path, capsys, gap):
+    calls, graded = scripts
+    graded |= {"judge": "tiny", "usable": False, "planted_gap": gap, "planted_gap_low": -0.1, "planted_gap_high": 0.3}
+    with pytest.raises(SystemExit, match="2"):
+        main_of(run, tmp_path, "--personagym", "gym", "--judge-model", "tiny")
+    said = "no control could be planted" if gap is None else "get +0.100 [-0.100,\u00a0+0.300] grades more than under"
+    assert "tiny cannot judge here: " in (err := capsys.readouterr().err) and said in err
+    assert [script for script, _, _ in calls] == ["evaluate.py"] and not (tmp_path / "kept").exists()
+    graded |= {"usable": True}                                  # another judge: the start model is asked again
+    main_of(run, tmp_path, "--personagym", "gym", "--judge-model", "better", "--seeds", "0")
+    assert [script for script, _, _ in calls[1:]] == ["evaluate.py", *["train.py", "evaluate.py"] * 2, "evaluate.py"]
 
 
 # -- what a run keeps ------------------------------------------------------------------------------
@@ -233,7 +319,7 @@ def stages(run, tiny_folder, tmp_path_factory):
     args.out.mkdir()
     args.flags = {arm: run.flags(arm, args.out) for arm in args.arms}
 
-    def call(script, *flags):
+    def call(script, *flags, processes=1):
         calls.append((script, *map(str, flags)))
         assert {"train.py": train, "evaluate.py": evaluate}[script].main(list(map(str, flags))) == 0
 
@@ -290,8 +376,6 @@ def test_what_is_kept_is_not_run_again_where_its_run_folder_is_gone(run, stages)
     assert len(calls) == before and folders[0] == [target / "start"] * 2
     assert folders[1] == [target / "rlvr-seed0" / step for step in ("step-1", "step-3")]
     moved.rename(args.out)
-    others = {"eval_task": "facts"}, {"problems": 5}         # of another experiment under the same name
-    assert not any(run.done_before(target / "start", SimpleNamespace(**vars(args) | other)) for other in others)
 
 
 @pytest.mark.slow
@@ -312,7 +396,7 @@ def test_the_page_has_a_part_for_each_checkpoint_and_is_rebuilt_from_what_is_kep
                                          (["12", "12"], "each later"), (["12", "34", "--overlap"], "another run")])
 def test_checkpoints_that_cannot_be_had_are_refused(run, given, says, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run.flags_of(["--at", *given])
+        run.flags_of(["--arms", "rlvr", "--at", *given])
     assert says in capsys.readouterr().err
 
 
@@ -357,6 +441,13 @@ def test_the_interval_of_a_curve_is_students_t_over_the_seeds():
     half = 4.3027 * np.std([0, 0.01, 0.05], ddof=1) / np.sqrt(3)
     assert found["difference"] == pytest.approx(0.02)
     assert [found["low"], found["high"]] == pytest.approx([0.02 - half, 0.02 + half], abs=0.2 * half)
+
+
+def test_a_measure_of_the_last_checkpoint_alone_has_no_curve():
+    made = comparisons(rlvr=[[(0.4, 0.08), (0.6, 0.04)]], permix=[[(0.5, 0.04), (0.7, 0.0)]])
+    for scores in made[34]["arms"].values():
+        scores["persona_identification"] = 0.5
+    assert len(curves.plot(made).axes) == 1 and list(curves.differences(made)) == ["persona_sd"]
 
 
 def test_the_picture_begins_each_arm_at_the_start_model():

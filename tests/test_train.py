@@ -953,6 +953,8 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
                         ([*evaluates, "--eval-pool", "train"], "144 of the evaluation's personas, such as"),
                         ([*evaluates, "--task", str(tmp_path / "a.jsonl"), "--eval-task", str(tmp_path / "b.jsonl")],
                          "1 of the evaluation's 1 questions are trained on"),
+                        (["--eval-problems", "0", "--task", str(tmp_path / "a.jsonl"),
+                          "--eval-task", str(tmp_path / "b.jsonl")], "1 of the evaluation's 1 questions"),
                         (["--personas", "conflict-test"], "30 of the evaluation's personas"),
                         (["--personas", "paraphrases-test"], "24 of the evaluation's personas"),
                         (["--tracker", "wandb"], "pip install wandb"),
@@ -1177,6 +1179,7 @@ def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
     (["--overlap", "--save-every", "1"], ["--save-every", "2"]), (["--profile", "--steps", "2"], ["--steps", "3"]),
     (["--eval-personas", "3", "--eval-problems", "0"], ["--eval-problems", "1"]),
     (["--eval-task", "facts", "--eval-problems", "0"], ["--eval-problems", "1"]),
+    (["--eval-task", "facts", "--eval-problems", "0"], ["--task", "own.jsonl"]),    # it is not trained on
     (["--unset", "kl"], None), (["--warmup", "50"], ["--steps", "50"])])
 def test_p31_a_flag_without_work_is_named_at_the_start(capsys, flags, work):
     train.settings(flags)

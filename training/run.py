@@ -84,7 +84,7 @@ def read(args) -> Job:
     tasks.check_columns(args.columns, args.task, args.eval_task or args.task)
     problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args),
                           columns=args.columns)
-    held_out = held_out_of(args, problems) if args.eval_problems else None
+    held_out = held_out_of(args, problems) if args.eval_problems or args.eval_task else None
     problems = tasks.put(problems, args.prompt)
     pool = personas.load(args.personas, "train")
     tested = personas.held_out() + personas.load(args.eval_pool, "test")
@@ -110,12 +110,12 @@ def read(args) -> Job:
         case _:
             author = model
     job = Job(args, loss_of(args), sampling, model, author, reference, tokenizer, problems, pool,
-              rewarder, held_out)
+              rewarder, held_out if args.eval_problems else None)
     check(job)
     if not ranks()[0]:
         wait()
     note(f"{tasks.counts(args.task, problems)}; {personas.counts(args.personas, pool)}")
-    if held_out:
+    if job.held_out:
         note(f"evaluation: {tasks.counts(args.eval_task or args.task, held_out[0])}; "
              f"{personas.counts(args.eval_pool, held_out[1])}")
     return job
@@ -202,8 +202,8 @@ def held_out_of(args, trained: list[tasks.Problem],
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
     training. Raises ValueError where a file asks what is trained on."""
     asked = args.eval_task or args.task
-    problems = tasks.load(asked, "test", 0, args.eval_problems, whole=not split_between(args),
-                          columns=args.columns)
+    problems = tasks.load(asked, "test", 0, args.eval_problems or None,
+                          whole=not split_between(args), columns=args.columns)
     if tasks.is_local(args.task) or tasks.is_local(asked):
         tasks.check_disjoint(trained, problems)
     pool = personas.load(args.eval_pool, "test")
