@@ -284,13 +284,14 @@ DECIDES = (*bands.SAME, "method", "steps", "persona_prob", "mix", "personas", "a
 
 def in_line(args, after: dict) -> list[str]:
     """What to say of a run with train.py's own settings, a line: its mean accuracy beside that of
-    the runs in results/main, on the problems and personas of both. Of another run, nothing.
+    the runs in results/job (of another method: results/main), on the problems and personas of both.
+    Of another run, nothing.
 
     In line is within three standard deviations over the kept seeds.
     """
-    own, kept = vars(settings(["--method", args.method])), bands.RESULTS / "main"
-    runs = [json.loads(file.read_text())
-            for file in sorted(kept.glob(f"{args.method}-seed*/results.json"))]
+    own, files = vars(settings(["--method", args.method])), f"{args.method}-seed*/results.json"
+    kept = [*bands.RESULTS.glob(f"job/{files}")] or [*bands.RESULTS.glob(f"main/{files}")]
+    runs = [json.loads(file.read_text()) for file in sorted(kept)]
     if len(runs) < 3 or any(getattr(args, name) != own[name] for name in DECIDES):
         return []
     names = runs[0]["correct"].keys() & {row["name"] for row in after["personas"][1:]}
