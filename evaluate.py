@@ -263,6 +263,9 @@ def one_arm(args):
     if args.reward:                                     # refused before anything is spent
         rewards.Rewarder(args.reward, args.reward_seconds).close()
     personas = pool.load(args.personas, "test")
+    if args.trained_on and not tasks.is_file_of(args.task, args.trained_on):
+        raise ValueError(f"--trained-on {args.trained_on} is not the file that is asked, "
+                         f"{args.task}: leave it out")
     trained_on = tasks.is_file_of(args.task, args.trained_on or trained.get("task"))
     tasks.check_columns(args.columns, args.task)
     columns = args.columns or (trained.get("columns") if trained_on else None)

@@ -299,8 +299,8 @@ def run(args) -> None:
                     args.optimizer == "adamw8bit")
     if not args.micro_tokens:                           # as --memory allows
         plan(policy, job)
-    out, evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
-    with told(args, out), job.stop.heard():
+    (out, alone), evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
+    with alone, told(args, out), job.stop.heard():
         if evaluates:
             if talks:
                 print(f"run folder {out}; evaluating before training", file=sys.stderr)

@@ -4,13 +4,14 @@ A run may be killed at any moment. The old file is then still there, and nothing
 Only logs grow line by line: a torn last line is skipped (`rows`).
 """
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -60,6 +61,25 @@ def whole_folder(target: Path):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def claim(folder: Path) -> ExitStack:
+    """Nobody else's until the result is closed: an exclusive lock, which a killed process loses.
+
+    ValueError where another process has the folder. A file system without locks gives none.
+    """
+    held = ExitStack()
+    descriptor = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise ValueError(f"another process works in {folder}: wait until it has ended, or stop "
+                         "it") from error
+    except OSError:
+        pass
+    return held
 
 
 def append(file, row: dict) -> None:

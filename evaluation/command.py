@@ -23,8 +23,8 @@ def parse(argv):
         help="arithmetic, facts, svamp, gsm8k, math, math500, reasoning-gym:NAME, a .jsonl file or "
              "a folder")
     add("--trained-on", metavar="TASK",
-        help="of a file: without the lines that training on TASK takes (default: the task of the "
-             "model's run)")
+        help="of a file: it was trained on, so without the lines that training takes (default: the "
+             "task of the model's run)")
     add("--columns", help="of a file or folder: question=COLUMN,answer=COLUMN (default: as in the "
                           "model's run)")
     add("--personas", default="test",

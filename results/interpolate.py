@@ -43,6 +43,8 @@ def main(argv=None) -> int:
     try:
         if not 0 <= args.share <= 1:
             raise ValueError(f"--share must lie in [0, 1], not {args.share}")
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise ValueError(f"--out {args.out} is there already: give the name of a new folder")
         start, _ = weights.load(args.start, "float32", "cpu")
         trained, tokenizer = weights.load(args.trained, "float32", "cpu")
         weights.save(interpolate(start, trained, args.share), tokenizer, args.out)

@@ -48,4 +48,4 @@ def flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run.command(flags(sys.argv[1:]))
+    sys.exit(run.run(flags(sys.argv[1:])))

@@ -304,17 +304,24 @@ def evaluations(folder: Path) -> list[Path]:
 
 def read_all(args, train: list[dict] | None, name: str, people: dict) -> dict:
     """{reader: {run: its arm, checkpoint, seed and tables}}: this reader's part of --out, to which
-    the runs that it has not read are added. ValueError where a persona is not among `people`."""
+    the runs that it has not read are added. ValueError where a persona is not among `people`, or
+    there are two tasks."""
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    reader = None
-    for folder in evaluations(args.folder):
+    reader, folders = None, evaluations(args.folder)
+    found = {compare.read_arm(folder)[1].get("task", "?") for folder in folders}
+    if len(found) > 1:
+        raise ValueError(f"{args.folder} holds evaluations of {', '.join(sorted(found))}: give the "
+                         "folder of one experiment")
+    for folder in folders:
         rows = answers(folder, seed=args.seed)
         asked_of = list(dict.fromkeys(row["question"] for row in rows))[:args.questions]
         rows = [row for row in rows if row["question"] in asked_of]
         if not rows:
             continue                                    # an evaluation without role-play
         run = folder.relative_to(args.folder).as_posix()
-        same = zlib.crc32(json.dumps([rows, train]).encode())   # what changed is read again
+        texts = {name: person.text for name, person in people.items()}
+        asked = [rows, train, texts, args.seed if args.control else 0]
+        same = zlib.crc32(json.dumps(asked).encode())           # what changed is read again
         if kept.get(name, {}).get(run, {}).get("answers") == same:
             continue
         if unknown := {name for row in rows for name in row["candidates"]} - people.keys():
@@ -384,12 +391,14 @@ def main(argv: list[str] | None = None) -> int:
     args.out = args.out or args.folder / "readers.json"
     try:
         people = {person.name: person for person in personas.load(args.personas)}
+        if args.questions is not None and args.questions < 1:
+            raise ValueError(f"--questions must be at least 1, not {args.questions}")
         train = training_rows(args.train) if args.train else None
         name = args.reader + (f" trained on {args.train.stem}" if train else "")
         name += f", {args.questions} questions" if args.questions else ""
         name += f", {args.control}" if args.control else ""
         found = read_all(args, train, name, people)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:            # EOFError: a .gz cut short
         print(f"results/readers.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for label, runs in found.items():

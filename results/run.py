@@ -32,41 +32,20 @@ import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_IN = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
-import personas  # noqa: E402
-import tasks  # noqa: E402
-from common.files import write_atomically  # noqa: E402
+from common.command import one_line  # noqa: E402
+from common.files import claim, write_atomically  # noqa: E402
 from evaluation import compare, plots, report  # noqa: E402
-from results import curves, transcripts  # noqa: E402
-from training.settings import settings  # noqa: E402
+from results import arms, command, curves, transcripts  # noqa: E402
 
-ARMS = {
-    "sft": ["--method", "sft"],
-    "distill": ["--method", "distill"],
-    "rlvr": ["--method", "rlvr"],
-    "permix": ["--method", "permix"],
-    "permix+anchor": ["--method", "permix", "--anchor-coef", "0.5"],
-}
-ABLATIONS = {
-    "rlvr+anchor": ["--method", "rlvr", "--anchor-coef", "0.5"],
-    "rlvr+kl": ["--method", "rlvr", "--kl-coef", "0.03"],
-    "permix+kl": ["--method", "permix", "--kl-coef", "0.03"],
-    "rlvr+paraphrases": ["--method", "permix", "--personas", "paraphrases-train"],      # prompts vary, nobody speaks
-    "permix+anchor, 1 a step": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-count", "1"],
-    **{f"rho={rho}": ["--method", "permix", "--persona-prob", rho] for rho in ("0.25", "0.5", "0.75", "1.0")},
-    "per rollout": ["--method", "permix", "--mix", "rollout"],
-    **{f"kl={beta}": ["--method", "permix", "--kl-coef", beta] for beta in ("0.03", "0.1")},
-    **{f"personas={n}": ["--method", "permix", "--personas", n] for n in ("1", "4", "16", "64")},
-    **{f"lora={rank}": ["--method", "permix", "--lora-rank", rank] for rank in ("1", "8", "16", "64")},
-    "adamw8bit": ["--method", "permix", "--optimizer", "adamw8bit"],
-}
 KEPT = ("comparison.json", "stability_against_fidelity.png", "stability_against_accuracy.png",
         "learning_curves.png")                                                          # of a comparison
 
@@ -92,7 +71,7 @@ def call(script: str, *flags, processes: int = 1) -> None:
     """Runs a script of ours. CalledProcessError where it fails; it has told why."""
     print("$", script, *flags, flush=True)
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    subprocess.run([sys.executable, *map(str, (*several, script, *flags))], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *map(str, (*several, ROOT / script, *flags))], check=True)
 
 
 def evaluated(model, arm: str, folder: Path, args, speaks: bool = True) -> Path:
@@ -102,17 +81,6 @@ def evaluated(model, arm: str, folder: Path, args, speaks: bool = True) -> Path:
              args.problems, "--method", arm, "--out", folder, *args.computes, *(args.spoken if speaks else []),
              *(args.asked if arm == "start" else []))
     return folder
-
-
-def flags(arm: str, out: Path) -> list[str]:
-    """Those of train.py for an arm; a number of personas becomes a file of as many, evenly from the strata."""
-    *rest, last = (ARMS | ABLATIONS)[arm]
-    if rest[-1] != "--personas" or not last.isdigit():
-        return [*rest, last]
-    file = out / f"{last}-personas.jsonl"
-    chosen = personas.few(personas.load("train"), int(last))
-    file.write_text("".join(json.dumps(vars(persona)) + "\n" for persona in chosen))
-    return [*rest, str(file)]
 
 
 def stage(step: int | None) -> str:
@@ -170,6 +138,17 @@ def one_run(arm: str, seed: int | None, args) -> list[Path]:
     return folders
 
 
+def alone(arm: str, seed: int, args) -> list[Path]:
+    """one_run, unless another one has failed, which ends the command."""
+    if args.failed.is_set():
+        raise CancelledError
+    try:
+        return one_run(arm, seed, args)
+    except BaseException:
+        args.failed.set()
+        raise
+
+
 def check_judge(folder: Path) -> None:
     """Ends the experiment before any training where the judge fails its planted controls on the start model's answers.
     These results are not kept: the next command, with another judge, asks again."""
@@ -182,28 +161,7 @@ def check_judge(folder: Path) -> None:
         gap = report.interval(*(judged[f"planted_gap{end}"] for end in ("", "_low", "_high")), "+")
         told = (f"the start model's answers get {gap} grades more than under another persona's name: give another "
                 "--judge-model, or a start model that plays its personas")
-    print(f"run.py: {judged['judge']} cannot judge here: {told}", file=sys.stderr)
-    sys.exit(2)
-
-
-def identity(args) -> dict:
-    """What two commands must share to be parts of one experiment; arms and seeds may be added."""
-    names = ("model", "task", "eval_task", "personas", "problems", "questions", "fidelity_once", "personagym", "at",
-             "rest")
-    judge = {"judge_model": args.judge_model} if args.personagym else {}
-    return {name: getattr(args, name) for name in names} | judge | ({"steps": args.steps} if args.at == [None] else {})
-
-
-def check_identity(args) -> None:
-    """Ends the command where --out or results/NAME holds an experiment of other flags."""
-    for flag, folder in (("--out", args.out), ("--name", KEPT_IN / args.name)):
-        file, own = folder / "experiment.json", identity(args)
-        used = any(folder.glob("*/results.json")) or any(folder.glob("*/config.json*"))
-        there = json.loads(file.read_text()) if file.is_file() else {} if used else own
-        for key in [key for key in own | there if own.get(key) != there.get(key)]:
-            print(f"run.py: {folder} holds another experiment, with {key} {there.get(key)}, not {own.get(key)}: "
-                  f"give another {flag}", file=sys.stderr)
-            sys.exit(2)
+    raise ValueError(f"{judged['judge']} cannot judge here: {told}")
 
 
 def markdown(head: list[str], *rows: list[str]) -> str:
@@ -235,13 +193,15 @@ def kept_comparisons(name: str) -> dict:
 
 def kept(name: str, step: int | None = None) -> tuple[dict, dict]:
     """({arm: its results, one a training seed}, their comparison) of what results/NAME keeps, of one checkpoint."""
-    arms, folder = {}, KEPT_IN / name
-    for file in sorted({*folder.glob(f"*/{stage(step)}/results.json"), folder / "start" / "results.json"}):
-        role, results = compare.read_arm(file.parent)
-        arms.setdefault(role, []).append(results)
+    found, folder = {}, KEPT_IN / name
+    stages = [path.name for path in folder.glob("compared/step-*")] or [""]
+    for path in sorted(path for path in folder.iterdir() if path.name not in ("start", "compared")):
+        if all((path / other / "results.json").is_file() for other in stages):  # a run that is done
+            role, results = compare.read_arm(path / stage(step))
+            found.setdefault(role, []).append(results)
+    found["start"] = [compare.read_arm(folder / "start")[1]]
     order = json.loads((folder / "compared" / stage(step) / "comparison.json").read_text())["arms"]
-    arms = {role: arms[role] for role in order}
-    return arms, compare.side_by_side(arms, looks=len(list(folder.glob("compared/step-*"))) or 1)
+    return (found := {role: found[role] for role in order}), compare.side_by_side(found, looks=len(stages))
 
 
 def rebuild(name: str) -> None:
@@ -251,16 +211,16 @@ def rebuild(name: str) -> None:
         shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
         plot = plots.tradeoff(shown, comparison["runs"])
         plot.savefig(folder / "stability_against_fidelity.png", dpi=160)
-        (folder / "comparison.json").write_text(json.dumps(comparison, indent=1))
+        write_atomically(folder / "comparison.json", json.dumps(comparison, indent=1))
     write_page(name)
 
 
 def write_page(name: str) -> None:
     """tables.md of the kept comparisons; with --at also compared/curves.json and its picture."""
     folder, comparisons = KEPT_IN / name, kept_comparisons(name)
-    (folder / "tables.md").write_text(page(comparisons))
+    write_atomically(folder / "tables.md", page(comparisons))
     if None not in comparisons:
-        (folder / "compared" / "curves.json").write_text(json.dumps(curves.differences(comparisons), indent=1))
+        write_atomically(folder / "compared" / "curves.json", json.dumps(curves.differences(comparisons), indent=1))
         curves.plot(comparisons).savefig(folder / "compared" / "curves.png", dpi=160)
 
 
@@ -280,105 +240,56 @@ def compared(folders: list[list[Path]], args) -> None:
 
 
 def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; `rest` are train.py's flags, `at` the evaluated checkpoints (None: the end)."""
-    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *ABLATIONS], help="trained arms")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds of each")
-    p.add_argument("--steps", type=int, default=34, help="of training")
-    p.add_argument("--at", nargs="+", type=int, metavar="STEP",
-                   help="evaluate after each of these steps; the last ends the training, whatever --steps says")
-    p.add_argument("--model", default="smollm2-135m", help="start model")
-    p.add_argument("--task", default="arithmetic", help="trained on")
-    p.add_argument("--eval-task", help="evaluated on (default: --task's test problems)")
-    p.add_argument("--personas", default="test", help="of the evaluation")
-    p.add_argument("--problems", type=int, default=50, help="held-out problems")
-    p.add_argument("--questions", type=int, default=8, help="open questions for fidelity; 0: none")
-    p.add_argument("--fidelity-once", action="store_true", help="open questions after the last step of --at alone")
-    p.add_argument("--personagym", metavar="FILE", help="PersonaGym's questions, graded by --judge-model")
-    p.add_argument("--judge-model", default="smollm2-135m", help="a model in the process of evaluate.py")
-    p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders")
-    p.add_argument("--name", default="main", help="results are kept in results/NAME")
-    p.add_argument("--rebuild", nargs="+", metavar="NAME", help="only: the kept comparisons again, from kept results")
-    p.add_argument("--jobs", type=int, help="runs at a time, each on its share of the cores (default: 2, or 1 with "
-                                           "--processes)")
-    p.add_argument("--processes", type=int, default=1, help="of torchrun, for a run's training; one a GPU")
-    args, args.rest = p.parse_known_args(argv)
-    args.jobs = (1 if args.processes > 1 else 2) if args.jobs is None else args.jobs
-    for name in ("jobs", "processes"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.processes > 1 < args.jobs:
-        p.error("--processes shares the GPUs among the ranks of one run: leave out --jobs")
-    for name in ("model", "task", "eval_task", "personas", "personagym"):
-        given = getattr(args, name)
-        if given and Path(given).exists():
-            setattr(args, name, str(Path(given).resolve()))     # the scripts run in the repository's root
-    own_file = any(map(tasks.is_local, (args.task, args.eval_task or args.task)))   # whose lines both may ask for
-    args.apart = ["--eval-task", args.eval_task] if args.eval_task and own_file else []
-    args.eval_task = args.eval_task or args.task
-    args.spoken = ["--fidelity", args.questions, "--start-model", args.model] if args.questions else []
-    args.spoken += ["--personagym", args.personagym, "--judge-model", args.judge_model] if args.personagym else []
-    args.at = args.at or [None]
-    if args.at != [None] and (args.at[0] < 1 or args.at != sorted(set(args.at))):
-        p.error("--at takes steps from 1 on, each later than the one before")
-    try:
-        for arm in args.arms:                           # train.py's flags: a mistyped one is told before anything runs
-            own = (ARMS | ABLATIONS)[arm]
-            own = own[:own.index("--personas")] if "--personas" in own else own
-            told = settings([*own, "--task", args.task, "--eval-problems", "0", *args.apart, *args.rest])
-    except ValueError as error:
-        p.error(f"{arm}: {error}")
-    if told.stop:
-        p.error("--stop ends the answers of trained models alone, and the start model's would go on: leave it out")
-    usual = settings([])
-    args.computes = [part for name in ("dtype", "device", "slots") if getattr(told, name) != getattr(usual, name)
-                     for part in (f"--{name}", getattr(told, name))] + ["--no-cuda-graphs"] * told.no_cuda_graphs
-    args.asked = ["--prompt", told.prompt, "--max-new-tokens", told.max_new_tokens]     # as the trained ones are
-    args.asked += ["--chat-template", told.chat_template] if told.chat_template else []
-    args.asked += ["--trained-on", args.task] if tasks.is_local(args.eval_task) else []
-    args.asked += ["--columns", told.columns] if told.columns else []
-    if told.overlap and len(args.at) > 1:
-        p.error("--at stops and resumes, which with --overlap is another run than one that goes through")
+    args = command.parse(argv, __doc__.split("\n")[0])
+    args.failed = threading.Event()
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
+    """ValueError or OSError, in one line, before anything is spent where that is possible."""
     args = flags_of(argv)
     if args.rebuild:
         for name in args.rebuild:
             rebuild(name)
         return
-    args.out, began = args.out.resolve(), time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.flags = {arm: flags(arm, args.out) for arm in args.arms}
-
-    check_identity(args)
-    if args.personagym:
-        one_run("start", None, args)                    # whose answers say whether the judge can judge
-    for folder in (args.out, KEPT_IN / args.name):
+    args.out, began, kept_in = args.out.resolve(), time.time(), KEPT_IN / args.name
+    command.check_identity(args, kept_in)
+    command.check_inputs(args)
+    for folder in (args.out, kept_in):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "experiment.json", json.dumps(identity(args), indent=1) + "\n")
+        write_atomically(folder / "experiment.json", json.dumps(command.identity(args), indent=1) + "\n")
+    args.flags = {arm: arms.flags(arm, args.out) for arm in args.arms}
 
-    # All arms of a seed first: stopped early, arms are comparable.
-    todo = [("start", None), *((arm, seed) for seed in args.seeds for arm in args.arms)]
-    with workers(args.jobs) as pool:
-        try:
-            folders = [future.result() for future in [pool.submit(one_run, *one, args) for one in todo]]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    compared(folders, args)
+    # The start model first, which says whether the judge can judge. Then all arms of a seed: stopped early, arms are
+    # comparable.
+    with claim(args.out):
+        folders = [one_run("start", None, args)]
+        todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
+        with workers(args.jobs) as pool:
+            try:
+                folders += [future.result() for future in [pool.submit(alone, *one, args) for one in todo]]
+            except BaseException:
+                args.failed.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        compared(folders, args)
     print(f"{time.time() - began:.0f} seconds; everything is in {args.out}")
 
 
-def command(argv: list[str]) -> None:
-    """main, where the failure of a script that it calls, which has told why, is the exit code."""
+def run(argv: list[str]) -> int:
+    """main, as a command: the exit code, and one line for what went wrong."""
     try:
         main(argv)
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+    except subprocess.CalledProcessError as error:          # the script has told why
+        return error.returncode
+    except (ValueError, OSError) as error:
+        print(f"run.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run.py: stopped; the same command goes on where this one was", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    sys.exit(run(sys.argv[1:]))

@@ -110,8 +110,9 @@ def evaluated(args) -> dict:
         raise ValueError(f"{file} does not say how long answers are: give another --out")
     asked = {key: getattr(args, key) for key in ("model", "task", "prompt", "max_new_tokens")}
     names = [persona.name for persona in evaluate.pool.load(args.personas, "test")]
+    known = len(evaluate.tasks.load(args.task, "test", 0, args.problems, whole=True))   # a file may have fewer
     there = results | {"problems": len(results["items"]), "personas": list(results["correct"])[1:]}
-    for key, value in (asked | {"problems": args.problems, "personas": names}).items():
+    for key, value in (asked | {"problems": known, "personas": names}).items():
         if there.get(key) != value:
             raise ValueError(f"{file} is of other {key}: ask for those, or give another --out")
     return results

@@ -545,8 +545,7 @@ def test_a_users_files_are_evaluated_whole_and_the_file_of_the_run_only_where_it
     every, told = [str(i) for i in range(1, 21)], ["--trained-on", str(task)]
     for trained, other, flags, ids, said in (
             ("arithmetic", None, [], every, ""), ("arithmetic", None, told, held_out, ""),
-            (str(task), None, [], held_out, ""), (str(task), "x.jsonl", [], held_out, warning),
-            (str(task), None, ["--trained-on", "gsm8k"], every, "")):
+            (str(task), None, [], held_out, ""), (str(task), "x.jsonl", [], held_out, warning)):
         settings = {"method": "permix", "seed": 0, "task": trained, "eval_task": other}
         (tmp_path / "run/config.json").write_text(json.dumps({"settings": settings}))
         (tmp_path / "run/metrics.jsonl").touch()

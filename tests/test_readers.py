@@ -288,6 +288,19 @@ def test_a_run_is_read_again_only_where_its_answers_changed(experiment, monkeypa
     assert len(read) == 2
     readers.main([str(folder), "--reader", "ngrams", "--control", "shuffled", *flags])
     assert {"ngrams", "ngrams, shuffled"} < json.loads((folder / "readers.json").read_text()).keys()
+    for seed, expected in (("0", 10), ("0", 0), ("7", 10)):         # another seed is another shuffle
+        read.clear()
+        readers.main([str(folder), "--reader", "ngrams", "--control", "swapped", "--seed", seed, *flags])
+        assert len(read) == expected
+
+
+def test_two_experiments_are_not_read_as_one(experiment, capsys):
+    folder, flags = experiment
+    for name, task in (("start", "facts"), ("rlvr-seed0/step-12", "arithmetic")):
+        file = folder / name / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"task": task}))
+    assert readers.main([str(folder), "--reader", "ngrams", *flags]) == 2
+    assert "evaluations of ?, arithmetic, facts: give the folder of one" in capsys.readouterr().err
 
 
 def test_a_model_in_a_folder_reads_an_experiment(experiment, tiny_folder, capsys):
@@ -316,6 +329,7 @@ def test_rows_that_keep_no_candidates_get_those_of_the_evaluation(tiny, tmp_path
 @pytest.mark.parametrize("flags, told", [
     (["nowhere", "--reader", "ngrams"], "keeps no answers"),
     (["FOLDER", "--reader", "nowhere"], "no model at 'nowhere'"),
+    (["FOLDER", "--reader", "ngrams", "--questions", "0"], "--questions must be at least 1"),
     (["FOLDER", "--reader", "ngrams", "--personas", "test"], "no text of 'p0'"),
     (["FOLDER", "--reader", "ngrams", "--train", "FILE"], "line 1: no answer")])
 def test_a_mistake_is_one_line(experiment, tmp_path, capsys, flags, told):

@@ -7,6 +7,7 @@ import random
 import re
 import runpy
 import shlex
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ import train
 import weights
 from common import files
 from evaluation import answers, fidelity, lottery
-from results import curves, interpolate, transcripts
+from results import arms, curves, interpolate, transcripts
 from rollout import Completion, Sampler
 from tests.conftest import make_reference, saved
 from training import settings
@@ -89,14 +90,14 @@ def test_the_start_model_is_asked_as_the_arms_are_trained(run, monkeypatch, tmp_
     assert called[0][called[0].index("--task") + 1] == "facts"
 
 
-def test_every_arm_is_one_that_train_py_takes(run, tmp_path):
-    for arm in run.ARMS | run.ABLATIONS:
-        settings.settings(run.flags(arm, tmp_path))
+def test_every_arm_is_one_that_train_py_takes(tmp_path):
+    for arm in arms.EVERY:
+        settings.settings(arms.flags(arm, tmp_path))
 
 
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
-def test_a_number_of_personas_is_a_file_of_as_many_training_personas_from_all_strata(run, tmp_path, count):
-    pool = personas.load(run.flags(f"personas={count}", tmp_path)[-1])
+def test_a_number_of_personas_is_a_file_of_as_many_training_personas_from_all_strata(tmp_path, count):
+    pool = personas.load(arms.flags(f"personas={count}", tmp_path)[-1])
     assert len(pool) == count and set(pool) <= set(personas.load("train"))
     assert len({p.stratum for p in pool}) == min(count, 3)
 
@@ -110,7 +111,7 @@ def test_the_papers_setting_is_one_that_both_scripts_take_and_a_given_flag_wins(
     assert (small.at, small.problems, small.questions, small.personas) == ([1, 2], 4, 3, args.personas)
     for one in (args, small):
         assert settings.settings(["--task", one.task, *one.rest]).prompt == "cot"
-    assert args.asked[:4] == ["--prompt", "cot", "--max-new-tokens", 512]
+    assert args.asked[:4] == ["--prompt", "cot", "--max-new-tokens", "512"]
     assert settings.settings(args.rest).max_new_tokens == 512 != settings.settings(small.rest).max_new_tokens
 
 
@@ -121,7 +122,10 @@ def test_every_command_of_the_experiments_pages_is_one_that_the_script_takes(run
         for script, given in re.findall(r"^python results/(run|paper)\.py(.*)$", text, re.M):
             argv = shlex.split(given.replace("NAME", "some"), comments=True)
             found.append(run.flags_of(paper["flags"](argv) if script == "paper" else argv))
+        if page.name == "recipes.md":
+            of_one_page = [(one.name, one.out, run.command.identity(one)) for one in found[-4:]]
     assert len(found) > 8 and any(one.processes > 1 for one in found)
+    assert len({name for name, *_ in of_one_page}) == len({out for _, out, _ in of_one_page}) == 4
 
 
 @pytest.fixture
@@ -146,8 +150,16 @@ def scripts(run, monkeypatch, tmp_path):
     return calls, graded
 
 
+def questions_in(path, first=0):
+    """A file of 20 problems of its own."""
+    path.write_text("".join(json.dumps({"question": f"Say {i}.", "answer": str(i)}) + "\n"
+                            for i in range(first, first + 20)))
+    return str(path)
+
+
 def main_of(run, tmp_path, *flags):
-    run.main(["--out", str(tmp_path / "runs"), "--name", "some", "--jobs", "1", "--arms", "rlvr", "permix", *flags])
+    own = ["--out", str(tmp_path / "runs"), "--name", "some", "--jobs", "1", "--arms", "rlvr", "permix"]
+    return run.run([*own, *flags])
 
 
 def asked_by(calls, script, folder):
@@ -160,17 +172,20 @@ def asked_by(calls, script, folder):
 def test_the_scripts_are_called_as_the_flags_say(run, scripts, tmp_path):
     calls, graded = scripts
     graded |= {"usable": True}
-    main_of(run, tmp_path, "--seeds", "4", "--at", "2", "5", "--fidelity-once", "--questions", "3", "--model", "some",
-            "--personagym", "gym", "--judge-model", "judge", "--processes", "2", "--slots", "7", "--eval-task", "facts")
+    tested = questions_in(tmp_path / "tested.jsonl")
+    flags = ["--fidelity-once", "--questions", "3", "--model", "some", "--personagym", "gym", "--judge-model", "judge",
+             "--processes", "2", "--slots", "7", "--eval-task", tested, "--personas", "conflict-test"]
+    assert main_of(run, tmp_path, "--seeds", "4", "--at", "2", "5", *flags) == 0
     assert all("2" in str(processes) for script, _, processes in calls if script == "train.py")
     spoken = ["--fidelity", "3", "--start-model", "some", "--personagym", "gym", "--judge-model", "judge"]
     for folder, speaks in (("runs/start", True), ("rlvr-seed4/evaluation/step-2", False),
                            ("permix-seed4/evaluation/step-5", True)):
         flags = asked_by(calls, "evaluate.py", folder)
         assert (" ".join(spoken) in " ".join(flags)) == speaks and ("--fidelity" in flags) == speaks
-        assert "--slots 7" in " ".join(flags) and flags[flags.index("--task") + 1] == "facts"
+        assert "--slots 7" in " ".join(flags) and flags[flags.index("--task") + 1] == tested
     [first, second] = [flags for script, flags, _ in calls if script == "train.py" and "permix-seed4" in str(flags)]
-    assert first[first.index("--task") + 1] == "arithmetic" and "--eval-task" not in first
+    assert first[first.index("--task") + 1] == "arithmetic" and first[first.index("--eval-task") + 1] == tested
+    assert first[first.index("--eval-pool") + 1] == "conflict-test"
     assert second == ["--resume", str(tmp_path / "runs/permix-seed4"), "--steps", "5"]
     compared = [flags for script, flags, _ in calls if "--compare" in flags]
     assert len(compared) == 2 and all(flags[flags.index("--looks") + 1] == "2" for flags in compared)
@@ -178,44 +193,89 @@ def test_the_scripts_are_called_as_the_flags_say(run, scripts, tmp_path):
     assert (kept / "metrics.jsonl.gz").is_file() and (kept / "step-2/results.json").is_file()
 
 
-def test_a_file_is_asked_of_the_start_model_without_the_lines_that_are_trained_on(run, scripts, tmp_path, monkeypatch):
+def test_a_file_is_asked_of_the_start_model_without_the_lines_that_are_trained_on(run, scripts, tmp_path):
     calls, _ = scripts
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    mine = str(tmp_path / "mine.jsonl")                         # the scripts run elsewhere
-    main_of(run, tmp_path, "--seeds", "0", "--task", "mine.jsonl", "--dtype", "float32")
+    mine, others = questions_in(tmp_path / "mine.jsonl"), questions_in(tmp_path / "others.jsonl", 100)
+    assert main_of(run, tmp_path, "--seeds", "0", "--task", mine, "--dtype", "float32") == 0
     start, trained = (asked_by(calls, "evaluate.py", folder) for folder in ("runs/start", "rlvr-seed0/evaluation"))
     assert start[start.index("--task") + 1] == mine == start[start.index("--trained-on") + 1]
     assert "--trained-on" not in trained and all("--dtype float32" in " ".join(flags) for flags in (start, trained))
     calls.clear()
-    run.main(["--out", str(tmp_path / "two"), "--name", "two", "--arms", "rlvr", "--seeds", "0",
-              "--eval-task", "mine.jsonl", "--questions", "0"])
+    assert run.run(["--out", str(tmp_path / "two"), "--name", "two", "--arms", "rlvr", "--seeds", "0", "--task", mine,
+                    "--eval-task", others, "--questions", "0"]) == 0
     flags = asked_by(calls, "train.py", "two/rlvr-seed0")
-    assert flags[flags.index("--eval-task") + 1] == mine        # so that train.py keeps it apart
-    assert not any("--fidelity" in flags or "--start-model" in flags for _, flags, _ in calls)
+    assert flags[flags.index("--eval-task") + 1] == others      # so that train.py keeps it apart
+    assert not any("--fidelity" in flags or "--trained-on" in flags for _, flags, _ in calls)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--personas", "nosuch"], "no personas called"), (["--personas", "train"], "144 personas that are trained on"),
+    (["--arms", "rlvr+paraphrases", "--personas", "paraphrases-train"], "48 personas that are trained on"),
+    (["--task", "nosuch"], "unknown task"), (["--questions", "1000"], "--questions must be at most"),
+    (["--eval-task", "facts"], "questions are trained on"), (["--model", "x", "--problems", "0"], "at least 1"),
+    (["--columns", "question=q"], "--columns")])
+def test_inputs_that_cannot_be_had_or_are_trained_on_are_refused_before_anything_runs(
+        run, scripts, tmp_path, capsys, flags, says):
+    calls, _ = scripts
+    try:
+        assert main_of(run, tmp_path, "--seeds", "0", *flags) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    assert says in (err := capsys.readouterr().err.splitlines())[-1] and not calls, err
+    assert main_of(run, tmp_path, "--seeds", "0") == 0          # the corrected command may use the same folders
+
+
+def test_a_failed_arm_ends_the_command_and_starts_no_other(run, scripts, tmp_path, monkeypatch):
+    calls, _ = scripts
+    works = run.main.__globals__["call"]
+
+    def fails(script, *flags, processes=1):
+        works(script, *flags, processes=processes)
+        if script == "train.py":
+            raise subprocess.CalledProcessError(7, "train.py")
+
+    monkeypatch.setitem(run.main.__globals__, "call", fails)
+    assert main_of(run, tmp_path, "--seeds", "0", "1") == 7
+    assert [script for script, _, _ in calls] == ["evaluate.py", "train.py"]
+
+
+def test_two_commands_do_not_work_in_one_folder(run, scripts, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    with files.claim(tmp_path / "runs"):
+        assert main_of(run, tmp_path, "--seeds", "0") == 2
+    assert "another process works in" in capsys.readouterr().err and not scripts[0]
+    assert main_of(run, tmp_path, "--seeds", "0") == 0
 
 
 def test_experiments_of_other_flags_share_no_folder_and_seeds_can_be_added(run, scripts, tmp_path, capsys):
     calls, _ = scripts
     main_of(run, tmp_path, "--seeds", "0")
     calls.clear()
-    for other in (["--task", "facts"], ["--eval-task", "facts"], ["--problems", "5"], ["--learning-rate", "1e-4"],
-                  ["--steps", "3"], ["--model", "other"], ["--questions", "1"], ["--personas", "train"]):
-        with pytest.raises(SystemExit, match="2"):
-            main_of(run, tmp_path, "--seeds", "0", *other)
+    for other in (["--task", "facts"], ["--eval-task", "svamp"], ["--problems", "5"], ["--learning-rate", "1e-4"],
+                  ["--steps", "3"], ["--model", "other"], ["--questions", "1"], ["--personas", "conflict-test"]):
+        assert main_of(run, tmp_path, "--seeds", "0", *other) == 2
         assert "holds another experiment, with " in capsys.readouterr().err and not calls
     main_of(run, tmp_path, "--seeds", "1")
     [compared] = [flags for _, flags, _ in calls if "--compare" in flags]
     for one in ("runs/rlvr-seed1", "runs/permix-seed1", "kept/some/rlvr-seed0", "kept/some/permix-seed0"):
         assert [one in flag for flag in compared].count(True) == 1
+    mine = questions_in(tmp_path / "mine.jsonl")
+    again = ["--out", str(tmp_path / "f"), "--name", "f", "--arms", "rlvr", "--seeds", "0", "--task", mine]
+    assert run.run([*again, "--slots", "9"]) == 0
+    questions_in(tmp_path / "mine.jsonl", 3)                    # another file of that name
+    assert run.run(again) == 2
+    questions_in(tmp_path / "mine.jsonl")                           # again, and with other slots: the same experiment
+    assert run.run(again) == 0
     (tmp_path / "kept/some/experiment.json").unlink()           # of nobody knows what
-    with pytest.raises(SystemExit, match="2"):
-        main_of(run, tmp_path, "--seeds", "0")
+    assert main_of(run, tmp_path, "--seeds", "0") == 2
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--processes", "2", "--jobs", "2"], "leave out --jobs"), (["--stop", "x"], "would go on"),
-    (["--arms", "sft", "--temperature", "1", "--loss", "nope"], "invalid choice"), (["--jobs", "0"], "at least 1")])
+    (["--arms", "sft", "--temperature", "1", "--loss", "nope"], "invalid choice"), (["--jobs", "0"], "at least 1"),
+    (["--name", ""], "--name is empty"), (["--name", ".."], "--name is empty"), (["--seed", "5"], "set for"),
+    (["--arms", "rlvr", "--method", "sft"], "set for rlvr"), (["--prompts", "3", "--processes", "2"], "by 2 processes"),
+    (["--arms", "permix", "permix+anchor", "--anchor-coef=0.1"], "set for permix+anchor")])
 def test_flags_that_cannot_be_meant_are_refused(run, capsys, flags, says):
     with pytest.raises(SystemExit, match="2"):
         run.flags_of(flags)
@@ -228,11 +288,10 @@ def test_a_judge_that_fails_its_planted_controls_ends_the_experiment_before_any_
         run, scripts, tmp_path, capsys, gap):
     calls, graded = scripts
     graded |= {"judge": "tiny", "usable": False, "planted_gap": gap, "planted_gap_low": -0.1, "planted_gap_high": 0.3}
-    with pytest.raises(SystemExit, match="2"):
-        main_of(run, tmp_path, "--personagym", "gym", "--judge-model", "tiny")
+    assert main_of(run, tmp_path, "--personagym", "gym", "--judge-model", "tiny") == 2
     said = "no control could be planted" if gap is None else "get +0.100 [-0.100,\u00a0+0.300] grades more than under"
     assert "tiny cannot judge here: " in (err := capsys.readouterr().err) and said in err
-    assert [script for script, _, _ in calls] == ["evaluate.py"] and not (tmp_path / "kept").exists()
+    assert [script for script, _, _ in calls] == ["evaluate.py"] and not [*(tmp_path / "kept/some").glob("*/")]
     graded |= {"usable": True}                                  # another judge: the start model is asked again
     main_of(run, tmp_path, "--personagym", "gym", "--judge-model", "better", "--seeds", "0")
     assert [script for script, _, _ in calls[1:]] == ["evaluate.py", *["train.py", "evaluate.py"] * 2, "evaluate.py"]
@@ -317,7 +376,7 @@ def stages(run, tiny_folder, tmp_path_factory):
         "--prompts", "2", "--group-size", "4", "--max-new-tokens", "6", "--dtype", "float32", "--truncated", "keep",
         "--learning-rate", "1e-3", "--temperature", "1.0", "--reward", "tests.test_train:word_reward"])
     args.out.mkdir()
-    args.flags = {arm: run.flags(arm, args.out) for arm in args.arms}
+    args.flags = {arm: arms.flags(arm, args.out) for arm in args.arms}
 
     def call(script, *flags, processes=1):
         calls.append((script, *map(str, flags)))
@@ -495,6 +554,9 @@ def test_weights_are_interpolated_and_the_folder_is_a_model_like_any(tiny, tiny_
             assert torch.allclose(one.double(), (1 - share) * a.double() + share * b.double(), atol=1e-7)
     assert interpolate.main([*flags, "--share", "1.5", "--out", str(tmp_path / "far")]) == 2
     assert "must lie in [0, 1], not 1.5" in capsys.readouterr().err and not (tmp_path / "far").exists()
+    for taken in (tmp_path / "0.25", tmp_path / "0.25/config.json"):
+        assert interpolate.main([*flags, "--out", str(taken)]) == 2
+        assert "is there already" in capsys.readouterr().err
     other = weights.load(str(saved(tmp_path / "other", make_reference("llama3", hidden_size=64))), "float32")[0]
     with pytest.raises(ValueError, match="other names or shapes"):
         interpolate.interpolate(tiny[0], other, 0.5)

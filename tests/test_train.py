@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import filesystem
 import grpo
 import train
 import weights
+from common import files
 from model import completion_hidden
 from rollout import Sampler
 from sampling.cache import row_bytes
@@ -969,6 +970,16 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_two_processes_do_not_train_in_one_folder(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(tiny_folder, out, "--steps", "1") == 0
+    config = (out / "config.json").read_text()
+    with files.claim(out):
+        assert train.main(["--resume", str(out), "--steps", "2"]) == 2
+    assert "another process works in" in capsys.readouterr().err and (out / "config.json").read_text() == config
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0      # which gives the lock back
+
+
 def test_a_run_that_fails_before_its_first_step_leaves_a_folder_that_can_be_used_again(tiny_folder, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
@@ -1178,8 +1189,6 @@ def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
     (["--shard", "1"], ["--shard", "0"]), (["--no-cuda-graphs", "--device", "cpu"], ["--device", "auto"]),
     (["--overlap", "--save-every", "1"], ["--save-every", "2"]), (["--profile", "--steps", "2"], ["--steps", "3"]),
     (["--eval-personas", "3", "--eval-problems", "0"], ["--eval-problems", "1"]),
-    (["--eval-task", "facts", "--eval-problems", "0"], ["--eval-problems", "1"]),
-    (["--eval-task", "facts", "--eval-problems", "0"], ["--task", "own.jsonl"]),    # it is not trained on
     (["--unset", "kl"], None), (["--warmup", "50"], ["--steps", "50"])])
 def test_p31_a_flag_without_work_is_named_at_the_start(capsys, flags, work):
     train.settings(flags)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import personas
 import tasks
 import weights
 from common.command import note, one_line
-from common.files import commit, write_atomically
+from common.files import claim, commit, write_atomically
 from evaluation import bands
 from grpo import Loss
 from model import Transformer
@@ -143,16 +144,17 @@ def anchored(job: Job) -> Job:
 # The folder
 
 
-def run_folder(args) -> Path:
-    """The run's folder, made and described by config.json, the same on all ranks.
+def run_folder(args) -> tuple[Path, ExitStack]:
+    """The run's folder, made and described by config.json, the same on all ranks; and the lock on
+    it, which rank 0 has to close (see files.claim).
 
-    Raises ValueError if it holds another run. Restarted by torchrun (--max-restarts), a run with
-    --out goes on where it was.
+    Raises ValueError if it holds another run, or another process works in it. Restarted by torchrun
+    (--max-restarts), a run with --out goes on where it was.
     """
     task = re.sub(r"[^\w.+-]+", "-", Path(args.task).stem)[:60]
     name = f"{args.method}-{task}-seed{args.seed}"
     out = Path(args.resume or args.out or Path("runs") / name)
-    folder, number = [out], 1
+    folder, number, alone = [out], 1, ExitStack()
     if ranks()[0] == 0:
         while not (args.resume or args.out) and (out / "config.json").exists():
             number += 1
@@ -168,6 +170,7 @@ def run_folder(args) -> Path:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
+        alone = claim(out)
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         versions["python"] = sys.version.split()[0]
         settings = vars(args) | {"resume": None, "unset": [], "out": str(out)}
@@ -177,7 +180,7 @@ def run_folder(args) -> Path:
         folder = [out]
     if dist.is_initialized():
         dist.broadcast_object_list(folder)
-    return folder[0]
+    return folder[0], alone
 
 
 def resumed(out: Path, settings: dict) -> list[dict]:
@@ -204,7 +207,7 @@ def held_out_of(args, trained: list[tasks.Problem],
     asked = args.eval_task or args.task
     problems = tasks.load(asked, "test", 0, args.eval_problems or None,
                           whole=not split_between(args), columns=args.columns)
-    if tasks.is_local(args.task) or tasks.is_local(asked):
+    if asked != args.task or tasks.is_local(asked):
         tasks.check_disjoint(trained, problems)
     pool = personas.load(args.eval_pool, "test")
     count = args.eval_personas or min(9, len(pool))

@@ -350,10 +350,7 @@ def notes(args: argparse.Namespace, told: set[str]) -> Iterator[str]:
         (args.device == "cpu", ("no_cuda_graphs",), "on a CPU"),
         (1 in (args.steps, args.save_every), ("overlap",), "with --steps 1 or --save-every 1"),
         (args.steps < 3, ("profile",), "before a third step"),
-        (not args.eval_problems, ("eval_personas", "eval_pool"), "with --eval-problems 0"),
-        (not args.eval_problems and not tasks.is_local(args.task)
-         and not tasks.is_local(args.eval_task or args.task), ("eval_task",),
-         "with --eval-problems 0"),                     # else it says what is not trained on
+        (not args.eval_problems, ("eval_personas",), "with --eval-problems 0"),
     ]
     for does_nothing, names, where in idle:
         for name in told.intersection(names) if does_nothing else ():
