@@ -201,14 +201,15 @@ def kept(name: str, step: int | None = None) -> tuple[dict, dict]:
             found.setdefault(role, []).append(results)
     found["start"] = [compare.read_arm(folder / "start")[1]]
     order = json.loads((folder / "compared" / stage(step) / "comparison.json").read_text())["arms"]
-    return (found := {role: found[role] for role in order}), compare.side_by_side(found, looks=len(stages))
+    found = {role: found[role] for role in order}
+    return found, compare.side_by_side(found, looks=len(stages))
 
 
 def rebuild(name: str) -> None:
     """comparison.json, tables.md and the plots of results/NAME again, from each run's table of right and wrong."""
     for step in kept_comparisons(name):
-        (arms, comparison), folder = kept(name, step), KEPT_IN / name / "compared" / stage(step)
-        shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
+        (found, comparison), folder = kept(name, step), KEPT_IN / name / "compared" / stage(step)
+        shown = {role: compare.averaged(runs, comparison["arms"][role]) for role, runs in found.items()}
         plot = plots.tradeoff(shown, comparison["runs"])
         plot.savefig(folder / "stability_against_fidelity.png", dpi=160)
         write_atomically(folder / "comparison.json", json.dumps(comparison, indent=1))
