@@ -151,10 +151,16 @@ def test_each_number_that_the_readme_found_is_one_of_the_results():
     shares = {f"{float(x):.2f}" for x in re.findall(r"\b0\.\d{3}\b", tables)}
     assert len(numbers) > 12 and not [x for x in numbers if x not in shares and x not in tables]
     page = (ROOT / "README.md").read_text()
-    low, high = re.search(r"between (0\.\d\d)\s+and (0\.\d\d): nine seeds", page).groups()
-    runs = [json.loads(path.read_text()) for path in (ROOT / "results" / "main").glob("permix-seed*/results.json")]
-    ends = sorted(f"{run['mean_accuracy']:.2f}" for run in runs)
-    assert len(runs) == 9 and (ends[0], ends[-1]) == (low, high)
+    share = r"(0\.\d\d)"
+    pattern = rf"from {share} to between {share}\s+and {share}: nine seeds .*? older .*?{share} to\s+{share}"
+    told = re.search(pattern, page, re.S).groups()
+    ends = [f"{json.loads((ROOT / 'results/job/start/results.json').read_text())['mean_accuracy']:.2f}"]
+    for name, problems in (("job", 100), ("main", 50)):
+        runs = [json.loads(path.read_text()) for path in (ROOT / "results" / name).glob("permix-seed*/results.json")]
+        assert len(runs) == 9 and {len(run["items"]) for run in runs} == {problems}
+        values = sorted(run["mean_accuracy"] for run in runs)
+        ends += [f"{values[0]:.2f}", f"{values[-1]:.2f}"]
+    assert list(told) == ends
 
 
 def test_the_gym_page_shows_what_was_measured():
