@@ -152,7 +152,7 @@ def test_each_number_that_the_readme_found_is_one_of_the_results():
     assert len(numbers) > 12 and not [x for x in numbers if x not in shares and x not in tables]
     page = (ROOT / "README.md").read_text()
     share = r"(0\.\d\d)"
-    pattern = rf"from {share} to between {share}\s+and {share}: nine seeds .*? older .*?{share} to\s+{share}"
+    pattern = rf"from {share} to between {share}\s+and {share}: nine seeds .*? older\s.*?{share} to\s+{share}"
     told = re.search(pattern, page, re.S).groups()
     ends = [f"{json.loads((ROOT / 'results/job/start/results.json').read_text())['mean_accuracy']:.2f}"]
     for name, problems in (("job", 100), ("main", 50)):
