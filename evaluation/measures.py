@@ -196,7 +196,7 @@ def detectable(low, high, level=0.95):
     """The true difference that a design shows in 80 % of repetitions: z + 0.84 standard errors,
     where z of them, 1.96 at 95 %, are half of the interval (low, high). With few seeds the interval
     is Student's t, and this a little too much."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = round(NormalDist().inv_cdf((1 + level) / 2), 2)
     return (z + 0.84) / z * (high - low) / 2
 
 
