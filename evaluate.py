@@ -28,7 +28,6 @@ defined in docs/formats.md.
 Left out: multiple choice by log-likelihood, and tasks without one verifiable answer.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -89,9 +88,9 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
                "commit": files.commit()} | (info or {})
     results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
                 "stop": list(greedy.stops(tokenizer)),
-                "template": digest(tokenizer.batch_decode(prompts)),
-                "problems": digest([[problem.question, problem.answer] for problem in problems]),
-                "pool": digest([[persona.name, persona.text] for persona in personas])}
+                "template": files.digest(tokenizer.batch_decode(prompts)),
+                "problems": files.digest([[one.question, one.answer] for one in problems]),
+                "pool": files.digest([[persona.name, persona.text] for persona in personas])}
     table = measures.correct_table(rows, n_items)
     results |= summary(table, problems, personas, params.seed) | measures.totals(rows)
     for row, more in zip(results["personas"], measures.lengths(rows, n_items), strict=True):
@@ -128,11 +127,6 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
 
 # --------------------------------------------------------------------------------------------------
 # Ask and grade
-
-
-def digest(texts):
-    """12 hexadecimal digits that tell two lists of texts apart."""
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def answers_file(out):

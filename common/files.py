@@ -5,6 +5,7 @@ Only logs grow line by line: a torn last line is skipped (`rows`).
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -61,6 +62,11 @@ def whole_folder(target: Path):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def digest(value) -> str:
+    """12 hexadecimal digits that tell two values apart; of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def claim(folder: Path) -> ExitStack:

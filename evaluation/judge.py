@@ -281,11 +281,11 @@ def grade(rows, ask, name, folder, seed=0, price=(0.0, 0.0)):
     scores = [replies.score(text[i]) for i in range(len(messages))]
     for row, score in zip(rows + planted, scores, strict=True):
         row["score"] = score or 1
-    asked = json.dumps([[row[key] for key in ("persona", "task", "question")] for row in rows])
+    asked = [[row[key] for key in ("persona", "task", "question")] for row in rows]
     read = [row for row, score in zip(planted, scores[len(rows):], strict=True)
             if score and scores[row["own"]]]            # a lost reply tells no answers apart
     return person_scores(rows, seed) | control(rows, read, seed) | {
-        "questions": hashlib.sha256(asked.encode()).hexdigest()[:12],
+        "questions": files.digest(asked),
         "judge": name, "calls": len(first) + len(again), "asked_twice": len(again),
         "unparsed": scores.count(None)} | bill(first + again, price)
 

@@ -32,12 +32,21 @@ ABLATIONS = {
 EVERY = ARMS | ABLATIONS
 
 
+def parts(arm: str) -> tuple[list[str], str | None]:
+    """(an arm's flags without its training pool, that pool: as train.py has it, or a number of personas; None)."""
+    own = EVERY[arm]
+    if "--personas" not in own:
+        return own, None
+    at = own.index("--personas")
+    return own[:at] + own[at + 2:], own[at + 1]
+
+
 def flags(arm: str, out: Path) -> list[str]:
     """Those of train.py for an arm; a number of personas becomes a file of as many in `out`, evenly from the strata."""
-    *rest, last = EVERY[arm]
-    if rest[-1] != "--personas" or not last.isdigit():
-        return [*rest, last]
-    file = out / f"{last}-personas.jsonl"
-    chosen = personas.few(personas.load("train"), int(last))
-    file.write_text("".join(json.dumps(vars(persona)) + "\n" for persona in chosen))
-    return [*rest, str(file)]
+    own, pool = parts(arm)
+    if pool and pool.isdigit():
+        file = out / f"{pool}-personas.jsonl"
+        chosen = personas.few(personas.load("train"), int(pool))
+        file.write_text("".join(json.dumps(vars(persona)) + "\n" for persona in chosen))
+        pool = str(file)
+    return [*own, "--personas", pool] if pool else own

@@ -1,6 +1,5 @@
 """run.py's flags: what they mean, what they cannot mean, and which experiment they name."""
 
-import hashlib
 import json
 import os
 import sys
@@ -12,8 +11,9 @@ sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
 import tasks  # noqa: E402
+import weights  # noqa: E402
 from common.command import Parser  # noqa: E402
-from results.arms import ARMS, EVERY  # noqa: E402
+from results.arms import ARMS, EVERY, parts  # noqa: E402
 from training.settings import settings  # noqa: E402
 
 OURS = ("--method", "--seed", "--resume", "--unset", "--eval-problems", "--eval-pool", "--keep")  # run.py sets them
@@ -76,7 +76,7 @@ def checked(args: Namespace) -> Namespace:
         if wrong := [flag for flag in args.rest if flag.split("=")[0] in own.union(OURS)]:
             raise ValueError(f"{wrong[0]} is set for {arm} already: leave it out, or add an arm to results/arms.py")
         try:
-            settings([*arm_flags(arm), *trained, *args.rest])
+            settings([*EVERY[arm], *trained, *args.rest])
         except ValueError as error:
             raise ValueError(f"{arm}: {error}") from error
     args.told = told = settings([*trained, *args.rest])
@@ -89,12 +89,6 @@ def checked(args: Namespace) -> Namespace:
         raise ValueError(f"--prompts {told.prompts} cannot be shared by {args.processes} processes")
     for_evaluation(args, told)
     return args
-
-
-def arm_flags(arm: str) -> list[str]:
-    """An arm's flags, but for a file of personas that is yet to be written."""
-    own = EVERY[arm]
-    return own[:-2] if own[-2] == "--personas" and own[-1].isdigit() else own
 
 
 def for_evaluation(args: Namespace, told: Namespace) -> None:
@@ -120,8 +114,8 @@ def check_inputs(args: Namespace) -> None:
     tasks.check_disjoint(trained, tasks.load(args.eval_task, "test", whole=apart,
                                              columns=columns if tasks.is_local(args.eval_task) else None))
     people = personas.load(args.personas, "test")
-    for pool in {args.told.personas, *(own[own.index("--personas") + 1] for own in (EVERY[arm] for arm in args.arms)
-                                  if "--personas" in own and not own[-1].isdigit())}:
+    pools = {args.told.personas, *filter(None, (parts(arm)[1] for arm in args.arms))}
+    for pool in [pool for pool in pools if not pool.isdigit()]:         # a number is of those in train
         if copies := personas.copies(personas.load(pool, "train"), people):
             raise ValueError(f"--personas {args.personas} has {len(copies)} personas that are trained on, such as "
                              f"{copies[0].name}: give test, conflict-test, or a file of others")
@@ -138,20 +132,21 @@ def identity(args: Namespace) -> dict:
     found |= {"judge_model": args.judge_model} if args.personagym else {}
     found |= {"at": args.at} if args.at != [None] else {"steps": args.steps}
     found |= {f"train.py's {name}": value for name, value in args.trained.items()}
-    return {name: digest(value) for name, value in found.items()}
+    return {name: known(value) for name, value in found.items()}
 
 
-def digest(value):
+def known(value):
     """A file's name and the first of its content's SHA-256; other values as they are."""
     if not isinstance(value, str) or not os.path.isfile(value):
         return value
-    return f"{Path(value).name} {hashlib.sha256(Path(value).read_bytes()).hexdigest()[:12]}"
+    return f"{Path(value).name} {weights.sha256(Path(value))[:12]}"
 
 
 def check_identity(args: Namespace, kept_in: Path) -> None:
     """ValueError where --out or results/NAME holds results of another experiment."""
+    own = json.loads(json.dumps(identity(args)))        # as it is read back
     for flag, folder in (("--out", args.out), ("--name", kept_in)):
-        file, own = folder / "experiment.json", json.loads(json.dumps(identity(args)))
+        file = folder / "experiment.json"
         if not any(folder.glob("*/results.json")) and not any(folder.glob("*/config.json*")):
             continue
         there = json.loads(file.read_text()) if file.is_file() else {}

@@ -307,19 +307,19 @@ def read_all(args, train: list[dict] | None, name: str, people: dict) -> dict:
     the runs that it has not read are added. ValueError where a persona is not among `people`, or
     there are two tasks."""
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    reader, folders = None, evaluations(args.folder)
-    found = {compare.read_arm(folder)[1].get("task", "?") for folder in folders}
-    if len(found) > 1:
-        raise ValueError(f"{args.folder} holds evaluations of {', '.join(sorted(found))}: give the "
+    texts, reader = {name: person.text for name, person in people.items()}, None
+    found = {folder: compare.read_arm(folder) for folder in evaluations(args.folder)}
+    of = {results.get("task", "?") for _, results in found.values()}
+    if len(of) > 1:
+        raise ValueError(f"{args.folder} holds evaluations of {', '.join(sorted(of))}: give the "
                          "folder of one experiment")
-    for folder in folders:
+    for folder, (arm, results) in found.items():
         rows = answers(folder, seed=args.seed)
         asked_of = list(dict.fromkeys(row["question"] for row in rows))[:args.questions]
         rows = [row for row in rows if row["question"] in asked_of]
         if not rows:
             continue                                    # an evaluation without role-play
         run = folder.relative_to(args.folder).as_posix()
-        texts = {name: person.text for name, person in people.items()}
         asked = [rows, train, texts, args.seed if args.control else 0]
         same = zlib.crc32(json.dumps(asked).encode())           # what changed is read again
         if kept.get(name, {}).get(run, {}).get("answers") == same:
@@ -328,12 +328,11 @@ def read_all(args, train: list[dict] | None, name: str, people: dict) -> dict:
             raise ValueError(f"no text of {sorted(unknown)[0]!r}: give the evaluation's --personas")
         rows = controlled(rows, args.control, people, args.seed) if args.control else rows
         reader = reader or make_reader(args, train, people)     # once something is to be read
-        arm, results = compare.read_arm(folder)
         told = {"arm": arm, "at": folder.name if folder.name.startswith("step-") else "",
                 "training_seed": results.get("training_seed"), "answers": same,
                 "chance": 1 / len(rows[0]["candidates"])}
-        for variant, found in reader(rows).items():
-            tables = {k: t.round(3).tolist() for k, t in identified(*found).items()}
+        for variant, read in reader(rows).items():
+            tables = {k: t.round(3).tolist() for k, t in identified(*read).items()}
             kept.setdefault(name + variant, {})[run] = told | tables
         files.write_atomically(args.out, json.dumps(kept, separators=(",", ":")) + "\n")
     return {reader: runs for reader, runs in kept.items() if reader in (name, f"{name}, masked")}
