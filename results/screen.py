@@ -33,6 +33,7 @@ import evaluate  # noqa: E402
 import personas  # noqa: E402
 from common.command import Parser, one_line  # noqa: E402
 from evaluation import compare, lottery, report  # noqa: E402
+from results import models  # noqa: E402
 
 LEAST_SD, PILOT_SD = 0.08, 0.04  # persona_sd, as accuracies
 CARRIERS, SHARE = 5, 0.4  # personas that carry it; what must stay without all but one of them
@@ -102,7 +103,7 @@ def evaluated(args) -> dict:
     file = args.out / "results.json"
     if not file.is_file():
         return evaluate.one_arm(evaluate.parse([
-            "--model", args.model, "--task", args.task, "--personas", args.personas,
+            "--model", models.resolve(args.model), "--task", args.task, "--personas", args.personas,
             "--prompt", args.prompt, "--limit", str(args.problems), "--out", str(args.out),
             "--max-new-tokens", str(args.max_new_tokens)]))
     results = json.loads(file.read_text(encoding="utf-8"))
@@ -111,7 +112,8 @@ def evaluated(args) -> dict:
     asked = {key: getattr(args, key) for key in ("model", "task", "prompt", "max_new_tokens")}
     names = [persona.name for persona in evaluate.pool.load(args.personas, "test")]
     known = len(evaluate.tasks.load(args.task, "test", 0, args.problems, whole=True))   # a file may have fewer
-    there = results | {"problems": len(results["items"]), "personas": list(results["correct"])[1:]}
+    there = results | {"problems": len(results["items"]), "personas": list(results["correct"])[1:],
+                       "model": models.named(results["model"])}
     for key, value in (asked | {"problems": known, "personas": names}).items():
         if there.get(key) != value:
             raise ValueError(f"{file} is of other {key}: ask for those, or give another --out")
@@ -121,7 +123,7 @@ def evaluated(args) -> dict:
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="start model, as for evaluate.py")
+    add("--model", default="smollm2-135m", help=f"start model, as for evaluate.py, or {models.QWEN}")
     add("--task", default="facts", help="as for evaluate.py")
     add("--personas", default="test", help=f"{', '.join(personas.POOLS)}, or a .jsonl file")
     add("--problems", type=int, default=100, help="held-out problems (100)")

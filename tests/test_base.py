@@ -16,7 +16,7 @@ import tasks
 import train
 import weights
 from personas import Persona
-from results import readers
+from results import models
 from rollout import SamplingParams, generate
 from tests.conftest import make_reference, saved, stopping, tiny_tokenizer
 from weights import parity, templates
@@ -268,9 +268,9 @@ def test_parity_is_checked_without_a_template(base, capsys):
 
 
 def test_a_base_model_s_gguf_is_asked_plainly_with_one_bos():
-    path = weights.cache_folder() / readers.GEMMA_FILE
+    path = weights.cache_folder() / models.FILES[models.GEMMA][0]
     if not path.is_file():
-        pytest.skip(f"{readers.GEMMA} is not in the cache: python results/readers.py fetches it")
+        pytest.skip(f"{models.GEMMA} is not in the cache: python results/readers.py fetches it")
     tokenizer = weights.gguf_tokenizer(path)
     assert tokenizer.chat_template is None
     templates.give(tokenizer, "plain")

@@ -11,7 +11,7 @@ import personas
 import weights
 from evaluation import answers, fidelity, measures
 from personas import Persona
-from results import readers, transcripts
+from results import models, readers, transcripts
 from rollout import Sampler
 
 K = 6
@@ -214,10 +214,10 @@ def test_an_answer_under_another_persona_scores_lower(embedded):
 
 
 def test_gemma_reads_like_a_language_model():
-    path = weights.cache_folder() / readers.GEMMA_FILE
+    path = weights.cache_folder() / models.FILES[models.GEMMA][0]
     if not path.is_file():
-        pytest.skip(f"{readers.GEMMA} is not in the cache: python results/readers.py fetches it")
-    assert weights.sha256(path) == readers.GEMMA_SHA256 and readers.gemma() == path
+        pytest.skip(f"{models.GEMMA} is not in the cache: python results/readers.py fetches it")
+    assert weights.sha256(path) == models.FILES[models.GEMMA][1] and models.resolve(models.GEMMA) == str(path)
     model, tokenizer = weights.load(str(path), "float32", "cpu")
     pirate, nurse = (Persona(x, f"You are a {x}.", "", "test") for x in ("pirate", "nurse"))
     rows = [{"persona": who, "question": "How was your day?", "answer": said,

@@ -295,7 +295,7 @@ class FakeAnchor:
     def __init__(self):
         self.steps = []
 
-    def kl(self, model, step):
+    def loss(self, model, step):
         self.steps.append(step)
         return 0 * model.norm.weight.sum() + 1.0
 
@@ -1185,7 +1185,8 @@ def test_p31_a_clip_that_cannot_act_is_said_at_the_start(capsys):
     (["--method", "sft", "--truncated", "keep"], ["--method", "rlvr"]),
     (["--method", "sft", "--stop", "x", "--eval-problems", "0"], ["--eval-problems", "1"]),
     (["--anchor-count", "2"], ["--anchor-coef", "0.1"]), (["--anchor-answers", "9"], ["--anchor-coef", "0.1"]),
-    (["--anchor-tokens", "9"], ["--anchor-coef", "0.1"]), (["--micro-tokens", "9", "--memory", "1"], ["--memory", "0"]),
+    (["--anchor-tokens", "9"], ["--anchor-coef", "0.1"]), (["--anchor-on", "solved"], ["--anchor-coef", "0.1"]),
+    (["--anchor-loss", "ce"], ["--anchor-coef", "0.1"]), (["--micro-tokens", "9", "--memory", "1"], ["--memory", "0"]),
     (["--shard", "1"], ["--shard", "0"]), (["--no-cuda-graphs", "--device", "cpu"], ["--device", "auto"]),
     (["--overlap", "--save-every", "1"], ["--save-every", "2"]), (["--profile", "--steps", "2"], ["--steps", "3"]),
     (["--eval-personas", "3", "--eval-problems", "0"], ["--eval-problems", "1"]),

@@ -239,7 +239,7 @@ ARRIVALS = {
     "lora-targets": ("q_proj", "add", "targets", ["q_proj"]),
 }
 ELSEWHERE = {"model", "chat-template", "columns", "out", "resume", "unset", "overlap", "teacher", "memory", "tracker",
-             "profile", "kl-in", "dual-clip"}
+             "profile", "kl-in", "dual-clip", "anchor-on", "anchor-loss"}
 
 
 def spy(monkeypatch, seen, owner, name, known_as=None):
@@ -471,6 +471,48 @@ def test_the_anchors_prompts_are_training_questions_under_training_personas_and_
         job.anchor.kl(job.model, step)
     packed = [group for call in calls["pack"] for group in call.groups]
     assert packed == job.anchor.groups
+
+
+def test_the_cross_entropy_in_the_anchors_place_is_that_of_its_answers(tiny_folder):
+    """And its gradient on average that of the KL, so one falls where the other does."""
+    job, start = anchored(tiny_folder, "--anchor-answers", "6", "--anchor-tokens", "5", "--anchor-loss", "ce")
+    groups = [job.anchor.groups[i] for i in (4, 5, 0, 1)]
+    per_token = []
+    for group in groups:
+        log_q = job.model.logits(completion_hidden(job.model, pack([group], job.model))).log_softmax(-1)
+        (answer,) = group[1]
+        per_token += [-log_q[t, token] for t, token in enumerate(answer)]
+    exact = torch.stack(per_token).mean()
+    found = job.anchor.loss(job.model, 1)
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x, list(job.model.parameters())) for x in (found, exact)), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert job.anchor.kl(start, 1).item() == pytest.approx(0, abs=1e-6)
+
+
+def first_word_reward(problem, text: str, *, persona=None) -> float:
+    return float(persona is None and len(text) % 2)
+
+
+def test_rehearsal_holds_the_start_model_to_the_training_problems_that_it_solves(tiny_folder):
+    """Of those under a persona none is rewarded here, so the others alone are held."""
+    flags = ["--anchor-on", "solved", "--reward", "tests.test_wiring:first_word_reward", "--persona-prob", "0.5"]
+    job, start = anchored(tiny_folder, "--anchor-answers", "9", *flags)
+    asked = [personas.prompt_ids(job.tokenizer, problem.question, None) for problem in job.problems]
+    held = [prompt for prompt, _ in job.anchor.groups]
+    assert len(held) == 9 and all(asked.count(prompt) for prompt in held)
+    for _, (answer,) in job.anchor.groups:
+        assert len(job.sampling.text(answer, job.tokenizer)) % 2 and len(answer) <= job.args.max_new_tokens
+    assert anchored(tiny_folder, "--anchor-answers", "9", *flags)[0].anchor.groups == job.anchor.groups
+    assert job.anchor.loss(start, 0).item() == pytest.approx(0, abs=1e-6)
+    assert job.anchor.loss(job.model, 0).item() > 1e-3
+
+
+def test_rehearsal_without_a_solved_problem_says_so(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(["--model", str(tiny_folder), "--out", str(out), "--anchor-coef", "0.5", "--anchor-on", "solved",
+                       "--anchor-answers", "4", "--reward", "tests.test_wiring:zero_reward", "--eval-problems", "0"]) == 2
+    assert "solves none of 16" in capsys.readouterr().err and not (out / "metrics.jsonl").exists()
 
 
 # -- the optimizer ---------------------------------------------------------------------------------------------------

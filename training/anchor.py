@@ -6,51 +6,103 @@ on a few answers a step. The start model gave them to role-play questions, under
 before training. The KL is exact, over the full vocabulary, and no reward is involved. A KL on the
 problems' own tokens would buy character with accuracy; this one never sees a problem. Questions and
 personas are disjoint from those of the evaluation.
+
+Two rivals, one step away each, to see which half of it does the work:
+    --anchor-on solved   the KL on what the start model solved of the training problems, asked as in
+                         training (the rehearsal of DPH-RL, arXiv 2509.07430)
+    --anchor-loss ce     cross-entropy on the same answers: the KL's gradient from one sample a
+                         token, where the KL sums over the vocabulary
 """
 
 import torch
 from torch import Tensor
 
 import personas
-from model import Transformer, completion_hidden, pack
+from model import Transformer, completion_hidden, completion_logprobs, pack
 from rollout import Sampler, SamplingParams
 
 
 class Anchor:
     """The start model's answers, and its hidden states on them: a function of the seed.
 
-    start: of the start model. Neither is needed afterwards.
+    start: of the start model, not needed afterwards. job: what the run works with.
     """
 
-    def __init__(self, start: Sampler, tokenizer, pool: list[personas.Persona], args):
-        self.count = args.anchor_count
-        questions = personas.load_roleplay("train")
-        stride = 7 if len(pool) % 7 else 1              # through the strata, and every persona
-        prompts = []
-        for i in range(args.anchor_answers):
-            persona = pool[i * stride % len(pool)]
-            question = questions[i % len(questions)]
-            prompts.append(personas.prompt_ids(tokenizer, question, persona))
-        params = SamplingParams(max_tokens=args.anchor_tokens, seed=args.seed)
-        answers = sorted(start.generate(prompts, params, tokenizer=tokenizer),
-                         key=lambda c: c.index)
-        self.groups = [(prompts[c.index], [c.tokens]) for c in answers]
-        model = start.model
+    def __init__(self, start: Sampler, job):
+        self.count, self.loss_name = job.args.anchor_count, job.args.anchor_loss
+        answers = solved if job.args.anchor_on == "solved" else role_play
+        self.groups, model = answers(start, job), start.model
         self.head = model.head_weight.detach().clone()
         with torch.no_grad():
             self.hidden = [completion_hidden(model, pack([group], model)) for group in self.groups]
+
+    def loss(self, model: Transformer, step: int) -> Tensor:
+        """`kl`, or with --anchor-loss ce the cross-entropy, on a step's answers; nats a token."""
+        return self.cross_entropy(model, step) if self.loss_name == "ce" else self.kl(model, step)
+
+    def chosen(self, step: int) -> list[int]:
+        """Step s takes the `count` groups from s * count on, and begins again after the last."""
+        return [(step * self.count + i) % len(self.groups) for i in range(self.count)]
 
     def kl(self, model: Transformer, step: int) -> Tensor:
         """Mean over tokens of KL(start || policy) in nats, on a step's answers; a scalar, fp32.
 
         KL = sum_j p_j (log p_j - log q_j) over the vocabulary, at temperature 1: p of the start
         model (its kept `hidden` of an answer, through its kept `head`), q of `model`, with
-        gradient. Step s takes the `count` groups from s * count on, and begins again after the
-        last.
+        gradient.
         """
-        chosen = [(step * self.count + i) % len(self.groups) for i in range(self.count)]
+        chosen = self.chosen(step)
         hidden = completion_hidden(model, pack([self.groups[i] for i in chosen], model))
         before = torch.cat([self.hidden[i] for i in chosen])
         start = model.logits(before, self.head).log_softmax(-1, dtype=torch.float32)
         now = model.logits(hidden).log_softmax(-1, dtype=torch.float32)
         return (start.exp() * (start - now)).sum(-1).mean()
+
+    def cross_entropy(self, model: Transformer, step: int) -> Tensor:
+        """Mean over tokens of -log q(token the start model drew), as `kl`."""
+        packed = pack([self.groups[i] for i in self.chosen(step)], model)
+        return -completion_logprobs(model, packed, 1.0)[0].mean()
+
+
+def role_play(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
+    """(prompt_ids, [answer]) for --anchor-answers role-play questions, under training personas."""
+    args, pool, questions = job.args, job.pool, personas.load_roleplay("train")
+    stride = 7 if len(pool) % 7 else 1                  # through the strata, and every persona
+    prompts = []
+    for i in range(args.anchor_answers):
+        persona = pool[i * stride % len(pool)]
+        question = questions[i % len(questions)]
+        prompts.append(personas.prompt_ids(job.tokenizer, question, persona))
+    params = SamplingParams(max_tokens=args.anchor_tokens, seed=args.seed)
+    answers = start.generate(prompts, params, tokenizer=job.tokenizer)
+    return [(prompts[c.index], [c.tokens]) for c in sorted(answers, key=lambda c: c.index)]
+
+
+TRIES = 4                                               # answers to a problem, of which one is kept
+
+
+def solved(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
+    """(prompt_ids, [answer]) for at most --anchor-answers training problems: the first of TRIES
+    answers that the reward pays for, under the persona that a training step would have drawn.
+
+    Raises ValueError where the start model solves none.
+    """
+    args, problems = job.args, job.problems[:TRIES * job.args.anchor_answers]
+    names = [f"anchor:{i}" for i in range(len(problems))]
+    rows = personas.mix(job.pool, args.persona_prob, "prompt", names, 1, args.seed)
+    speakers = [persona for persona, in rows]
+    prompts = [personas.prompt_ids(job.tokenizer, problem.question, persona)
+               for problem, persona in zip(problems, speakers, strict=True)]
+    params = SamplingParams(TRIES, args.max_new_tokens, seed=args.seed, stop=job.sampling.stop)
+    answers = sorted(start.generate(prompts, params, tokenizer=job.tokenizer),
+                     key=lambda c: (c.index, c.sample))
+    marks = [job.rewarder.submit(problems[c.index], params.text(c.tokens, job.tokenizer),
+                                 speakers[c.index]) for c in answers]
+    groups = {}
+    for c, mark in zip(answers, marks, strict=True):
+        if mark.result()[0] > 0 and not c.truncated:
+            groups.setdefault(c.index, (prompts[c.index], [c.tokens]))
+    if not groups:
+        raise ValueError(f"--anchor-on solved: the start model solves none of {len(problems)} "
+                         "training problems; give an easier --task, or --anchor-on roleplay")
+    return list(groups.values())[:args.anchor_answers]

@@ -137,7 +137,7 @@ def anchored(job: Job) -> Job:
     if not job.args.anchor_coef:
         return job
     start = job.reference or start_model(job.args, job.model, job.tokenizer)
-    return replace(job, anchor=Anchor(job.sampler(start), job.tokenizer, job.pool, job.args))
+    return replace(job, anchor=Anchor(job.sampler(start), job))
 
 
 # --------------------------------------------------------------------------------------------------

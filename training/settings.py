@@ -93,8 +93,11 @@ FLAGS = [
     ("entropy-coef", Loss.entropy_coef, "weight of the entropy bonus", {}),
     ("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play "
      "answers", {}),
-    ("anchor-count", 4, "role-play answers an optimizer step", {}),
-    ("anchor-answers", 80, "role-play answers prepared before training", {}),
+    ("anchor-on", "roleplay", "answers that it holds: to role-play, or to training problems that "
+     "the start model solves (DPH-RL)", {"choices": ["roleplay", "solved"]}),
+    ("anchor-loss", "kl", "that KL, or cross-entropy on the answers", {"choices": ["kl", "ce"]}),
+    ("anchor-count", 4, "such answers an optimizer step", {}),
+    ("anchor-answers", 80, "answers prepared before training", {}),
     ("anchor-tokens", 40, "their length limit, in tokens", {}),
     # step
     ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else "
@@ -342,8 +345,10 @@ def notes(args: argparse.Namespace, told: set[str]) -> Iterator[str]:
         (sft, ("temperature", "truncated"), "with --method sft, for which nobody samples"),
         (sft and not args.eval_problems, ("stop",), "with --method sft, for which nobody samples"),
         (not args.kl_coef, ("kl", "kl_in"), "without --kl-coef"),
-        (not args.anchor_coef, ("anchor_count", "anchor_answers", "anchor_tokens"),
-         "without --anchor-coef"),
+        (not args.anchor_coef, ("anchor_on", "anchor_loss", "anchor_count", "anchor_answers",
+                                "anchor_tokens"), "without --anchor-coef"),
+        (args.anchor_on == "solved", ("anchor_tokens",), "with --anchor-on solved, whose limit is "
+         "--max-new-tokens"),
         (not args.lora_rank, ("lora_alpha", "lora_targets"), "without --lora-rank"),
         (args.memory, ("micro_tokens",), "with --memory, which sizes the micro-batches"),
         (alone, ("shard",), "in one process"),
