@@ -114,10 +114,14 @@ def held_out() -> list[Persona]:
     return [p for name in POOLS if name.endswith("test") for p in load(name)]
 
 
-def copies(pool: list[Persona], tested: list[Persona]) -> list[Persona]:
-    """Those of the pool with a tested text, whatever its case, blanks and punctuation."""
+def check_disjoint(trained: list[Persona], tested: list[Persona]) -> None:
+    """Raises ValueError where a text is trained and tested on (P26), whatever its case, blanks and
+    punctuation."""
     texts = {letters(persona.text) for persona in tested}
-    return [persona for persona in pool if letters(persona.text) in texts]
+    if both := [persona for persona in trained if letters(persona.text) in texts]:
+        raise ValueError(f"{len(both)} of the evaluation's personas are trained on, such as "
+                         f"{both[0].name}: train on a pool without them (train, conflict-train, "
+                         "paraphrases-train), or test others (test, conflict-test, a file)")
 
 
 def letters(text: str) -> str:

@@ -1,17 +1,16 @@
 """The paper's claims as hypotheses: what paired differences between arms say of each.
 
-The claims of PerMix-RLVR (arXiv 2604.08986) become H1 to H5; H6 is ours. Each has a verdict: shown,
-opposite, not shown, not tested, or too few problems. Beside "not shown" stands the difference that
-the design could have shown. Stability is decided by `persona_sd`, in which luck cancels
+The claims of PerMix-RLVR (arXiv 2604.08986) become H1 to H5. Each has a verdict: shown, opposite,
+not shown, not tested, or too few problems. Beside "not shown" stands the difference that the design
+could have shown. Stability is decided by `persona_sd`, in which luck cancels
 (evaluation/lottery.py). The paper's `pss` is printed beside its value for shuffled answers.
 
 H2 and H4 are decided by one reader, a model: a second one has to agree (results/readers.py).
 
-Left out: corrections for looking at many pairs. The hypotheses are few; that `persona_sd` decides
-was fixed before the second experiment (results/plan.md), after the first one's data were seen.
+Left out: that stability is near 0 where accuracy is, which is true by construction; and corrections
+for looking at many pairs. The hypotheses are few; that `persona_sd` decides was fixed before the
+second experiment (results/plan.md), after the first one's data were seen.
 """
-
-import numpy as np
 
 from evaluation import lottery, measures, report
 
@@ -28,7 +27,6 @@ BESIDE = {  # told beside the score that decides
     "persona_sd": ("persona_sd_logit", "harmful_gap"),
     "self_identification": ("persona_identification", "persona_score")}
 MARGIN = 0.03  # of accuracy: H5 claims no loss, and less than this is none
-NEAR_ZERO = 0.1  # of accuracy, for H6
 
 
 def difference(a, b, level=0.95):
@@ -58,8 +56,8 @@ def detectable_fall(a, b, level=0.95):
     return float(a[0] - lottery.signed_root(first - least))
 
 
-def hypotheses(arms, draws, scores, seed=0, looks=1):
-    """A verdict for each of H1-H6: dicts of name, claim, verdict (shown, opposite, not shown, not
+def hypotheses(arms, draws, scores, looks=1):
+    """A verdict for each of H1-H5: dicts of name, claim, verdict (shown, opposite, not shown, not
     tested, too few problems) and words. draws: {role: compare.arm_draws}; scores: {role: the scores
     that are printed}.
 
@@ -94,7 +92,7 @@ def hypotheses(arms, draws, scores, seed=0, looks=1):
         row = {"name": name, "claim": claim, "verdict": found, "words": said}
         by_problems = score in got and not score.endswith("_identification")
         out.append(row | few if by_problems else row)
-    return [*out, collapse(arms, seed) | few]
+    return out
 
 
 def too_few(run):
@@ -135,32 +133,3 @@ def verdict(d, sign):
         return "shown" if d["low"] > -MARGIN else "opposite" if d["high"] < 0 else "not shown"
     low, high = sorted((sign * d["low"], sign * d["high"]))
     return "shown" if low > 0 else "opposite" if high < 0 else "not shown"
-
-
-def collapse(arms, seed=0):
-    """H6, PSS collapses where accuracy is near zero: PSS of problem kinds with a mean below
-    NEAR_ZERO against others.
-
-    Kinds, not items: items chosen for being answered wrong would have a low PSS by construction.
-    """
-    values, draws = {True: [], False: []}, {True: [], False: []}  # key: is accuracy near zero?
-    for run in [run for runs in arms.values() for run in runs]:
-        table = measures.answer_table(run)[:, 1:]
-        kinds = np.array([item["kind"] for item in run["items"]])
-        for part in [table[kinds == kind] for kind in np.unique(kinds)]:
-            weak = bool(part.mean() < NEAR_ZERO)
-            counts = measures.resamples(len(part), seed=seed)
-            values[weak].append(measures.pss(part.mean(axis=0)))
-            draws[weak].append(measures.bootstrap(part, counts, seed)["pss"])
-    out = {"name": "H6", "claim": "PSS collapses where accuracy is near zero"}
-    n_weak, n_strong = len(values[True]), len(values[False])
-    if not n_weak or not n_strong:
-        side = "above" if n_weak else "below"
-        return out | {"verdict": "not tested",
-                      "words": f"no problem kind has a mean accuracy {side} {NEAR_ZERO}"}
-    weak, strong = np.mean(values[True]), np.mean(values[False])
-    low, high = measures.interval(np.mean(draws[False], axis=0) - np.mean(draws[True], axis=0))
-    said = (f"PSS {weak:.3f} where a run's accuracy on a kind of problem is below {NEAR_ZERO} "
-            f"({n_weak} of {n_weak + n_strong}), else {strong:.3f}, "
-            f"difference {strong - weak:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return out | {"verdict": verdict({"low": low, "high": high}, 1), "words": said}

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from common import files
+from common.command import note
 from evaluation import claims, lottery, measures, plots, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
 TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
+TOLD = ("learning_rate", "prompts")  # those that are told where they do, and the steps
 
 
 def grades_of(runs):
@@ -86,6 +88,25 @@ def check_same(rows, keys, where):
                              f"{where}{key!r}{apart}")
 
 
+def apart(arms):
+    """A line for each of the steps and TOLD in which trained arms differ. ValueError where an arm's
+    own runs do."""
+    lines = []
+    for key in ("steps", *TOLD):
+        found = {}
+        for role, runs in arms.items():
+            values = {value for run in runs if (value := (run.get("trained", {}) | run).get(key))}
+            if len(values) > 1:
+                raise ValueError(f"the runs of {role} differ in their training's {key!r} "
+                                 f"({', '.join(map(str, sorted(values)))}): name them by --roles")
+            if values and role != "start":              # of that nothing was trained yet
+                found[role] = values.pop()
+        if len(set(found.values())) > 1:
+            arms_at = ", ".join(f"{role} {value}" for role, value in found.items())
+            lines.append(f"trained with other {key.replace('_', ' ')}: {arms_at}")
+    return lines
+
+
 def side_by_side(arms, seed=0, looks=1):
     """{role: [results dict, one a training seed]} -> runs, arms (their scores with intervals),
     differences, hypotheses.
@@ -106,7 +127,7 @@ def side_by_side(arms, seed=0, looks=1):
         "arms": scores,
         "differences": {f"{b} - {a}": claims.difference(draws[a], draws[b])
                         for a, b in combinations(arms, 2)},
-        "hypotheses": claims.hypotheses(arms, draws, scores, seed, looks),
+        "hypotheses": claims.hypotheses(arms, draws, scores, looks),
     }
 
 
@@ -184,7 +205,7 @@ def arm_of(config):
     if settings.get("anchor_coef"):
         anchor = "+rehearsal" if settings.get("anchor_on") == "solved" else "+anchor"
         anchor += ", ce" if settings.get("anchor_loss") == "ce" else ""
-    keys = TRAINED if settings.get("persona_prob") else TRAINED[:-1]
+    keys = TOLD + (TRAINED if settings.get("persona_prob") else TRAINED[:-1])
     return {"method": settings["method"] + anchor, "training_seed": settings["seed"],
             "trained": {key: settings[key] for key in keys if key in settings}}
 
@@ -242,6 +263,8 @@ def folders(paths, out, roles=None, seed=0, looks=1):
         curves = run_of(folder)[1]
         if role != "start" and curves:
             metrics.setdefault(role, []).append(curves)
+    for line in apart(arms):
+        note(f"warning: {line}")
     comparison, out = side_by_side(arms, seed, looks), Path(out)
     shown = {role: averaged(runs, comparison["arms"][role]) for role, runs in arms.items()}
     out.mkdir(parents=True, exist_ok=True)

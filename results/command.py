@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 import personas  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
+from common import files  # noqa: E402
 from common.command import Parser  # noqa: E402
 from results.arms import ARMS, EVERY, parts  # noqa: E402
 from training.settings import settings  # noqa: E402
@@ -116,9 +117,7 @@ def check_inputs(args: Namespace) -> None:
     people = personas.load(args.personas, "test")
     pools = {args.told.personas, *filter(None, (parts(arm)[1] for arm in args.arms))}
     for pool in [pool for pool in pools if not pool.isdigit()]:         # a number is of those in train
-        if copies := personas.copies(personas.load(pool, "train"), people):
-            raise ValueError(f"--personas {args.personas} has {len(copies)} personas that are trained on, such as "
-                             f"{copies[0].name}: give test, conflict-test, or a file of others")
+        personas.check_disjoint(personas.load(pool, "train"), people)
     most = len(personas.load_roleplay("test"))
     if args.questions > most:
         raise ValueError(f"--questions must be at most {most}, not {args.questions}")
@@ -136,10 +135,13 @@ def identity(args: Namespace) -> dict:
 
 
 def known(value):
-    """A file's name and the first of its content's SHA-256; other values as they are."""
-    if not isinstance(value, str) or not os.path.isfile(value):
+    """The name of a file, or of a model's folder, and the first of its content's SHA-256; other values as they are."""
+    if not isinstance(value, str) or not os.path.exists(value):
         return value
-    return f"{Path(value).name} {weights.sha256(Path(value))[:12]}"
+    path = Path(value)
+    content = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
+    sums = [weights.sha256(file) for file in content if file.is_file()]
+    return f"{path.name} {(sums[0] if len(sums) == 1 else files.digest(sums))[:12]}"
 
 
 def check_identity(args: Namespace, kept_in: Path) -> None:

@@ -36,7 +36,7 @@ def verdicts(arms):
 def test_each_hypothesis_gets_the_verdict_that_the_arms_were_made_for():
     arms = {"start": [results_of(BASE, 0, 0.95)], "rlvr": [results_of(RLVR, 1, 0.5)],
             "permix": [results_of(PERMIX, 2, 0.9)]}
-    assert verdicts(arms) == dict.fromkeys(("H1", "H2", "H3", "H4", "H5", "H6"), "shown")
+    assert verdicts(arms) == dict.fromkeys(("H1", "H2", "H3", "H4", "H5"), "shown")
     arms["rlvr"], arms["permix"] = arms["permix"], arms["rlvr"]
     got = verdicts(arms)
     assert (got["H3"], got["H4"], got["H5"]) == ("opposite", "opposite", "opposite")
@@ -178,7 +178,7 @@ def test_six_problems_are_too_few_for_a_claim():
     arms = {"start": [results_of(BASE, 0, 0.95, n_items=6)], "rlvr": [results_of(RLVR, 1, 0.5, n_items=6)],
             "permix": [results_of(PERMIX, 2, 0.9, n_items=6)]}
     got, few = verdicts(arms), "too few problems"
-    assert got == {"H1": few, "H2": "shown", "H3": few, "H4": "shown", "H5": few, "H6": few}
+    assert got == {"H1": few, "H2": "shown", "H3": few, "H4": "shown", "H5": few}
     lead = report.finding({role: runs[0] for role, runs in arms.items()}, compare.side_by_side(arms))
     assert lead.startswith("Too few problems for most claims: 6 problems; the intervals need 20. ")
     assert "Too few problems for a claim" in report.finding({"start": arms["start"][0]}, None)
@@ -188,12 +188,12 @@ def test_six_problems_are_too_few_for_a_claim():
 # Folders
 
 
-def run_folder(top, method, seed, accuracies, anchor=0.0, steps=9):
+def run_folder(top, method, seed, accuracies, anchor=0.0, steps=9, **settings):
     """A run as train.py leaves it: config, metrics, evaluation/after -> the evaluation's folder."""
     run = top / f"{method}-{anchor}-{seed}"
     folder = run / "evaluation/after"
     folder.mkdir(parents=True)
-    config = {"settings": {"method": method, "seed": seed, "anchor_coef": anchor}}
+    config = {"settings": {"method": method, "seed": seed, "anchor_coef": anchor} | settings}
     (run / "config.json").write_text(json.dumps(config))
     rows = [{"step": i, "reward": seed + i / 9, "entropy": 1.0, "completion_length": None} for i in range(9)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -243,6 +243,22 @@ def test_two_ablations_of_one_method_are_not_taken_for_two_seeds(arms, tmp_path)
         compare.folders(arms[:1] + arms[:1], tmp_path)
     got = compare.folders(arms[:1] + arms[:1], tmp_path, ["a", "b"])
     assert [len(runs) for runs in got["runs"].values()] == [1, 1]
+
+
+def test_arms_trained_longer_or_faster_are_compared_with_a_warning_and_seeds_of_one_arm_are_not(
+        tmp_path, capsys):
+    usual = run_folder(tmp_path, "rlvr", 0, RLVR, learning_rate=3e-5)
+    faster = run_folder(tmp_path, "permix", 0, PERMIX, steps=20, learning_rate=1e-4)
+    start = run_folder(tmp_path, "sft", 0, BASE, steps=0, learning_rate=1.0)
+    compare.folders([usual, faster], tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "warning: trained with other steps: rlvr 9, permix 20" in said
+    assert "warning: trained with other learning rate: rlvr 3e-05, permix 0.0001" in said
+    compare.folders([start, usual], tmp_path / "out")
+    assert "warning" not in capsys.readouterr().err
+    other = run_folder(tmp_path, "rlvr", 1, RLVR, steps=20, learning_rate=3e-5)
+    with pytest.raises(ValueError, match=r"runs of rlvr differ in their training's 'steps' \(9, 20\).*--roles"):
+        compare.folders([usual, other], tmp_path / "out")
 
 
 def test_two_models_of_unknown_seed_are_not_merged_or_dropped(arms, tmp_path):

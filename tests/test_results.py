@@ -209,8 +209,8 @@ def test_a_file_is_asked_of_the_start_model_without_the_lines_that_are_trained_o
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--personas", "nosuch"], "no personas called"), (["--personas", "train"], "144 personas that are trained on"),
-    (["--arms", "rlvr+paraphrases", "--personas", "paraphrases-train"], "48 personas that are trained on"),
+    (["--personas", "nosuch"], "no personas called"), (["--personas", "train"], "144 of the evaluation's personas"),
+    (["--arms", "rlvr+paraphrases", "--personas", "paraphrases-train"], "48 of the evaluation's personas"),
     (["--task", "nosuch"], "unknown task"), (["--questions", "1000"], "--questions must be at most"),
     (["--eval-task", "facts"], "questions are trained on"), (["--model", "x", "--problems", "0"], "at least 1"),
     (["--columns", "question=q"], "--columns")])

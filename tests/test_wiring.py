@@ -510,8 +510,9 @@ def test_rehearsal_holds_the_start_model_to_the_training_problems_that_it_solves
 
 def test_rehearsal_without_a_solved_problem_says_so(tiny_folder, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train.main(["--model", str(tiny_folder), "--out", str(out), "--anchor-coef", "0.5", "--anchor-on", "solved",
-                       "--anchor-answers", "4", "--reward", "tests.test_wiring:zero_reward", "--eval-problems", "0"]) == 2
+    assert train.main(["--model", str(tiny_folder), "--out", str(out), "--anchor-coef", "0.5",
+                       "--anchor-on", "solved", "--anchor-answers", "4", "--eval-problems", "0",
+                       "--reward", "tests.test_wiring:zero_reward"]) == 2
     assert "solves none of 16" in capsys.readouterr().err and not (out / "metrics.jsonl").exists()
 
 

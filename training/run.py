@@ -88,11 +88,7 @@ def read(args) -> Job:
     held_out = held_out_of(args, problems) if args.eval_problems or args.eval_task else None
     problems = tasks.put(problems, args.prompt)
     pool = personas.load(args.personas, "train")
-    tested = personas.held_out() + personas.load(args.eval_pool, "test")
-    if copies := personas.copies(pool, tested):
-        raise ValueError(f"--personas {args.personas} would train on {len(copies)} of the "
-                         f"evaluation's personas, such as {copies[0].name}: give a pool without "
-                         "them (train, conflict-train, paraphrases-train), or another --eval-pool")
+    personas.check_disjoint(pool, personas.held_out() + personas.load(args.eval_pool, "test"))
     n = args.group_size if personas.shares_prompt(args.mix) else 1
     sampling = SamplingParams(n, args.max_new_tokens, args.temperature, stop=tuple(args.stop))
     rewarder = Rewarder(args.reward, args.reward_seconds)
