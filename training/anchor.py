@@ -78,16 +78,16 @@ def role_play(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
     return [(prompts[c.index], [c.tokens]) for c in sorted(answers, key=lambda c: c.index)]
 
 
-TRIES = 4                                               # answers to a problem, of which one is kept
+TRIES = 2                                               # answers to a problem, of which one is kept
 
 
 def solved(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
-    """(prompt_ids, [answer]) for at most --anchor-answers training problems: the first of TRIES
-    answers that the reward pays for, under the persona that a training step would have drawn.
+    """(prompt_ids, [answer]) for at most --anchor-answers training problems, of twice as many that
+    are asked: the first of TRIES answers that the reward pays for. Personas are drawn as in a step.
 
     Raises ValueError where the start model solves none.
     """
-    args, problems = job.args, job.problems[:TRIES * job.args.anchor_answers]
+    args, problems = job.args, job.problems[:2 * job.args.anchor_answers]
     names = [f"anchor:{i}" for i in range(len(problems))]
     rows = personas.mix(job.pool, args.persona_prob, "prompt", names, 1, args.seed)
     speakers = [persona for persona, in rows]
