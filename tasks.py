@@ -7,9 +7,10 @@
     FOLDER                       GSM8K's or MATH's as cloned, or a saved dataset; see
                                  generators/folders.py
 
-In `arithmetic` the test holds other numbers than the training, but may ask for a sum that was
-trained in other words. In `facts` it does not: 7 + 5, 5 + 7, 12 - 5 and 12 - 7 are one fact, and
-held out as one. Its problems have levels, and training opens them one after another (`batch`).
+In `arithmetic` the test holds other pairs of wording and numbers than the training, but mostly asks
+for a sum that was trained in other words. In `facts` it does not: 7 + 5, 5 + 7, 12 - 5 and 12 - 7
+are one fact, and held out as one. Its problems have levels, and training opens them one after
+another (`batch`).
 
 `columns` says what else the fields of a file or folder are called (--columns question=prompt).
 In a file a line's `split` says where it goes. Without any, a file that is both trained and tested

@@ -303,7 +303,9 @@ def run(args) -> None:
     with alone, told(args, out), job.stop.heard():
         if evaluates:
             if talks:
-                print(f"run folder {out}; evaluating before training", file=sys.stderr)
+                answers = len(job.held_out[0]) * (1 + len(job.held_out[1]))
+                print(f"run folder {out}; evaluating before training: {answers} answers",
+                      file=sys.stderr)
             before = evaluated(job, out / "evaluation" / "before", 0)
         job = anchored(job)
         with job.stop.hold():
@@ -315,7 +317,8 @@ def run(args) -> None:
                 print(before_after(args, before, after))
                 side_by_side(out / "evaluation")
     if talks:
-        print(f"{time.time() - began:.0f} seconds; everything is in {out}")
+        first = f"; begin with {out / 'evaluation' / 'report.html'}" if evaluates else ""
+        print(f"{time.time() - began:.0f} seconds; everything is in {out}{first}")
     wait()                                              # others may still need this rank
 
 

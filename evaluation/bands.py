@@ -17,6 +17,7 @@ Left out: evaluations, which `--compare` puts side by side, and a verdict that n
 import gzip
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +209,8 @@ def text(run: Run, others: list[Run]) -> str:
     head = [f"{run.name}, {run.rows[-1]['step'] + 1} of {run.settings.get('steps')} steps "
             "(below they count from 0, as in metrics.jsonl)"]
     for what, runs in (("all", like), (GAP, others)):
-        names = ", ".join(other.name for other in runs)
+        counts = Counter(other.name.partition("-seed")[0] for other in runs)
+        names = ", ".join(f"{arm} ({count})" for arm, count in counts.items())
         head += [f"{what} beside {len(runs)} kept: {names}"] if runs else []
     if not like:
         head.append(f"warning: no kept run has these settings: {told}. Only {GAP} is compared")

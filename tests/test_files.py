@@ -25,6 +25,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (target / "a").read_text() == "1" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_all_files_of_a_folder_can_be_read_by_who_can_read_one(tmp_path):
+    with files.whole_folder(tmp_path / "out") as part:
+        for name, mode in (("config.json", 0o644), ("model.safetensors", 0o600)):
+            (part / name).write_text("1")
+            (part / name).chmod(mode)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
 def test_a_log_torn_in_the_middle_of_a_line_goes_on_behind_it(tmp_path):
     log = tmp_path / "log.jsonl"
     for rows in ([{"a": 1}, {"a": 2}], [{"a": 3}]):

@@ -951,7 +951,7 @@ def test_what_the_flags_name_is_refused_before_there_is_a_run_folder(tiny_folder
     unread.write_text(3 * ask.replace("7", r"\\frac{1}{"))
     for flags, said in ((["--method", "distill", "--teacher", str(teacher)], "another tokenizer"),
                         (["--personas", str(tmp_path / "mine.jsonl")], "1 of the evaluation's personas"),
-                        ([*evaluates, "--eval-pool", "train"], "144 of the evaluation's personas are trained on, such as"),
+                        ([*evaluates, "--eval-pool", "train"], "144 of the evaluation's personas"),
                         ([*evaluates, "--task", str(tmp_path / "a.jsonl"), "--eval-task", str(tmp_path / "b.jsonl")],
                          "1 of the evaluation's 1 questions are trained on"),
                         (["--eval-problems", "0", "--task", str(tmp_path / "a.jsonl"),

@@ -253,14 +253,17 @@ def already_there(folder: Path) -> dict | None:
 
 def before_after(args, before: dict, after: dict) -> str:
     """The table and the line that the main job ends with."""
-    scores = ("mean_accuracy", "no_persona_accuracy", "worst_persona_accuracy", "persona_sd", "pss",
-              "pss_mean_minus_std", "pss_all_correct", "mean_reward")
-    shown = [name for name in scores if None not in (before.get(name), after.get(name))]
-    rows = [(name, before[name], after[name]) for name in shown]
+    scores = {"mean_accuracy": "mean accuracy over personas", "no_persona_accuracy": "without one",
+              "worst_persona_accuracy": "of the worst persona", "pss": "pss: worst over best",
+              "persona_sd": "persona_sd: true spread, points", "mean_reward": "mean reward"}
+    rows = [(words, *(f"{100 * x:6.1f}" if name == "persona_sd" else f"{x:6.3f}" for x in pair))
+            for name, words in scores.items()
+            if None not in (pair := (before.get(name), after.get(name)))]
     for old, new in zip(before["personas"], after["personas"], strict=True):
-        rows.append((f"  {old['name']} ({old['stratum']})", old["accuracy"], new["accuracy"]))
+        pair = (f"{row['accuracy']:6.3f}" for row in (old, new))
+        rows.append((f"  {old['name']} ({old['stratum']})", *pair))
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:{width}}  {old:6.3f}  {new:6.3f}" for name, old, new in rows]
+    lines = [f"{name:{width}}  {old}  {new}" for name, old, new in rows]
     return "\n".join([f"{'':{width}}  before   after", *lines, *in_line(args, after)])
 
 
