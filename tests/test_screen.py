@@ -1,11 +1,13 @@
 """results/screen.py: each rule fires alone on a table that was made for it, and go needs them all."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 import evaluate
+from evaluation import compare
 from personas import Persona
 from results import screen
 from tasks import Problem
@@ -122,3 +124,21 @@ def test_the_command_evaluates_once_and_reads_what_is_there_the_next_time(
     first = capsys.readouterr().out
     monkeypatch.setattr(evaluate, "one_arm", None)
     assert screen.main(flags) == 1 and capsys.readouterr().out == first
+
+
+def test_the_page_of_screens_says_what_the_rules_say_of_the_kept_evaluations():
+    folder = screen.ROOT / "results" / "screens"
+    rows = re.findall(r"^\| \[.*?\]\((.*?)\) \| (.*) \|$", (folder / "README.md").read_text(), re.M)
+    assert {where for where, _ in rows} == {"../facts/start", "../products/start"} | {
+        path.parent.name for path in folder.glob("*/results.json")}
+    for where, row in rows:
+        results = json.loads((folder / where / "results.json").read_text())
+        tables, _, names = compare.persona_tables([results])
+        sd, low, high = (100 * results[f"persona_sd{end}"] for end in ("", "_low", "_high"))
+        shown = [f"{sd:.1f} [{low:.1f}, {high:.1f}]", f"{100 * screen.without_carriers(tables[0], names)[0]:.1f}",
+                 f"{tables.mean():.3f}", f"{100 * results['truncated_fraction']:.0f} %"]
+        holds = [rule for rule, _ in screen.checks(results)]
+        sd, left, mean, cut = (text if rule else f"**{text}**" for text, rule in zip(shown, holds, strict=True))
+        verdict = "go" if all(holds) else "no-go"
+        assert row == (f"{len(results['items'])} | {sd} | {left} | {mean} | {results['no_persona_accuracy']:.3f} | "
+                       f"{cut} | {verdict}")
