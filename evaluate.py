@@ -249,8 +249,9 @@ def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
     run = compare.run_of(args.model)[0]
     trained = run.get("settings", {})  # of the training run that the model lies in
-    prompt, limit = args.prompt or trained.get("prompt", "plain"), args.max_new_tokens
-    limit = trained.get("max_new_tokens", 32) if limit is None else limit
+    prompt, limit = tasks.usual(args.task)              # unless the run or a flag says other
+    prompt = args.prompt or trained.get("prompt", prompt)
+    limit = args.max_new_tokens or trained.get("max_new_tokens", limit)
     params = EvalParams(args.seed, limit, args.samples, args.noise_floor, args.temperature,
                         reward=args.reward, reward_seconds=args.reward_seconds,
                         stop=tuple(trained.get("stop", ())))

@@ -356,10 +356,11 @@ def policy_metrics(loss: Loss, ratio: Tensor, advantages: Tensor, weights: Tenso
     }
 
 
-def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
+def summarise(sums: dict[str, Tensor]) -> dict[str, float | None]:
     """Means over tokens, of `policy_metrics` added up over the whole batch.
 
-    effective_sample_fraction: 1 on policy, 1/n when one of n tokens outweighs the others.
+    effective_sample_fraction: 1 on policy, 1/n when one of n tokens outweighs the others. None, as
+    the mean ratio, where no token was trained.
     """
     total = {name: float(value) for name, value in sums.items()}
     tokens = max(1.0, total["tokens"])
@@ -368,7 +369,7 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     return {
         "clip_fraction": sum(clipped.values()),
         **{f"clip_fraction_{side}": fraction for side, fraction in clipped.items()},
-        "ratio_mean": total["ratio"] / tokens,
+        "ratio_mean": total["ratio"] / tokens if total["tokens"] else None,
         "old_kl": total["old_kl"] / tokens,
-        "effective_sample_fraction": total["ratio"] ** 2 / squares,
+        "effective_sample_fraction": total["ratio"] ** 2 / squares if total["tokens"] else None,
     }

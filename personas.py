@@ -288,7 +288,7 @@ def times_shown(tokenizer) -> int:
 def main() -> None:
     parser = Parser(description="Draw a batch under both mixing modes and print who speaks.")
     add = parser.add_argument
-    add("--persona-prob", type=float, default=0.7, help="rho: how often somebody speaks (0.7)")
+    add("--persona-prob", type=float, default=0.7, help="rho: how often somebody speaks")
     add("--seed", type=int, default=0, help="of the draw (default 0)")
     args = parser.parse_args()
     try:

@@ -227,6 +227,11 @@ def without_tested(path: Path, placed: list, splits: list) -> tuple[list, list]:
     return [row for row, _ in kept.values()], [own for _, own in kept.values()]
 
 
+def usual(task: str) -> tuple[str, int]:
+    """(the prompt, the longest answer in tokens) that a task is asked with where nobody says."""
+    return ("plain", 32) if is_generated(task) else ("short", 48)
+
+
 def is_generated(task: str) -> bool:
     return task in GENERATED or task.startswith(gym.PREFIX)
 

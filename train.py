@@ -301,13 +301,13 @@ def run(args) -> None:
         plan(policy, job)
     (out, alone), evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
     with alone, told(args, out), job.stop.heard():
+        job = anchored(job)
         if evaluates:
             if talks:
                 answers = len(job.held_out[0]) * (1 + len(job.held_out[1]))
                 print(f"run folder {out}; evaluating before training: {answers} answers",
                       file=sys.stderr)
             before = evaluated(job, out / "evaluation" / "before", 0)
-        job = anchored(job)
         with job.stop.hold():
             train(job, policy, out)
         del policy                                      # its moments

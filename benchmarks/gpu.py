@@ -141,8 +141,7 @@ def write(summary: dict, out: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(description="Check and measure everything on a machine with a GPU.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Check and measure everything on a machine with a GPU.")
     p.add_argument("--out", type=Path, required=True, help="folder of the results")
     p.add_argument("--minutes", type=float, default=8, help="of all stages together, at most")
     p.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE",

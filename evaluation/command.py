@@ -1,6 +1,5 @@
 """evaluate.py's flags, and what can't be meant by them."""
 
-import argparse
 import math
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from common.command import Parser
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = Parser(description="Accuracy under every persona, and fidelity to them.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Accuracy under every persona, and fidelity to them.")
     add = parser.add_argument
     add("--model", default="smollm2-135m",
         help="smollm2-135m, a Hugging Face folder or id, a .gguf file")
@@ -33,9 +31,11 @@ def parse(argv):
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int,
-        help="longest answer, in tokens (default: that of the model's run, else 32)")
+        help="longest answer, in tokens (default: that of the model's run, else 32 for generated "
+             "tasks, 48 for others)")
     add("--prompt", choices=sorted(tasks.PROMPTS),
-        help="how a problem is put (default: as in the model's run)")
+        help="how a problem is put (default: as in the model's run, else plain for generated "
+             "tasks, short for others)")
     add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="of compute")
     add("--device", default="auto", choices=weights.DEVICES,
         help="auto: the GPU if there is one, else the CPU")

@@ -20,6 +20,7 @@ from evaluation import claims, lottery, measures, plots, report
 
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
 TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
+FLAGS = ("task", "prompt", "max_new_tokens", "reward")  # of evaluate.py, for how it is asked
 TOLD = ("learning_rate", "prompts")  # those that are told where they do, and the steps
 
 
@@ -84,8 +85,9 @@ def check_same(rows, keys, where):
         seen = [row[key] for row in rows if key in row]
         if other := [value for value in seen if value != seen[0]]:
             apart = "" if isinstance(seen[0], list) else f" ({seen[0]} and {other[0]})"
+            again = f": evaluate again with --{key.replace('_', '-')}" if key in FLAGS else ""
             raise ValueError("these evaluations cannot be paired: they differ in "
-                             f"{where}{key!r}{apart}")
+                             f"{where}{key!r}{apart}{again}")
 
 
 def apart(arms):
@@ -217,7 +219,9 @@ def read_arm(folder, role=None):
     """
     file = folder / "results.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is no evaluation: it has no results.json")
+        inside = Path("evaluation", "after")            # of a run
+        hint = f": give {folder / inside}" if (folder / inside / "results.json").is_file() else ""
+        raise ValueError(f"{folder} is no evaluation: it has no results.json{hint}")
     results = files.parsed(str(file), file.read_bytes(), "the results of evaluate.py")
     for key in ("method", "personas", "items", "correct", "lottery"):
         if key not in results:

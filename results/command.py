@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,10 +24,10 @@ FREE = {"slots", "micro_tokens", "memory", "recompute", "save_every", "async_sav
 
 def parse(argv: list[str] | None, about: str) -> Namespace:
     """The command line, checked; `rest` are train.py's flags, `at` the evaluated checkpoints (None: the end)."""
-    p = Parser(description=about, formatter_class=ArgumentDefaultsHelpFormatter)
+    p = Parser(description=about)
     add = p.add_argument
     add("--arms", nargs="+", default=list(ARMS), choices=list(EVERY), metavar="ARM",
-        help=f"trained arms, of {', '.join(EVERY)}")
+        help=f"trained arms, of: {'; '.join(EVERY)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds of each")
     add("--steps", type=int, default=34, help="of training")
     add("--at", nargs="+", type=int, metavar="STEP",
@@ -44,7 +44,8 @@ def parse(argv: list[str] | None, about: str) -> Namespace:
     add("--out", type=Path, default=Path("runs/experiment"), help="run folders")
     add("--name", default="main", help="results are kept in results/NAME")
     add("--rebuild", nargs="+", metavar="NAME", help="only: the kept comparisons again, from kept results")
-    add("--jobs", type=int, help="runs at a time, each on its share of the cores (default: 2, or 1 with --processes)")
+    add("--jobs", type=int,
+        help="runs at a time, each on its share of the cores and a GPU of its own (default: 2, or 1 with --processes)")
     add("--processes", type=int, default=1, help="of torchrun, for a run's training; one a GPU")
     args, args.rest = p.parse_known_args(argv)
     try:
@@ -77,7 +78,7 @@ def checked(args: Namespace) -> Namespace:
         if wrong := [flag for flag in args.rest if flag.split("=")[0] in own.union(OURS)]:
             raise ValueError(f"{wrong[0]} is set for {arm} already: leave it out, or add an arm to results/arms.py")
         try:
-            settings([*EVERY[arm], *trained, *args.rest])
+            settings([*EVERY[arm], *trained, *args.rest], quiet=True)       # its notes come with its run
         except ValueError as error:
             raise ValueError(f"{arm}: {error}") from error
     args.told = told = settings([*trained, *args.rest])

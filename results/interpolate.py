@@ -37,7 +37,7 @@ def main(argv=None) -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--start", default="smollm2-135m", help="as for evaluate.py --model")
     parser.add_argument("--trained", required=True, help="a model that was trained from it")
-    parser.add_argument("--share", type=float, default=0.5, help="of the way to the trained one (0.5)")
+    parser.add_argument("--share", type=float, default=0.5, help="of the way to the trained one")
     parser.add_argument("--out", type=Path, required=True, help="a Hugging Face folder, made")
     args = parser.parse_args(argv)
     try:

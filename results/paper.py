@@ -48,4 +48,7 @@ def flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        setting = "\n    ".join(" ".join(pair) for pair in SETTING.items())
+        print(f"{__doc__}\nThe flags:\n\n    {setting}\n\nThose of run.py, with its own defaults:\n")
     sys.exit(run.run(flags(sys.argv[1:])))

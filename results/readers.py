@@ -25,7 +25,6 @@ there is not read again. Controls change answers or labels; CONTROLS says what m
 Left out: the posterior. Naive Bayes takes n-grams that overlap for independent, so it is too sure.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -354,8 +353,7 @@ def lines(found: dict) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; a user's mistake is one line on stderr and exit 2."""
-    p = Parser(description=__doc__.splitlines()[0],
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("folder", type=Path, help="results/NAME, or any folder of evaluations")
     p.add_argument("--reader", required=True, help=f"ngrams, {', '.join(models.FILES)}, or a model as for train.py")
     p.add_argument("--train", type=Path, help="answers for ngrams to learn from, as .jsonl")

@@ -37,6 +37,8 @@ import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_IN = ROOT / "results"
 sys.path.insert(0, str(ROOT))
@@ -50,28 +52,41 @@ KEPT = ("comparison.json", "stability_against_fidelity.png", "stability_against_
         "learning_curves.png")                                                          # of a comparison
 
 
-def workers(jobs: int) -> ThreadPoolExecutor:
-    """Threads that start processes, each with its own share of the cores. One core does a model of 135M more good than
-    half of two does (the small operations between the matmuls do not split), and shared cores are the worst of all."""
+OWN = threading.local()                 # of a thread of `workers`: the environment of its processes
+
+
+def workers(jobs: int, gpus: list[str]) -> ThreadPoolExecutor:
+    """Threads that start processes, each with its own share of the cores, and with several GPUs one of them. One core
+    does a model of 135M more good than half of two does (the small operations between the matmuls do not split), and
+    shared cores are the worst of all."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
     jobs, shares = min(jobs, len(cores)), queue.SimpleQueue()
     for job in range(jobs):
-        shares.put(cores[job::jobs])
+        shares.put((cores[job::jobs], gpus[job % len(gpus)] if len(gpus) > 1 else None))
 
     def pin():
-        share = shares.get()
+        share, gpu = shares.get()
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, share)              # of this thread, and of the processes it starts
+        OWN.environment = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
 
     os.environ["OMP_NUM_THREADS"] = str(len(cores) // jobs)
     return ThreadPoolExecutor(jobs, initializer=pin)
+
+
+def gpus_here(processes: int) -> list[str]:
+    """The GPUs that runs may share out, as CUDA_VISIBLE_DEVICES names them; none where a run has them all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+    return every if processes == 1 else []
 
 
 def call(script: str, *flags, processes: int = 1) -> None:
     """Runs a script of ours. CalledProcessError where it fails; it has told why."""
     print("$", script, *flags, flush=True)
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    subprocess.run([sys.executable, *map(str, (*several, ROOT / script, *flags))], check=True)
+    subprocess.run([sys.executable, *map(str, (*several, ROOT / script, *flags))], check=True,
+                   env=os.environ | getattr(OWN, "environment", {}))
 
 
 def evaluated(model, arm: str, folder: Path, args, speaks: bool = True) -> Path:
@@ -266,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     with claim(args.out):
         folders = [one_run("start", None, args)]
         todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
-        with workers(args.jobs) as pool:
+        with workers(args.jobs, gpus_here(args.processes)) as pool:
             try:
                 folders += [future.result() for future in [pool.submit(alone, *one, args) for one in todo]]
             except BaseException:
@@ -284,10 +299,10 @@ def run(argv: list[str]) -> int:
     except subprocess.CalledProcessError as error:          # the script has told why
         return error.returncode
     except (ValueError, OSError) as error:
-        print(f"run.py: {one_line(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("run.py: stopped; the same command goes on where this one was", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on where this one was", file=sys.stderr)
         return 130
     return 0
 

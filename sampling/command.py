@@ -18,8 +18,7 @@ from sampling.params import SamplingParams
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(description="Sample completions for a file of prompts, or chat with a persona.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Sample completions for a file of prompts, or chat with a persona.")
     add = p.add_argument
     add("--model", default="smollm2-135m", help="smollm2-135m, a folder, a hub id or a .gguf file")
     add("--chat-template", metavar="FILE",

@@ -158,9 +158,10 @@ def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"task": "u"}, r"differ in 'task' \(t and u\)$"), ({"items": []}, "in 'items'$"),
+    ({"task": "u"}, r"differ in 'task' \(t and u\): evaluate again with --task$"), ({"items": []}, "in 'items'$"),
     ({"personas": []}, "in 'personas'$"),
-    ({"max_new_tokens": 9}, r"'max_new_tokens' \(8 and 9\)"), ({"reward": "a:b"}, r"'reward' \(None and a:b\)"),
+    ({"max_new_tokens": 9}, r"'max_new_tokens' \(8 and 9\): evaluate again with --max-new-tokens$"),
+    ({"reward": "a:b"}, r"'reward' \(None and a:b\)"),
     ({"problems": "1"}, "'problems'"), ({"pool": "1"}, "'pool'"), ({"stop": ["\n"]}, "'stop'"),
     ({"template": "1"}, r"'template' \(0 and 1\)"),
     ({"trained": {"reward": "a:b"}}, "training's 'reward'"), ({"trained": {"task": "u"}}, "training's 'task'"),
@@ -331,6 +332,9 @@ def test_a_file_that_is_no_evaluation_is_named(arms, tmp_path):
     (tmp_path / "results.json").write_text('{"method": "rlvr"}')
     with pytest.raises(ValueError, match=r"results.json is no evaluation: it has no 'personas'"):
         compare.folders([arms[0], tmp_path], tmp_path / "out")
+    run = arms[0].parents[1]
+    with pytest.raises(ValueError, match=f"{run} is no evaluation: .*: give {run}/evaluation/after$"):
+        compare.folders([arms[1], run], tmp_path / "out")
 
 
 def test_learning_curves_of_several_seeds_are_averaged_step_by_step():

@@ -19,6 +19,7 @@ import model as model_module
 import personas
 import rollout
 import tasks
+import train
 import weights
 from common import files
 from evaluation import answers, fidelity, judge, measures, rivals
@@ -530,6 +531,17 @@ def test_an_answer_longer_than_the_model_and_an_out_that_is_a_file_are_refused(t
         assert evaluate.main([*flags, str(out)]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_start_model_is_asked_as_train_py_asks(tiny_folder, tmp_path, monkeypatch):
+    told, own = [], tmp_path / "own.jsonl"
+    own.write_text('{"question": "w1?", "answer": "w1"}\n')
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given: told.append((given[6]["prompt"], given[4].max_new_tokens)))
+    for task in (str(own), "facts"):
+        evaluate.one_arm(evaluate.parse(["--model", str(tiny_folder), "--task", task, "--dtype", "float32"]))
+        trained = train.settings(["--task", task])
+        assert told[-1] == (trained.prompt, trained.max_new_tokens)
+    assert told == [("short", 48), ("plain", 32)]
 
 
 def test_a_users_files_are_evaluated_whole_and_the_file_of_the_run_only_where_it_was_not_trained_on(

@@ -65,6 +65,15 @@ def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(script, name, 
     assert done.stderr.startswith(f"{name}: ") and f"did you mean {meant}?" in done.stderr
 
 
+@pytest.mark.parametrize("name, flag, meant", [
+    ("train.py", "--lr", "--learning-rate"), ("train.py", "--num_generations", "--group-size"),
+    ("train.py", "--beta", "--kl-coef"), ("evaluate.py", "--problems", "--limit"), ("train.py", "--gpus", None),
+    ("train.py", "--n", None)])
+def test_a_flag_of_another_program_is_told_by_its_name_here_and_nothing_far_is_guessed(script, name, flag, meant):
+    said = script(name, flag, "8").stderr
+    assert (f"did you mean {meant}?" in said) == bool(meant) == ("did you mean" in said)
+
+
 def test_the_commit_says_whether_files_were_changed_since_and_without_git_there_is_none(tmp_path, monkeypatch):
     for word in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a", "commit", "-m", "a"]):
         (tmp_path / "files.py").touch()

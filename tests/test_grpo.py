@@ -540,6 +540,8 @@ def test_summaries_equal_their_formula():
         "effective_sample_fraction": 9 / (3 * 3.5),
     }
     assert got == pytest.approx(expected, abs=1e-12)
+    nothing = grpo.summarise(grpo.policy_metrics(grpo.Loss(), ratio, torch.ones(4), 0 * weights))
+    assert nothing["ratio_mean"] is nothing["effective_sample_fraction"] is None and nothing["clip_fraction"] == 0
 
 
 def test_the_recipes_hold_the_papers_numbers():

@@ -8,6 +8,8 @@ import re
 import runpy
 import shlex
 import subprocess
+import threading
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,26 @@ from training import settings
 from training.run import in_line
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def test_runs_at_a_time_have_a_gpu_of_their_own_where_there_are_several(monkeypatch):
+    given = defaultdict(list)
+    for gpus, processes in (("2,5", 1), ("2,5", 4), ("3", 1), ("", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        run = SimpleNamespace(**runpy.run_path(str(RESULTS / "run.py")))
+        monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+        monkeypatch.setattr(run.os, "sched_setaffinity", lambda *_: None, raising=False)
+        both = threading.Barrier(2)
+
+        def process(command, check, env, key=(gpus, processes), both=both):
+            both.wait(10)                               # so that each thread starts one
+            given[key].append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        monkeypatch.setattr(run.subprocess, "run", process)
+        with run.workers(2, run.gpus_here(processes)) as pool:
+            list(pool.map(run.call, ["train.py", "train.py"]))
+    assert {key: sorted(seen) for key, seen in given.items()} == {
+        ("2,5", 1): ["2", "5"], ("2,5", 4): ["2,5", "2,5"], ("3", 1): ["3", "3"], ("", 1): ["", ""]}
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +145,10 @@ def test_every_command_of_the_experiments_pages_is_one_that_the_script_takes(run
             argv = shlex.split(given.replace("NAME", "some"), comments=True)
             found.append(run.flags_of(paper["flags"](argv) if script == "paper" else argv))
         if page.name == "recipes.md":
-            of_one_page = [(one.name, one.out, run.command.identity(one)) for one in found[-4:]]
+            of_one_page = {(one.name, one.out, json.dumps(run.command.identity(one))) for one in found[-5:]}
     assert len(found) > 8 and any(one.processes > 1 for one in found)
-    assert len({name for name, *_ in of_one_page}) == len({out for _, out, _ in of_one_page}) == 4
+    names, outs, _ = map(set, zip(*of_one_page, strict=True))
+    assert len(names) == len(outs) == len(of_one_page) == 5
 
 
 @pytest.fixture

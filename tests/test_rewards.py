@@ -376,6 +376,23 @@ def test_p25_copying_the_exercise_earns_nothing(form, exercise, gold):
     assert verify(gold, f"{exercise} = {gold}1").verdict == "wrong"
 
 
+INTERVAL = "What is the interval of x with 0 < x <= 1?"
+
+
+@pytest.mark.parametrize("gold, answer, question, expected", [
+    ("(0, 1]", INTERVAL, INTERVAL, "wrong"), ("(0, 1]", "0 < x <= 1", INTERVAL, "wrong"),
+    ("(0, 1]", "The interval of x with 0 < x <= 1 is the interval of", INTERVAL, "wrong"),
+    ("(0, 1]", r"0 < x \le 1", INTERVAL.replace("0 < x <= 1", r"$0 < x \le 1$"), "wrong"),
+    (r"(-\infty, 3)", "x < 3", "Write x < 3 in interval notation.", "wrong"),
+    ("(0, 1]", "(0, 1]", INTERVAL, "correct"), ("x < 3", "x < 3", "Solve 2x < 6.", "correct"),
+    (r"(-\infty, 3]", "x <= 3", "Solve 2x ≤ 6.", "correct"),
+    ("(-1, 2)", "-1 < x < 2", "Solve |2x - 1| < 3.", "correct"),
+    ("3", "3", "How many integers n satisfy 2 <= n <= 4?", "correct"),
+    ("x < 3", "x < 3", "Is x < 3 or x > 3 the solution of 2x < 6?", "correct")])
+def test_p33_an_inequality_copied_from_the_question_earns_nothing(gold, answer, question, expected):
+    assert verify(gold, answer, question).verdict == expected
+
+
 @pytest.mark.parametrize(("answer", "expected"), [
     (r"\boxed{6} then \boxed{7}", "correct"), (r"\boxed{7} then \boxed{6}", "wrong"),
     (r"\boxed{7", "wrong"), (r"7, so \boxed{}", "wrong"), (r"\boxed{7} \boxed{}", "wrong"),

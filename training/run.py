@@ -1,7 +1,6 @@
 """What surrounds the algorithm: what a run works with, its folder, evaluation before and after."""
 
 import json
-import os
 import re
 import sys
 from contextlib import ExitStack
@@ -144,8 +143,8 @@ def run_folder(args) -> tuple[Path, ExitStack]:
     """The run's folder, made and described by config.json, the same on all ranks; and the lock on
     it, which rank 0 has to close (see files.claim).
 
-    Raises ValueError if it holds another run, or another process works in it. Restarted by torchrun
-    (--max-restarts), a run with --out goes on where it was.
+    Raises ValueError if another process works in it. Restarted by torchrun (--max-restarts), a run
+    with --out goes on where it was.
     """
     task = re.sub(r"[^\w.+-]+", "-", Path(args.task).stem)[:60]
     name = f"{args.method}-{task}-seed{args.seed}"
@@ -158,10 +157,6 @@ def run_folder(args) -> tuple[Path, ExitStack]:
         if Path(args.model).is_dir() and Path(args.model).resolve() == (out / "model").resolve():
             raise ValueError(f"--model {args.model} is where the run writes its own model: choose "
                              "another --out")
-        goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if (out / "config.json").exists() and not goes_on:
-            raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or "
-                             "choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

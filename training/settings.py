@@ -160,10 +160,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def settings(argv: list[str] | None) -> argparse.Namespace:
+def settings(argv: list[str] | None, quiet: bool = False) -> argparse.Namespace:
     """The settings. First come the flags, then the loss's recipe, a resumed run's, the defaults.
 
-    Raises ValueError where they contradict each other.
+    quiet: without the notes on flags that do nothing. Raises ValueError where settings contradict
+    each other.
     """
     p = parser()
     first, _ = p.parse_known_args(argv)
@@ -192,8 +193,9 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     elif args.memory or before.get("memory") and "micro_tokens" not in told:
         args.micro_tokens = 0                           # to be sized, or no longer by --memory
     small = tasks.is_generated(args.task)               # the embedded model often solves them
+    prompt, longest = tasks.usual(args.task)
     defaults = {"group_size": 1 if args.method == "sft" else 8, "prompts": 12 if small else 64,
-             "prompt": "plain" if small else "short", "max_new_tokens": 32 if small else 48,
+             "prompt": prompt, "max_new_tokens": longest,
              "learning_rate": (3e-5 if small else 6e-5) * (10 if args.lora_rank else 1),
              "persona_prob": 0.7 if args.method == "permix" else 0.0,
              "correction": "truncate" if args.overlap else "none", "loss": "grpo"}
@@ -201,7 +203,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    for words in notes(args, told):
+    for words in () if quiet else notes(args, told):
         note(f"train.py: {words}")
     return args
 
@@ -288,7 +290,11 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
     recipe, clips = grpo.RECIPES[args.loss], (args.clip_low, args.clip_high)
     usual = (Loss.clip_low, Loss.clip_high), (recipe.get("clip_low"), recipe.get("clip_high"))
     done = newest(Path(args.resume) / "checkpoints") if args.resume else 0
+    goes_on = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return [
+        (args.out and not goes_on and (Path(args.out) / "config.json").exists(),
+         f"{args.out} holds a run already: continue it with --resume {args.out}, or choose another "
+         "--out"),
         (done > args.steps,
          f"{args.resume} has {done} steps already: give --steps {done} or more"),
         (unknown := [t for t in args.lora_targets.split(",") if t not in lora.TARGETS],

@@ -21,7 +21,7 @@ from verifier.words import in_digits
 
 _KINDS = {"pow": "power", "factorial": "factorial", "factorial2": "factorial", "pm": "pm"}
 _FORMULA = re.compile(r"\$\$?(.{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
-_RUN = re.compile(r"(?:[\d.+\-−–*/^()\[\]{}×÷·√π%!|=²³⁴⁵⁶⁷⁸⁹]|\\[a-zA-Z]+"
+_RUN = re.compile(r"(?:[\d.+\-−–*/^()\[\]{}×÷·√π%!|=<>≤≥²³⁴⁵⁶⁷⁸⁹]|\\[a-zA-Z]+"
                   r"|\b(?:sqrt|log|ln|sin|cos|tan|x)(?![a-z])|\b[a-zA-Z]\b|(?<=\d)[a-zA-Z]\b|[ ])+")
 _CONVERTS = re.compile(r"\b(?:decimal|percent|fraction|convert|express|write|simplif|reduce|lowest"
                        r"|round|rewrite)", re.I)
@@ -46,7 +46,7 @@ def _sentences(question: str) -> tuple[str, ...]:
     sentences = [question, *_SENTENCE.findall(question)]
     cleaned = {sentence.strip() for sentence in sentences}
     return tuple(sorted((s for s in cleaned if len(s.split()) >= 4 and re.search(r"\d", s)
-                         and not re.search(r"answer|=", s, re.I)), key=len, reverse=True))
+                         and not re.search(r"answer|(?<![<>])=", s, re.I)), key=len, reverse=True))
 
 
 def is_copied(goal: tuple, tree: tuple, question: str) -> bool:
