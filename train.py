@@ -317,7 +317,8 @@ def run(args) -> None:
                 print(before_after(args, before, after))
                 side_by_side(out / "evaluation")
     if talks:
-        first = f"; begin with {out / 'evaluation' / 'report.html'}" if evaluates else ""
+        page = out / "evaluation" / "report.html"
+        first = f"; begin with {page}" if page.is_file() else ""
         print(f"{time.time() - began:.0f} seconds; everything is in {out}{first}")
     wait()                                              # others may still need this rank
 

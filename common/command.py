@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 
-ELSEWHERE = {                   # what other programs, or another of ours, call a flag
+SYNONYMS = {                   # what other programs, or another of ours, call a flag
     "lr": "learning-rate", "beta": "kl-coef", "num-generations": "group-size",
     "epsilon": "clip-low", "epsilon-high": "clip-high", "output-dir": "out", "output": "out",
     "batch-size": "prompts", "max-steps": "steps", "max-completion-length": "max-new-tokens",
@@ -17,7 +17,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """--help with the defaults that there are, and that the text does not tell itself."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False) or "default" in (action.help or "")
+        none = action.default is None or action.default is False or action.default == []
+        told = none or "default" in (action.help or "")
         return action.help if told else super()._get_help_string(action)
 
 
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         _, _, unknown = message.partition("unrecognized arguments: ")
         flag = unknown.split("=")[0].split(" ")[0].strip("-").replace("_", "-")
         flags = [name.strip("-") for name in self._option_string_actions]
-        close = [name for name in [ELSEWHERE.get(flag)] if name in flags]
+        close = [name for name in [SYNONYMS.get(flag)] if name in flags]
         close += difflib.get_close_matches(flag, flags, 1)
         hint = f"did you mean --{close[0]}? " if close else ""
         self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")

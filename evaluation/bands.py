@@ -210,7 +210,7 @@ def text(run: Run, others: list[Run]) -> str:
             "(below they count from 0, as in metrics.jsonl)"]
     for what, runs in (("all", like), (GAP, others)):
         counts = Counter(other.name.partition("-seed")[0] for other in runs)
-        names = ", ".join(f"{arm} ({count})" for arm, count in counts.items())
+        names = ", ".join(f"{count} {arm}" for arm, count in counts.items())
         head += [f"{what} beside {len(runs)} kept: {names}"] if runs else []
     if not like:
         head.append(f"warning: no kept run has these settings: {told}. Only {GAP} is compared")

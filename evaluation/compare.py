@@ -21,7 +21,7 @@ from evaluation import claims, lottery, measures, plots, report
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
 TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
 FLAGS = ("task", "prompt", "max_new_tokens", "reward")  # of evaluate.py, for how it is asked
-TOLD = ("learning_rate", "prompts")  # those that are told where they do, and the steps
+TOLD = ("steps", "learning_rate", "prompts")  # those that are told where they do
 
 
 def grades_of(runs):
@@ -85,22 +85,25 @@ def check_same(rows, keys, where):
         seen = [row[key] for row in rows if key in row]
         if other := [value for value in seen if value != seen[0]]:
             apart = "" if isinstance(seen[0], list) else f" ({seen[0]} and {other[0]})"
-            again = f": evaluate again with --{key.replace('_', '-')}" if key in FLAGS else ""
+            again = ""
+            if key in FLAGS and not where:
+                again = f": evaluate again with --{key.replace('_', '-')}"
             raise ValueError("these evaluations cannot be paired: they differ in "
                              f"{where}{key!r}{apart}{again}")
 
 
 def apart(arms):
-    """A line for each of the steps and TOLD in which trained arms differ. ValueError where an arm's
-    own runs do."""
+    """A line for each of TOLD in which trained arms differ. ValueError where an arm's own runs
+    do."""
     lines = []
-    for key in ("steps", *TOLD):
+    for key in TOLD:
         found = {}
         for role, runs in arms.items():
             values = {value for run in runs if (value := (run.get("trained", {}) | run).get(key))}
             if len(values) > 1:
                 raise ValueError(f"the runs of {role} differ in their training's {key!r} "
-                                 f"({', '.join(map(str, sorted(values)))}): name them by --roles")
+                                 f"({', '.join(map(str, sorted(values)))}): give them --roles "
+                                 "of their own")
             if values and role != "start":              # of that nothing was trained yet
                 found[role] = values.pop()
         if len(set(found.values())) > 1:
@@ -206,7 +209,7 @@ def arm_of(config):
     anchor = ""
     if settings.get("anchor_coef"):
         anchor = "+rehearsal" if settings.get("anchor_on") == "solved" else "+anchor"
-        anchor += ", ce" if settings.get("anchor_loss") == "ce" else ""
+        anchor += "-ce" if settings.get("anchor_loss") == "ce" else ""
     keys = TOLD + (TRAINED if settings.get("persona_prob") else TRAINED[:-1])
     return {"method": settings["method"] + anchor, "training_seed": settings["seed"],
             "trained": {key: settings[key] for key in keys if key in settings}}

@@ -20,7 +20,7 @@ ABLATIONS = {
     "rlvr+anchor": ["--method", "rlvr", "--anchor-coef", "0.5"],
     "rlvr+rehearsal": ["--method", "rlvr", "--anchor-coef", "0.5", "--anchor-on", "solved"],     # DPH-RL
     "permix+rehearsal": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-on", "solved"],
-    "permix+anchor, ce": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-loss", "ce"],
+    "permix+anchor-ce": ["--method", "permix", "--anchor-coef", "0.5", "--anchor-loss", "ce"],
     "rlvr+kl": ["--method", "rlvr", "--kl-coef", "0.03"],
     "permix+kl": ["--method", "permix", "--kl-coef", "0.03"],
     "rlvr+paraphrases": ["--method", "permix", "--personas", "paraphrases-train"],      # prompts vary, nobody speaks

@@ -1,7 +1,6 @@
 """run.py's flags: what they mean, what they cannot mean, and which experiment they name."""
 
 import json
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -137,12 +136,12 @@ def identity(args: Namespace) -> dict:
 
 def known(value):
     """The name of a file, or of a model's folder, and the first of its content's SHA-256; other values as they are."""
-    if not isinstance(value, str) or not os.path.exists(value):
+    path = Path(str(value))
+    if not isinstance(value, str) or not (path.is_file() or (path / "config.json").is_file()):
         return value
-    path = Path(value)
     content = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
-    sums = [weights.sha256(file) for file in content if file.is_file()]
-    return f"{path.name} {(sums[0] if len(sums) == 1 else files.digest(sums))[:12]}"
+    sums = [weights.sha256(file) for file in content]
+    return f"{path.name} {(sums[0] if path.is_file() else files.digest(sums))[:12]}"
 
 
 def check_identity(args: Namespace, kept_in: Path) -> None:

@@ -11,7 +11,6 @@ Kept: results/NAME/by_length.json (every run's share of replies traced, by quest
 and by_length.md, the table. Runs that are in it are not scored again.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
 import weights  # noqa: E402
+from common.command import Parser  # noqa: E402
 from common.files import rows, write_atomically  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
 from evaluation.fidelity import blocks  # noqa: E402
@@ -94,8 +94,7 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders of results/run.py")
     p.add_argument("--arms", nargs="+", default=["start", "rlvr", "permix", "permix+anchor"], choices=compare.ARMS)
     p.add_argument("--start-model", default="smollm2-135m", help="the frozen scorer")

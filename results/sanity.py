@@ -13,7 +13,6 @@ from the second step on, so it takes one step a batch. So does rloo, which is re
 baseline. Runs that are there are not run again.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
+from common.command import Parser  # noqa: E402
 from evaluation import plots  # noqa: E402
 from rollout import SamplingParams, generate  # noqa: E402
 
@@ -93,9 +93,7 @@ def table(rewards: dict[str, list[float]], clipped: dict[str, list[float]]) -> s
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(allow_abbrev=False,
-        description="Train each loss on problems that are neither easy nor impossible.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Train each loss on problems that are neither easy nor impossible.")
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--steps", type=int, default=40)

@@ -164,7 +164,8 @@ def test_the_paired_interval_of_a_pss_difference_covers_in_simulation():
     ({"reward": "a:b"}, r"'reward' \(None and a:b\)"),
     ({"problems": "1"}, "'problems'"), ({"pool": "1"}, "'pool'"), ({"stop": ["\n"]}, "'stop'"),
     ({"template": "1"}, r"'template' \(0 and 1\)"),
-    ({"trained": {"reward": "a:b"}}, "training's 'reward'"), ({"trained": {"task": "u"}}, "training's 'task'"),
+    ({"trained": {"reward": "a:b"}}, r"training's 'reward' \(c:d and a:b\)$"),
+    ({"trained": {"task": "u"}}, r"training's 'task' \(t and u\)$"),
     ({"trained": {"personas": "who.jsonl"}}, "training's 'personas'")])
 def test_runs_that_cannot_be_paired_are_refused_in_a_line_that_names_the_difference(change, said):
     trained = {"task": "t", "reward": "c:d", "personas": "train"}

@@ -388,7 +388,11 @@ INTERVAL = "What is the interval of x with 0 < x <= 1?"
     (r"(-\infty, 3]", "x <= 3", "Solve 2x ≤ 6.", "correct"),
     ("(-1, 2)", "-1 < x < 2", "Solve |2x - 1| < 3.", "correct"),
     ("3", "3", "How many integers n satisfy 2 <= n <= 4?", "correct"),
-    ("x < 3", "x < 3", "Is x < 3 or x > 3 the solution of 2x < 6?", "correct")])
+    ("x < 3", "x < 3", "Is x < 3 or x > 3 the solution of 2x < 6?", "correct"),
+    ("4", "sqrt(16)", "What is <math>sqrt(16)</math>?", "wrong"), ("1024", "2^10", "<p>2^10</p>", "wrong"),
+    ("120", "5!", "<question>5!</question>", "wrong"), ("120", "5!", "Evaluate -> 5!", "wrong"),
+    ("7", "|-7|", "Find <|-7|>", "wrong"), ("4", "sqrt(16)", ">>> sqrt(16)", "wrong"),
+    ("1/2", "0.5", "Convert 0.5 -> fraction", "wrong"), ("120", "120", "Evaluate -> 5!", "correct")])
 def test_p33_an_inequality_copied_from_the_question_earns_nothing(gold, answer, question, expected):
     assert verify(gold, answer, question).verdict == expected
 

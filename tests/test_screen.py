@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 from evaluation import compare
-from personas import Persona
+from personas import Persona, load
 from results import screen
 from tasks import Problem
 
@@ -128,10 +128,13 @@ def test_the_command_evaluates_once_and_reads_what_is_there_the_next_time(
 
 def test_the_page_of_screens_says_what_the_rules_say_of_the_kept_evaluations():
     folder = screen.ROOT / "results" / "screens"
-    rows = re.findall(r"^\| \[.*?\]\((.*?)\) \| (.*) \|$", (folder / "README.md").read_text(), re.M)
-    assert {where for where, _ in rows} == {"../facts/start", "../products/start"} | {
+    rows = re.findall(r"^\| \[(.*?)\]\((.*?)\) \| (.*) \|$", (folder / "README.md").read_text(), re.M)
+    models, tasks = {"135M": "smollm2-135m", "0.5B": "qwen2.5-coder-0.5b"}, {"facts": "facts"}
+    products = "reasoning-gym:products:min_terms=2:max_terms=2:min_digits=1:max_digits="
+    tasks |= {"one-digit products": products + "1", "products, one or two digits": products + "2"}
+    assert {where for _, where, _ in rows} == {"../facts/start", "../products/start"} | {
         path.parent.name for path in folder.glob("*/results.json")}
-    for where, row in rows:
+    for name, where, row in rows:
         results = json.loads((folder / where / "results.json").read_text())
         tables, _, names = compare.persona_tables([results])
         sd, low, high = (100 * results[f"persona_sd{end}"] for end in ("", "_low", "_high"))
@@ -140,5 +143,9 @@ def test_the_page_of_screens_says_what_the_rules_say_of_the_kept_evaluations():
         holds = [rule for rule, _ in screen.checks(results)]
         sd, left, mean, cut = (text if rule else f"**{text}**" for text, rule in zip(shown, holds, strict=True))
         verdict = "go" if all(holds) else "no-go"
-        assert row == (f"{len(results['items'])} | {sd} | {left} | {mean} | {results['no_persona_accuracy']:.3f} | "
+        model, task, pool = re.fullmatch(r"(\S+), (.*), (\w+)", name).groups()
+        assert (results["model"], results["task"]) == (models[model], tasks[task])
+        assert names == [persona.name for persona in load(f"{pool}-test" if pool == "conflict" else pool)]
+        alone = results["no_persona_accuracy"]
+        assert row == (f"{len(results['items'])} | {results['max_new_tokens']} | {sd} | {left} | {mean} | {alone:.3f} | "
                        f"{cut} | {verdict}")

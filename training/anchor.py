@@ -7,38 +7,45 @@ before training. The KL is exact, over the full vocabulary, and no reward is inv
 problems' own tokens would buy character with accuracy; this one never sees a problem. Questions and
 personas are disjoint from those of the evaluation.
 
-Two rivals, one step away each, to see which half of it does the work:
-    --anchor-on solved   the KL on what the start model solved of the training problems, asked as in
-                         training (the rehearsal of DPH-RL, arXiv 2509.07430)
-    --anchor-loss ce     cross-entropy on the same answers: the KL's gradient from one sample a
-                         token, where the KL sums over the vocabulary
+Two rivals, a flag away, to see which half of it does the work:
+    --anchor-on solved   the same KL on training problems that the start model solves: rehearsal,
+                         after DPH-RL (arXiv 2509.07430); which answers are kept is ours
+    --anchor-loss ce     cross-entropy on the same answers, one token each where the KL sums over
+                         the vocabulary
 """
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import personas
 from model import Transformer, completion_hidden, completion_logprobs, pack
 from rollout import Sampler, SamplingParams
+from training.policy import ranks
+
+CHUNK = 256                                             # tokens whose logits are held together
 
 
 class Anchor:
     """The start model's answers, and its hidden states on them: a function of the seed.
 
-    start: of the start model, not needed afterwards. job: what the run works with.
+    start: of the start model, not needed afterwards. job: a training.run.Job.
+    `loss(model, step)` is the one that --anchor-loss names.
     """
 
     def __init__(self, start: Sampler, job):
-        self.count, self.loss_name = job.args.anchor_count, job.args.anchor_loss
-        answers = solved if job.args.anchor_on == "solved" else role_play
-        self.groups, model = answers(start, job), start.model
-        self.head = model.head_weight.detach().clone()
+        self.count, model = job.args.anchor_count, start.model
+        prepare = solved if job.args.anchor_on == "solved" else role_play
+        self.groups = prepare(start, job)
+        if job.args.anchor_loss == "ce":
+            self.loss = self.cross_entropy
+            return
+        self.loss, self.head = self.kl, model.head_weight.detach().clone()
         with torch.no_grad():
             self.hidden = [completion_hidden(model, pack([group], model)) for group in self.groups]
-
-    def loss(self, model: Transformer, step: int) -> Tensor:
-        """`kl`, or with --anchor-loss ce the cross-entropy, on a step's answers; nats a token."""
-        return self.cross_entropy(model, step) if self.loss_name == "ce" else self.kl(model, step)
 
     def chosen(self, step: int) -> list[int]:
         """Step s takes the `count` groups from s * count on, and begins again after the last."""
@@ -54,12 +61,19 @@ class Anchor:
         chosen = self.chosen(step)
         hidden = completion_hidden(model, pack([self.groups[i] for i in chosen], model))
         before = torch.cat([self.hidden[i] for i in chosen])
-        start = model.logits(before, self.head).log_softmax(-1, dtype=torch.float32)
-        now = model.logits(hidden).log_softmax(-1, dtype=torch.float32)
-        return (start.exp() * (start - now)).sum(-1).mean()
+
+        def divergence(before: Tensor, hidden: Tensor) -> Tensor:
+            start = model.logits(before, self.head).log_softmax(-1, dtype=torch.float32)
+            now = model.logits(hidden).log_softmax(-1, dtype=torch.float32)
+            return (start.exp() * (start - now)).sum(-1)
+
+        if len(hidden) > CHUNK:                         # long answers: logits again in the backward
+            divergence = partial(checkpoint, divergence, use_reentrant=False)
+        pieces = zip(before.split(CHUNK), hidden.split(CHUNK), strict=True)
+        return torch.cat([divergence(*piece) for piece in pieces]).mean()
 
     def cross_entropy(self, model: Transformer, step: int) -> Tensor:
-        """Mean over tokens of -log q(token the start model drew), as `kl`."""
+        """Mean over tokens of -log q(token of the start model's answer) in nats, as `kl`."""
         packed = pack([self.groups[i] for i in self.chosen(step)], model)
         return -completion_logprobs(model, packed, 1.0)[0].mean()
 
@@ -83,26 +97,30 @@ TRIES = 2                                               # answers to a problem, 
 
 def solved(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
     """(prompt_ids, [answer]) for at most --anchor-answers training problems, of twice as many that
-    are asked: the first of TRIES answers that the reward pays for. Personas are drawn as in a step.
+    are asked: the first of TRIES answers that the reward pays for and that was not cut off.
 
-    Raises ValueError where the start model solves none.
+    Personas are drawn as in a step; answers at temperature 1, as the KL's. Rank 0 marks for all,
+    since a time limit might judge otherwise on another. ValueError where none is solved.
     """
     args, problems = job.args, job.problems[:2 * job.args.anchor_answers]
-    names = [f"anchor:{i}" for i in range(len(problems))]
-    rows = personas.mix(job.pool, args.persona_prob, "prompt", names, 1, args.seed)
-    speakers = [persona for persona, in rows]
-    prompts = [personas.prompt_ids(job.tokenizer, problem.question, persona)
-               for problem, persona in zip(problems, speakers, strict=True)]
-    params = SamplingParams(TRIES, args.max_new_tokens, seed=args.seed, stop=job.sampling.stop)
-    answers = sorted(start.generate(prompts, params, tokenizer=job.tokenizer),
-                     key=lambda c: (c.index, c.sample))
-    marks = [job.rewarder.submit(problems[c.index], params.text(c.tokens, job.tokenizer),
-                                 speakers[c.index]) for c in answers]
-    groups = {}
-    for c, mark in zip(answers, marks, strict=True):
-        if mark.result()[0] > 0 and not c.truncated:
-            groups.setdefault(c.index, (prompts[c.index], [c.tokens]))
-    if not groups:
+    found = [{}]
+    if ranks()[0] == 0:
+        names = [f"anchor:{i}" for i in range(len(problems))]
+        rows = personas.mix(job.pool, args.persona_prob, "prompt", names, 1, args.seed)
+        speakers = [persona for persona, in rows]
+        prompts = [personas.prompt_ids(job.tokenizer, problem.question, persona)
+                   for problem, persona in zip(problems, speakers, strict=True)]
+        params = SamplingParams(TRIES, args.max_new_tokens, seed=args.seed, stop=job.sampling.stop)
+        answers = sorted(start.generate(prompts, params, tokenizer=job.tokenizer),
+                         key=lambda c: (c.index, c.sample))
+        marks = [job.rewarder.submit(problems[c.index], params.text(c.tokens, job.tokenizer),
+                                     speakers[c.index]) for c in answers]
+        for c, mark in zip(answers, marks, strict=True):
+            if mark.result()[0] > 0 and not c.truncated:
+                found[0].setdefault(c.index, (prompts[c.index], [c.tokens]))
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if not found[0]:
         raise ValueError(f"--anchor-on solved: the start model solves none of {len(problems)} "
                          "training problems; give an easier --task, or --anchor-on roleplay")
-    return list(groups.values())[:args.anchor_answers]
+    return list(found[0].values())[:args.anchor_answers]

@@ -23,7 +23,7 @@ def check(job) -> None:
     check_room(job, job.problems, speakers, "max_new_tokens")
     if job.held_out:
         check_room(job, *job.held_out, "max_new_tokens")
-    if args.anchor_coef:
+    if args.anchor_coef and args.anchor_on == "roleplay":
         questions = [tasks.Problem(text, "", repr(text), "")
                      for text in personas.load_roleplay("train")]
         check_room(job, questions, job.pool, "anchor_tokens")

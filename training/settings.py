@@ -92,12 +92,13 @@ FLAGS = [
     ("kl-in", Loss.kl_in, "where it acts", {"choices": grpo.CHOICES["kl_in"]}),
     ("entropy-coef", Loss.entropy_coef, "weight of the entropy bonus", {}),
     ("anchor-coef", 0.0, "expressivity anchor (ours): weight of KL(start || policy) on role-play "
-     "answers", {}),
-    ("anchor-on", "roleplay", "answers that it holds: to role-play, or to training problems that "
-     "the start model solves (DPH-RL)", {"choices": ["roleplay", "solved"]}),
-    ("anchor-loss", "kl", "that KL, or cross-entropy on the answers", {"choices": ["kl", "ce"]}),
-    ("anchor-count", 4, "such answers an optimizer step", {}),
-    ("anchor-answers", 80, "answers prepared before training", {}),
+     "answers, or as the next two say", {}),
+    ("anchor-on", "roleplay", "the anchor holds the start model's answers to role-play, or to the "
+     "training problems that it solves (after DPH-RL)", {"choices": ["roleplay", "solved"]}),
+    ("anchor-loss", "kl", "the anchor's loss: the KL, or cross-entropy on its answers",
+     {"choices": ["kl", "ce"]}),
+    ("anchor-count", 4, "the anchor's answers an optimizer step", {}),
+    ("anchor-answers", 80, "its answers prepared before training", {}),
     ("anchor-tokens", 40, "their length limit, in tokens", {}),
     # step
     ("learning-rate", None, "AdamW's, after warm-up (default: 3e-5 for generated tasks, else "
@@ -347,7 +348,8 @@ def notes(args: argparse.Namespace, told: set[str]) -> Iterator[str]:
     idle = [
         (not args.resume, ("unset",), "without --resume"),
         (not args.persona_prob, ("mix",), "without --persona-prob"),
-        (not args.persona_prob and not args.anchor_coef, ("personas",), "without --persona-prob"),
+        (not args.persona_prob and not (args.anchor_coef and args.anchor_on == "roleplay"),
+         ("personas",), "without --persona-prob"),
         (sft, ("temperature", "truncated"), "with --method sft, for which nobody samples"),
         (sft and not args.eval_problems, ("stop",), "with --method sft, for which nobody samples"),
         (not args.kl_coef, ("kl", "kl_in"), "without --kl-coef"),

@@ -87,9 +87,10 @@ def _asked(question: str) -> tuple[frozenset, frozenset]:
     rest = _FORMULA.sub(" ; ", question)
     runs = [m[0].strip(" .!-") + "!" * m[0].rstrip(" .").endswith("!") for m in _RUN.finditer(rest)]
     for text in [*formulas, *(run for run in runs if re.search(r"\d", run))]:
-        for piece in {text, text.strip(" .?!,="), *re.split(r"=|\?", text)}:
+        for piece in {text, text.strip(" .?!,="), *re.split(r"[=?]", text),
+                      *re.split(r"[=?<>≤≥]", text)}:            # also what stands between tags
             try:
-                tree = parse(piece.strip(" .,"))
+                tree = parse(piece.strip(" .,").rstrip(" -"))
             except (NotMath, TooBig, RecursionError):
                 continue
             kinds |= _kinds(tree)
