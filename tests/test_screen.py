@@ -147,5 +147,5 @@ def test_the_page_of_screens_says_what_the_rules_say_of_the_kept_evaluations():
         assert (results["model"], results["task"]) == (models[model], tasks[task])
         assert names == [persona.name for persona in load(f"{pool}-test" if pool == "conflict" else pool)]
         alone = results["no_persona_accuracy"]
-        assert row == (f"{len(results['items'])} | {results['max_new_tokens']} | {sd} | {left} | {mean} | {alone:.3f} | "
-                       f"{cut} | {verdict}")
+        assert row == (f"{len(results['items'])} | {results['max_new_tokens']} | {sd} | {left} | {mean} | "
+                       f"{alone:.3f} | {cut} | {verdict}")

@@ -215,6 +215,28 @@ def test_p10_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_folder, tm
     assert (two - one).norm() <= 1e-6 * one.norm() > 0
 
 
+def rank_0_reward(problem, text: str, *, persona=None) -> float:
+    return float(os.environ.get("RANK", "0") == "0")
+
+
+def write_rehearsed(folder: str, out: str) -> None:
+    """What both ranks of the test below run: what each rank's anchor holds."""
+    torch.distributed.init_process_group("gloo")
+    job = train.anchored(train.read(arguments(folder, "--anchor-coef", "0.5", "--anchor-on", "solved",
+                                              "--anchor-answers", "3", "--reward", "tests.test_train:rank_0_reward")))
+    Path(out, str(train.ranks()[0])).write_text(json.dumps(job.anchor.groups))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_rehearse_what_rank_0_found_solved(tiny_folder, tmp_path):
+    call = f"from tests.test_train import write_rehearsed; write_rehearsed({str(tiny_folder)!r}, {str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert first == second and 0 < len(first) <= 3
+
+
 def test_p9_dynamic_sampling_counts_only_the_groups_with_unequal_rewards(tiny_folder):
     """DAPO: the gradient is that of a batch of the informative groups alone, normaliser included."""
     job, batch = one_batch(tiny_folder)
@@ -786,6 +808,7 @@ def test_p27_arms_see_the_same_problems_in_the_same_order(whole, tiny_folder, tm
                                   *(pytest.param(more, marks=pytest.mark.slow) for more in [
                                       ["--loss", "gspo"], ["--loss", "cispo"], ["--kl-coef", "0.1", "--kl", "k1"],
                                       ["--stop", "w9", "--stop", "w8 w7"], ["--correction", "truncate"],
+                                      ["--anchor-coef", "0.5", "--anchor-on", "solved", "--anchor-loss", "ce"],
                                       ["--method", "sft"]])])
 def test_every_arm_and_variant_runs(tiny_folder, tmp_path, more):
     assert run(tiny_folder, tmp_path / "run", "--steps", "2", "--save-every", "2", *more) == 0
