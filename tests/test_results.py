@@ -69,6 +69,12 @@ def test_the_tables_follow_from_the_raw_results_that_are_kept(run, name):
     assert run.tables(written) == run.tables(comparison)  # the numbers to the digits that the tables show
 
 
+def test_the_page_says_how_many_runs_of_an_experiment_under_way_are_kept():
+    told = dict(re.findall(r"^\| `(\w+)`.*under way: (\d+) of \d+ runs", (RESULTS / "README.md").read_text(), re.M))
+    assert told == {name: str(len([*(RESULTS / name).glob(f"*-seed*/{last}/results.json")]))
+                    for name, last in (("facts", "step-34"), ("products", "step-24"))}
+
+
 def test_the_page_shows_how_far_rlvr_was_pushed_as_it_was_measured():
     page = (RESULTS / "arithmetic.md").read_text().splitlines()
     for label, folder in {"3e-5, 34": "main/rlvr-seed0", "3e-5, 102": "probes/rlvr-102-steps",

@@ -4,7 +4,7 @@
 
 on a few answers a step. The start model gave them to role-play questions, under training personas,
 before training. The KL is exact, over the full vocabulary, and no reward is involved. A KL on the
-problems' own tokens would buy character with accuracy; this one never sees a problem. Questions and
+problems' own tokens would buy character with accuracy; this one sees no problem. Questions and
 personas are disjoint from those of the evaluation.
 
 Two rivals, a flag away, to see which half of it does the work:
