@@ -197,6 +197,13 @@ def moved_and_anchored(folder):
     return job, batch
 
 
+def on_two_ranks(function, folder, out) -> None:
+    """Calls a function of this file in two processes under torchrun."""
+    call = f"from tests.test_train import {function.__name__} as f; f({str(folder)!r}, {str(out)!r})"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
+
+
 def write_gradient(folder: str, out: str) -> None:
     """What one of two ranks runs in the test below."""
     torch.distributed.init_process_group("gloo")
@@ -208,9 +215,7 @@ def write_gradient(folder: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_p10_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_folder, tmp_path):
-    call = f"from tests.test_train import write_gradient; write_gradient({str(tiny_folder)!r}, {str(tmp_path / 'g')!r})"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    on_two_ranks(write_gradient, tiny_folder, tmp_path / "g")
     one, two = gradient_of(*moved_and_anchored(tiny_folder)), torch.load(tmp_path / "g")
     assert (two - one).norm() <= 1e-6 * one.norm() > 0
 
@@ -230,9 +235,7 @@ def write_rehearsed(folder: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_all_ranks_rehearse_what_rank_0_found_solved(tiny_folder, tmp_path):
-    call = f"from tests.test_train import write_rehearsed; write_rehearsed({str(tiny_folder)!r}, {str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    "--no-python", sys.executable, "-c", call], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    on_two_ranks(write_rehearsed, tiny_folder, tmp_path)
     first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
     assert first == second and 0 < len(first) <= 3
 

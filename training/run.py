@@ -18,7 +18,7 @@ import tasks
 import weights
 from common.command import note, one_line
 from common.files import claim, commit, write_atomically
-from evaluation import bands
+from evaluation import bands, report
 from grpo import Loss
 from model import Transformer
 from rewards import CORRECTNESS, Rewarder
@@ -251,14 +251,13 @@ def before_after(args, before: dict, after: dict) -> str:
     scores = {"mean_accuracy": "mean accuracy over personas", "no_persona_accuracy": "without one",
               "worst_persona_accuracy": "of the worst persona", "pss": "pss: worst over best",
               "persona_sd": "persona_sd: true spread, points", "mean_reward": "mean reward"}
-    rows = [(words, *(f"{100 * x:6.1f}" if name == "persona_sd" else f"{x:6.3f}" for x in pair))
-            for name, words in scores.items()
+    rows = [(words, *(report.number(name, x) for x in pair)) for name, words in scores.items()
             if None not in (pair := (before.get(name), after.get(name)))]
     for old, new in zip(before["personas"], after["personas"], strict=True):
-        pair = (f"{row['accuracy']:6.3f}" for row in (old, new))
+        pair = (report.number("accuracy", row["accuracy"]) for row in (old, new))
         rows.append((f"  {old['name']} ({old['stratum']})", *pair))
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:{width}}  {old}  {new}" for name, old, new in rows]
+    lines = [f"{name:{width}}  {old:>6}  {new:>6}" for name, old, new in rows]
     return "\n".join([f"{'':{width}}  before   after", *lines, *in_line(args, after)])
 
 
