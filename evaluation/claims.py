@@ -61,10 +61,9 @@ def hypotheses(arms, draws, scores, looks=1):
     tested, too few problems) and words. draws: {role: compare.arm_draws}; scores: {role: the scores
     that are printed}.
 
-    Stability rises where the interval of the difference in persona_sd lies below 0 and the gap of
-    harmful personas does not grow (an interval above 0). H5's interval must stay above -MARGIN.
-    looks: at how many checkpoints H3 is looked at. They are one claim, so H3's interval is of
-    1 - 0.05 / looks (Bonferroni).
+    Stability rises where the interval of the difference in persona_sd lies below 0; H5's interval
+    must stay above -MARGIN. looks: at how many checkpoints H3 is looked at. They are one claim, so
+    H3's interval is of 1 - 0.05 / looks (Bonferroni).
     """
     out, few = [], too_few(next(iter(arms.values()))[0])
     for name, first, second, score, sign, claim in CLAIMS:
@@ -85,8 +84,6 @@ def hypotheses(arms, draws, scores, looks=1):
             if score == "persona_sd":
                 before, after = (beside_shuffled(scores[arm]) for arm in (first, second))
                 said += f"; pss {before} -> {after}"
-                if found == "shown" and got.get("harmful_gap", {"low": 0})["low"] > 0:
-                    found, said = "not shown", said + "; the gap of harmful personas grows"
             if found == "not shown":
                 said += f"; {could_show(score, got[score], sign)}"
         row = {"name": name, "claim": claim, "verdict": found, "words": said}

@@ -58,13 +58,12 @@ def told(monkeypatch, **rows):
     return compare.side_by_side({"start": [results_of(BASE, 0)], "rlvr": [results_of(RLVR, 1)]})["hypotheses"][0]
 
 
-def test_stability_is_decided_by_the_spread_and_a_growing_harmful_gap_forbids_the_claim(monkeypatch):
+def test_stability_is_decided_by_the_spread_alone_and_the_harmful_gap_is_told_beside_it(monkeypatch):
     falls, grows = (-0.04, -0.05, -0.03), (0.04, 0.01, 0.07)
     assert told(monkeypatch, persona_sd=falls, pss=(-0.2, -0.3, -0.1))["verdict"] == "shown"
-    assert told(monkeypatch, persona_sd=falls, harmful_gap=(0.04, -0.01, 0.09))["verdict"] == "shown"
     got = told(monkeypatch, persona_sd=falls, harmful_gap=grows)
-    assert got["verdict"] == "not shown" and "gap of harmful personas grows" in got["words"]
-    assert told(monkeypatch, persona_sd=(0.04, 0.03, 0.05))["verdict"] == "opposite"
+    assert got["verdict"] == "shown" and "harmful_gap 5.0 -> 9.0 points, difference +4.0 [+1.0, +7.0]" in got["words"]
+    assert told(monkeypatch, persona_sd=(0.04, 0.03, 0.05), harmful_gap=falls)["verdict"] == "opposite"
 
 
 def test_several_looks_at_h3_are_one_claim():
