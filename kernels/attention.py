@@ -199,7 +199,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *lengths, scale: float, window: int)
 
     flash-attn comes first where it is installed: the order in which its backward adds dq can be
     fixed in the call. torch's adds atomically, in any order, unless the whole process is under
-    torch.use_deterministic_algorithms(True). The gradients of k and v have one order in both.
+    torch.use_deterministic_algorithms(True), which asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 too.
+    The gradients of k and v have one order in both.
     """
     window_size = window - 1, 0                         # (-1, 0): no window, causal
     if flash_attn_varlen_func:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from kernels.elementwise import gated, rms_norm, wide
 from kernels.moves import Gather, Move, copies_of
 
+torch.backends.cudnn.allow_tf32 = False                 # fp32 is fp32, in the convolution too
 CHUNK = 64
 States = tuple[Tensor, Tensor]      # inputs of the convolution [entries, conv - 1, channels] in the
                                     # model's dtype; S [entries, value_heads, key_dim, value_dim]

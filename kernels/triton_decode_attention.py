@@ -216,8 +216,10 @@ def triton_decode_attention(q, k, v, row_kv, prefix_kv, rows, scale, window=0):
 
 
 def number_of_splits(programs: int, tokens: int) -> int:
-    """How many share one row's tokens: a rule of shapes, not a timing (P42)."""
-    return max(1, min(PROGRAMS // programs, tokens // SPLIT_TOKENS, MOST_SPLITS))
+    """How many share one row's tokens: a rule of shapes, not a timing (P42). A power of two, as
+    each number is compiled anew."""
+    most = max(1, min(PROGRAMS // programs, tokens // SPLIT_TOKENS, MOST_SPLITS))
+    return 1 << most.bit_length() - 1
 
 
 def tile(half: bool, group: int, head_dim: int, chip: str | None) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """The sampler: against transformers, against the trainer's forward, alone and in company."""
 
 import copy
+import gc
 import json
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -494,6 +496,20 @@ def test_p15_a_call_that_waits_between_two_tokens_hands_no_old_weights_to_anothe
         waiting.close()
         assert torch.equal(during, completion_logprobs(model, packed)[0])
         copy.deepcopy(model)                            # an opaque copy would refuse this
+
+
+def test_a_sampler_goes_as_soon_as_nobody_holds_it(tiny):
+    """With its cache and its graphs, which no collector of cycles has to find: on a GPU that would be while another
+    graph is recorded, or after memory has run out."""
+    sampler = Sampler(tiny[0], slots=4)
+    gone = weakref.ref(sampler), weakref.ref(sampler.cache)
+    gc.disable()
+    try:
+        list(sampler.generate(random_prompts(5), SamplingParams(n=2, max_tokens=3)))
+        del sampler
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_room_for_prompts_is_made_for_those_there_are(tiny):

@@ -21,7 +21,8 @@ from torch.optim.adamw import adamw
 
 from kernels import native
 
-PIECE = 2 ** 19                                         # numbers in fp32 at a time
+PIECE = 2 ** 19                 # numbers in fp32 at a time: they fit a CPU's cache
+GPU_PIECE = 2 ** 26             # 256 MB: a GPU waits for 13 launches a piece
 BETAS = 0.9, 0.95
 
 
@@ -75,7 +76,7 @@ class AdamW:
                 master = master_of(w, s)
                 moments = [Moment(s, name) for name in ("exp_avg", "exp_avg_sq")]
                 adamw([master], [g.mul_(scale)], [moments[0].value], [moments[1].value], [],
-                      [torch.tensor(float(self.steps - 1), device=w.device)], fused=True,
+                      [torch.full((), self.steps - 1.0, device=w.device)], fused=True,
                       amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=learning_rate,
                       weight_decay=0.0, eps=1e-8, maximize=False)
                 for moment in moments:
@@ -118,9 +119,9 @@ def master_of(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def pieces(weight: Tensor, state: dict, gradient: Tensor | None) -> Iterator[tuple]:
-    """Views of PIECE numbers of a weight, its state and its gradient: rows, or all of a vector."""
+    """Views of a weight, its state and its gradient, as many rows as PIECE has room for."""
     if gradient is not None and len(weight):
-        rows = max(1, PIECE // weight[0].numel())
+        rows = max(1, (GPU_PIECE if weight.is_cuda else PIECE) // weight[0].numel())
         for first in range(0, len(weight), rows):
             part = slice(first, first + rows)
             yield weight[part], {name: x[part] for name, x in state.items()}, gradient[part]
