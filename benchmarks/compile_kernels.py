@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import triton_decode_attention as decode
+from kernels import triton_elementwise as elementwise
 from kernels.triton_linear_logprob import backward_kernel, forward_kernel, tile
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
@@ -65,6 +66,18 @@ def compile_decode(kernel, target, dtype, group, head_dim, splits):
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget(*DECODE_TARGETS[target]), options=options)
+
+
+def compile_elementwise(kernel, target, dtype):
+    """A compiled kernel of triton_elementwise.py for a chip of DECODE_TARGETS; heads of 128."""
+    constants = {"HALF": 64, "BLOCK_H": 16, "BLOCK_D": 64, "SILU": False, "BLOCK": elementwise.BLOCK}
+    types = dict.fromkeys(("heads", "stride_n", "stride_h", "D", "stride_gate", "stride_up"), "i32") | {
+        "table": "*fp32", "direction": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*" + dtype)
+                 for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    constants = {name: value for name, value in constants.items() if name in signature}
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget(*DECODE_TARGETS[target]))
 
 
 def resources(compiled):

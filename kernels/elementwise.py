@@ -1,7 +1,8 @@
 """RMSNorm, rotary positions and the gate of an MLP: what a layer does between its matmuls.
 
-Each is written twice: in plain torch, which is the definition and runs everywhere, and in C++ for
-CPUs (native.cpp), with a backward pass of its own.
+Each is written in plain torch, which is the definition and runs everywhere, and in C++ for CPUs
+(native.cpp), with a backward pass of its own. The last two are also in Triton for GPUs
+(triton_elementwise.py).
 """
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import native
+
+def fused(x: Tensor) -> bool:
+    """Whether rotary positions and the gate are one kernel each here."""
+    return native.usable(x) or x.is_cuda and x.dtype != torch.float64
+
 
 # --------------------------------------------------------------------------------------------------
 # RMSNorm (Zhang and Sennrich, arXiv 1910.07467)
@@ -93,9 +99,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     if table.shape[-1] < x.shape[-1]:
         turned, same = x.split([table.shape[-1], x.shape[-1] - table.shape[-1]], -1)
         return torch.cat([rotate(turned, table), same], -1)
-    if not native.usable(x):
+    if not fused(x):
         return torch_rotate(x, table)
-    return Rotate.apply(x, table) if torch.is_grad_enabled() else native_rotate(x, table, 1.0)
+    return Rotate.apply(x, table) if torch.is_grad_enabled() else fused_rotate(x, table, 1.0)
 
 
 def torch_rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -103,7 +109,12 @@ def torch_rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def native_rotate(x: Tensor, table: Tensor, direction: float) -> Tensor:
+def fused_rotate(x: Tensor, table: Tensor, direction: float) -> Tensor:
+    """Direction -1 turns back."""
+    if x.is_cuda:
+        from kernels.triton_elementwise import triton_rotate    # a CPU needs no triton
+
+        return triton_rotate(x, table, direction)
     x, N, heads, D = native.rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     native.run("rotate", x.numel(), x, x, table, out, N, heads, x.stride(0), D, direction)
@@ -114,12 +125,12 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table):
         ctx.table = table
-        return native_rotate(x, table, 1.0)
+        return fused_rotate(x, table, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return native_rotate(grad, ctx.table, -1.0), None
+        return fused_rotate(grad, ctx.table, -1.0), None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,18 +139,22 @@ class Rotate(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up, both [N, D]. activation: silu or gelu_tanh."""
-    if not native.usable(gate):
+    if not fused(gate):
         return torch_gated(gate, up, activation)
     if torch.is_grad_enabled():
         return Gated.apply(gate, up, activation)
-    return native_gated(gate, up, activation)
+    return fused_gated(gate, up, activation)
 
 
 def torch_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def native_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def fused_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if gate.is_cuda:
+        from kernels.triton_elementwise import triton_gated
+
+        return triton_gated(gate, up, activation)
     (gate, N, _, D), up = native.rows(gate), native.rows(up)[0]
     out = torch.empty(N, D, dtype=gate.dtype)
     native.run("gated", N * D, gate, gate, up, out, N, D, gate.stride(0), up.stride(0),
@@ -147,18 +162,28 @@ def native_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
+def fused_gated_backward(grad: Tensor, gate: Tensor, up: Tensor,
+                         activation: str) -> tuple[Tensor, Tensor]:
+    grad, gate, up = (x.contiguous() for x in (grad, gate, up))
+    if gate.is_cuda:
+        from kernels.triton_elementwise import triton_gated_backward
+
+        return triton_gated_backward(grad, gate, up, activation)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    native.run("gated_backward", gate.numel(), gate, grad, gate, up, dgate, dup, *gate.shape,
+               int(activation == "silu"))
+    return dgate, dup
+
+
 class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return native_gated(gate, up, activation)
+        return fused_gated(gate, up, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up, grad = (x.contiguous() for x in (*ctx.saved_tensors, grad))
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        native.run("gated_backward", gate.numel(), gate, grad, gate, up, dgate, dup, *gate.shape,
-                   int(ctx.activation == "silu"))
-        return dgate, dup, None
+        grads = fused_gated_backward(grad, *ctx.saved_tensors, ctx.activation)
+        return *grads, None

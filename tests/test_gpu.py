@@ -18,12 +18,13 @@ import torch
 import evaluate
 import train
 import weights
-from kernels import attention, linear_logprob
+from kernels import attention, elementwise, linear_logprob
 from kernels.attention import PrefixAttention
 from kernels.decode_attention import Rows, decode_attention
 from model import completion_logprobs, pack
 from rollout import Sampler, SamplingParams, generate
 from tests import test_decode_attention as decode_tests
+from tests import test_native as native_tests
 from tests.conftest import make_reference, stopping
 from tests.test_kernels import outputs_and_gradients, reference, relative_errors, sample
 from tests.test_model import groups_of, heads_of, random_ids, use_torch_stand_in
@@ -129,6 +130,20 @@ def test_p42_the_kernels_give_the_same_bits_every_time():
     inputs = on_gpu(700, 64, 5000, HALF)
     first, second = (double_slopes(linear_logprob, *inputs, 0.7) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_rotary_positions_and_the_gate_are_their_definitions(dtype):
+    """In one kernel each."""
+    bound, table = {torch.float32: 1e-6, torch.bfloat16: 3e-3}.get(dtype, 1e-3), torch.randn(50, 1, 128, device=DEVICE)
+    assert elementwise.fused(table.to(dtype)) or not GPU
+    native_tests.check(lambda x: elementwise.rotate(x, table), lambda x: elementwise.torch_rotate(x, table.double()),
+                       dtype, native_tests.normal(50, 9, 128), device=DEVICE, bound=bound)
+    for activation in ("silu", "gelu_tanh"):
+        native_tests.check(lambda g, u: elementwise.gated(g, u, activation),
+                           lambda g, u: elementwise.torch_gated(g, u, activation), dtype,
+                           native_tests.normal(70, 1300, scale=4), native_tests.normal(70, 1300, seed=1),
+                           device=DEVICE, bound=bound)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

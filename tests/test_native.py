@@ -1,5 +1,10 @@
-"""kernels/native.cpp against float64, and its build. Its attention: test_decode_attention.py."""
+"""kernels/native.cpp against float64, and its build. Its attention: test_decode_attention.py.
 
+What kernels/triton_elementwise.py has in its place runs the same tests in Triton's interpreter, which must be chosen
+before triton is imported: in a second pytest, with TRITON_INTERPRET=1.
+"""
+
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import native
+from kernels import elementwise, native
 from kernels.elementwise import (
     add_rms_norm,
     gated,
@@ -22,8 +27,20 @@ from sampling.draw import sample, sample_rows
 from tests.test_kernels import relative_errors
 
 ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}    # a bf16 number is rounded by 1.6e-3 on average
 compiled = pytest.mark.skipif(not native.usable(torch.empty(0)), reason="needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def written_in_triton(monkeypatch):
+    """In the second pytest."""
+    if INTERPRETED:
+        from kernels import triton_elementwise as theirs
+
+        monkeypatch.setattr(elementwise, "fused", lambda x: True)
+        for name in ("rotate", "gated", "gated_backward"):
+            monkeypatch.setattr(elementwise, f"fused_{name}", getattr(theirs, f"triton_{name}"))
 
 
 @pytest.fixture(params=BOUNDS, ids=str)
@@ -36,18 +53,18 @@ def normal(*shape, seed=0, scale=1.0) -> torch.Tensor:
     return x * scale
 
 
-def check(function, exact, dtype, *inputs) -> None:
+def check(function, exact, dtype, *inputs, device="cpu", bound=0.0) -> None:
     """Outputs without a gradient, with one, and gradients, against `exact` in float64."""
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     expected, out = exact(*doubles), function(*inputs)
-    slope = normal(*expected.shape, seed=9).to(dtype)
+    slope = normal(*expected.shape, seed=9).to(device, dtype)
     grads = torch.autograd.grad(out, inputs, slope)
     expected_grads = torch.autograd.grad(expected, doubles, slope.double())
     with torch.no_grad():
         assert torch.equal(function(*inputs), out)
     errors = relative_errors([x.double() for x in (out, *grads)], [expected, *expected_grads])
-    assert all(error < BOUNDS[dtype] for error in errors), errors
+    assert all(error < (bound or BOUNDS[dtype]) for error in errors), errors
     assert [x.dtype for x in (out, *grads)] == [dtype] * (1 + len(grads))
 
 
@@ -124,6 +141,40 @@ def test_nan_and_infinity_stay_in_their_row(dtype):
                 gated(x, x, "silu"), rotate(x[:, None], torch.ones(3, 1, 64))):
         broken = out.isnan().flatten(1).any(1)
         assert broken.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 20), (2, 40, 128), (3, 1, 2), (0, 4, 64)], ids=str)
+def test_any_number_of_heads_and_features(shape, dtype):
+    """Also more than one program takes, and none."""
+    table = torch.randn(shape[0], 1, shape[-1], generator=torch.Generator().manual_seed(3))
+    check(lambda x: rotate(x, table), lambda x: torch_rotate(x, table.double()), dtype, normal(*shape))
+    flat = normal(*shape).flatten(1)
+    check(lambda g, u: gated(g, u, "silu"), lambda g, u: torch_gated(g, u, "silu"), dtype, flat, flat + 1)
+
+
+IN_TRITON = (test_rotary_positions_and_their_gradients, test_the_gate_and_its_gradients,
+             test_rows_of_a_wider_tensor_are_read_in_place, test_nan_and_infinity_stay_in_their_row,
+             test_any_number_of_heads_and_features)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+def test_triton_kernels_pass_these_tests_in_the_interpreter():
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{t.__name__}" for t in IN_TRITON)],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+@pytest.mark.parametrize("kernel", ["rotate_kernel", "gated_kernel", "gated_backward_kernel"])
+def test_triton_kernels_compile_ahead_of_time_without_spills(kernel):
+    ahead = pytest.importorskip("benchmarks.compile_kernels", exc_type=ImportError)
+    for chip, dtype in itertools.product(ahead.DECODE_TARGETS, ("bf16", "fp16", "fp32")):
+        if (chip, dtype) != ("sm_75", "bf16"):
+            compiled = ahead.compile_elementwise(getattr(ahead.elementwise, kernel), chip, dtype)
+            assert ahead.resources(compiled)[1] == 0, (chip, dtype)
 
 
 @compiled
