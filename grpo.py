@@ -267,6 +267,8 @@ def clipped_surrogate(loss: Loss, ratio: Tensor, advantages: Tensor) -> Tensor:
 
 def sequence_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums [R] of `values` [N] over each completion, 0 for an empty one. Deterministic on a GPU."""
+    if values.device.type == "mps":  # it has no segment_reduce
+        return sequence_sum(values.cpu(), lengths.cpu()).to(values.device)
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0, unsafe=True)  # R = 0 too
 
 

@@ -304,7 +304,7 @@ class Generation:
             inputs.append((tokens[-1], row.entry, row.start + len(tokens) - 1, max(prefix.entry, 0),
                            len(prefix.ids)))
         inputs += [(0, self.cache.spare, 0, 0, 0)] * (bucket(count) - count)
-        inputs = np.array(inputs, np.int32).T.copy()    # torch takes 3 times as long over the tuples
+        inputs = np.array(inputs, np.int32).T.copy()    # torch would take 3 times as long over them
         return self.sampler.decode(torch.from_numpy(inputs))[:count]
 
 

@@ -180,20 +180,21 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
             micro.old = frozen_logprobs(policy.model, micro.groups, job.temperature)
         if job.reference:
             micro.reference = frozen_logprobs(job.reference, micro.groups, job.temperature)
-    sums, anchor_kl, norms = dict.fromkeys(SUMS, 0.0), 0.0, []
+    seen, divergences, norms = [], [], []               # read at the end: a GPU is not waited for
     for i in range(steps):
         for micro in parts[i % len(parts)]:
             loss, more = micro_loss(policy.model, micro, job.loss, job.temperature)
             policy.backward(loss)
-            sums = {name: sums[name] + float(more[name]) for name in SUMS}
+            seen.append(more)
         if job.anchor:
             divergence = job.anchor.loss(policy.model, step * steps + i)
             policy.backward(args.anchor_coef * divergence / ranks()[1])     # the same on all ranks
-            anchor_kl += divergence.item()
+            divergences.append(divergence.detach())
         norms.append(policy.step(args.max_grad_norm))
+    sums = {name: sum(float(more[name]) for more in seen) for name in SUMS}
     worst = max(norms, key=lambda norm: norm if math.isfinite(norm) else math.inf)
     return {**batch_metrics(batch, sums, job.imitates), "grad_norm": worst,
-            "anchor_kl": anchor_kl / steps, "loss_scale": policy.loss_scale,
+            "anchor_kl": sum(map(float, divergences)) / steps, "loss_scale": policy.loss_scale,
             "skipped_steps": policy.skipped - skipped}
 
 

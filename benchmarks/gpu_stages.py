@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -182,7 +183,7 @@ def rates(report: Report) -> tuple[float, float]:
     return speed * 1e9, rate * 1e12
 
 
-KERNELS = "p22 or p42 or decode_attention or varlen"    # of tests/test_gpu.py
+KERNELS = "p22 or p42 or decode_attention or varlen or rotary"    # of tests/test_gpu.py
 
 
 def tests(report: Report) -> None:
@@ -190,13 +191,15 @@ def tests(report: Report) -> None:
 
     Near the end of its time pytest is interrupted, and so still says what has failed.
     """
-    for part, chosen in (("kernels", KERNELS), ("all else", f"not ({KERNELS})")):
+    # Most of the time goes into compiling. A process more takes about 0.5 GB of the GPU.
+    workers = ["-n", "6", "--dist", "worksteal"] if find_spec("xdist") and report.device == "cuda" else []
+    for part, chosen, share in (("kernels", KERNELS, 0.6), ("all else", f"not ({KERNELS})", 1)):
         with report.row(f"tests/test_gpu.py, {part}") as row:
             command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", chosen, "-rfE", "--tb=short",
-                       "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
+                       "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", *workers]
             with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT) as running:
-                alarm = threading.Timer(report.left() - 10, running.send_signal, [signal.SIGINT])
+                alarm = threading.Timer(share * (report.left() - 10), running.send_signal, [signal.SIGINT])
                 alarm.start()
                 for line in running.stdout:
                     print(line, end="")

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import native
 
+
 def fused(x: Tensor) -> bool:
     """Whether rotary positions and the gate are one kernel each here."""
     return native.usable(x) or x.is_cuda and x.dtype != torch.float64
@@ -112,7 +113,7 @@ def torch_rotate(x: Tensor, table: Tensor) -> Tensor:
 def fused_rotate(x: Tensor, table: Tensor, direction: float) -> Tensor:
     """Direction -1 turns back."""
     if x.is_cuda:
-        from kernels.triton_elementwise import triton_rotate    # a CPU needs no triton
+        from kernels.triton_elementwise import triton_rotate  # a CPU needs no triton
 
         return triton_rotate(x, table, direction)
     x, N, heads, D = native.rows(x)

@@ -18,8 +18,8 @@ BLOCK = 1024                                            # numbers of a program
 def rotate_kernel(x, table, out, heads, stride_n, stride_h, direction, HALF: tl.constexpr,
                   BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK_H heads of one token. Grid (N, blocks of heads); HALF: of the numbers of a head."""
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
+    n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     inside = (h < heads) & (d < HALF)
     at = x + n * stride_n + h * stride_h + d
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)

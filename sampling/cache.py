@@ -21,6 +21,7 @@ from kernels.delta import delta_step, empty_states
 from model import Transformer
 
 MIN_SHARED = 8                                          # a shorter opening is not worth sharing
+WIDTH = 32                  # tokens: what grows often has its CUDA graphs recorded often
 
 
 @dataclass(eq=False)                                    # two prefixes of the same ids are not one
@@ -108,7 +109,7 @@ class KeyValues:
         if entries <= count and width <= self.width:
             return
         self.grown += 1
-        self.width = max(width, self.width)
+        self.width = max(-(-width // WIDTH) * WIDTH, self.width)
         old = self.layers if len(self.free) < count else []
         self.layers = []                                # free before more is asked for
         self.layers = self.empty(max(entries, count), self.width)

@@ -2,18 +2,18 @@
 
 A graph replays recorded kernels on the memory they were recorded with. So it holds for one number
 of rows (a *bucket*) and for the cache's present memory, which it does not keep alive. It is
-recorded when its bucket first comes up, and again after the cache has grown, at the price of two
-ordinary steps. All graphs share one pool of memory.
+recorded when its bucket comes up a second time, and anew after the cache has grown. The first time
+is an ordinary step, in which libraries set themselves up. All graphs share one pool of memory.
 
 A replay must find its inputs in their place. So what changes from step to step is copied into
 `inputs`, keys and values are written into the cache, and the weights change in place only. Nothing
-in the step may read from the GPU or upload to it. A step moves the states of gated DeltaNets on, so
-what is not yet a replay runs on the spare entry.
+in the step may read from the GPU or upload to it.
 
 Left out: the prefill, whose shapes differ every time, and the draw. **Not run on a GPU by us**:
 tested on a CPU with a recorder that replays operators on the same memory.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -42,24 +42,26 @@ class Graphs:
     def __call__(self, step: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         B, kv = inputs.shape[1], (self.cache.row_kv, self.cache.prefix_kv)
         if self.grown != (grown := [x.grown for x in kv]):
-            self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+            self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
             self.grown, self.pool = grown, None                         # no graph, no pool
             self.inputs = torch.zeros(5, bucket(kv[0].entries), dtype=torch.int32,
                                       device=self.cache.device)
-        if B not in self.recorded:
-            self.inputs[:, :B] = 0
-            self.inputs[1, :B] = self.cache.spare
-            self.recorded[B] = self.record(step, self.inputs[:, :B])
+        if B not in self.recorded:                      # many buckets come up only once
+            self.recorded[B] = None
+            return step(inputs)
         self.inputs[:, :B] = inputs
-        graph, hidden = self.recorded[B]
+        graph, hidden = self.recorded[B] = self.recorded[B] or self.record(step, self.inputs[:, :B])
         graph.replay()
         return hidden
 
     def record(self, step, inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        step(inputs)                                    # libraries set themselves up, unrecorded
         graph = torch.cuda.CUDAGraph()
-        # thread_local: with --overlap another thread trains meanwhile
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            hidden = step(inputs)
+        gc.disable()                    # an old graph that is collected now would end the recording
+        try:
+            # thread_local: with --overlap another thread trains meanwhile
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                hidden = step(inputs)
+        finally:
+            gc.enable()
         self.pool = self.pool or graph.pool()
         return graph, hidden

@@ -132,18 +132,18 @@ def test_p42_the_kernels_give_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_rotary_positions_and_the_gate_are_their_definitions(dtype):
+def test_rotary_positions_and_the_gate_are_their_definitions(dtype, activation):
     """In one kernel each."""
     bound, table = {torch.float32: 1e-6, torch.bfloat16: 3e-3}.get(dtype, 1e-3), torch.randn(50, 1, 128, device=DEVICE)
     assert elementwise.fused(table.to(dtype)) or not GPU
     native_tests.check(lambda x: elementwise.rotate(x, table), lambda x: elementwise.torch_rotate(x, table.double()),
                        dtype, native_tests.normal(50, 9, 128), device=DEVICE, bound=bound)
-    for activation in ("silu", "gelu_tanh"):
-        native_tests.check(lambda g, u: elementwise.gated(g, u, activation),
-                           lambda g, u: elementwise.torch_gated(g, u, activation), dtype,
-                           native_tests.normal(70, 1300, scale=4), native_tests.normal(70, 1300, seed=1),
-                           device=DEVICE, bound=bound)
+    native_tests.check(lambda g, u: elementwise.gated(g, u, activation),
+                       lambda g, u: elementwise.torch_gated(g, u, activation), dtype,
+                       native_tests.normal(70, 1300, scale=4), native_tests.normal(70, 1300, seed=1),
+                       device=DEVICE, bound=bound)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

@@ -488,11 +488,21 @@ class RecordedGraph:
 
 
 class Recording(TorchDispatchMode):
-    """torch.cuda.graph's part: its operators go into the graph. Reading a value from the GPU is an error."""
+    """torch.cuda.graph's part: its operators go into the graph. Reading a value from the GPU is an error. A recording
+    runs nothing: what its operators changed in the cache is put back."""
 
     def __init__(self, graph, pool, capture_error_mode):
         super().__init__()
         self.graph = graph
+
+    def __enter__(self):
+        self.before = [(x, x.clone()) for x in tree_leaves([kv.layers for kv in self.memory])]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for x, old in self.before:
+            x.copy_(old)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         assert operator is not torch.ops.aten._local_scalar_dense.default, "a recording cannot read from the GPU"
@@ -517,7 +527,7 @@ def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
     sampler = Sampler(model, slots=16)
-    sampler.graphs = Graphs(sampler.cache)
+    sampler.graphs, Recording.memory = Graphs(sampler.cache), (sampler.cache.row_kv, sampler.cache.prefix_kv)
     for tokens in (12, 40):                             # the second call needs wider entries
         done = sampler.generate(prompts, replace(params, max_tokens=tokens))
         replayed = {(c.index, c.sample): c for c in done}

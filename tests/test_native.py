@@ -160,8 +160,9 @@ IN_TRITON = (test_rotary_positions_and_their_gradients, test_the_gate_and_its_gr
 @pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
 def test_triton_kernels_pass_these_tests_in_the_interpreter():
     pytest.importorskip("triton")
+    tests = [f"{__file__}::{test.__name__}" for test in IN_TRITON]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{t.__name__}" for t in IN_TRITON)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout[-4000:]
 

@@ -121,7 +121,10 @@ def master_of(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
 def pieces(weight: Tensor, state: dict, gradient: Tensor | None) -> Iterator[tuple]:
     """Views of a weight, its state and its gradient, as many rows as PIECE has room for."""
     if gradient is not None and len(weight):
-        rows = max(1, (GPU_PIECE if weight.is_cuda else PIECE) // weight[0].numel())
+        most = PIECE if weight.device.type == "cpu" else GPU_PIECE
+        if "exp_avg_scale" in state:                    # torchao's codes are 8 bytes a number
+            most = min(most, 2 ** 22)
+        rows = max(1, most // weight[0].numel())
         for first in range(0, len(weight), rows):
             part = slice(first, first + rows)
             yield weight[part], {name: x[part] for name, x in state.items()}, gradient[part]
