@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from kernels import triton_decode_attention as decode
 from kernels import triton_elementwise as elementwise
+from kernels.triton_adamw import adamw_kernel
 from kernels.triton_linear_logprob import backward_kernel, forward_kernel, tile
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
@@ -69,10 +70,14 @@ def compile_decode(kernel, target, dtype, group, head_dim, splits):
 
 
 def compile_elementwise(kernel, target, dtype):
-    """A compiled kernel of triton_elementwise.py for a chip of DECODE_TARGETS; heads of 128."""
-    constants = {"HALF": 64, "BLOCK_H": 16, "BLOCK_D": 64, "SILU": False, "BLOCK": elementwise.BLOCK}
-    types = dict.fromkeys(("heads", "stride_n", "stride_h", "D", "stride_gate", "stride_up"), "i32") | {
-        "table": "*fp32", "direction": "fp32"}
+    """A compiled kernel of triton_elementwise.py or triton_adamw.py for a chip of DECODE_TARGETS; heads of 128."""
+    constants = {"HALF": 64, "BLOCK_H": 16, "BLOCK_D": 64, "SILU": False, "BLOCK": elementwise.BLOCK, "BETA_1": 0.9,
+                 "BETA_2": 0.95, "EPS": 1e-8, "SPLIT": dtype == "bf16", "COPY": dtype == "fp16"}
+    types = dict.fromkeys(("heads", "stride_n", "stride_h", "D", "stride_gate", "stride_up", "count"), "i32") | {
+        **dict.fromkeys(("table", "master", "gradient", "exp_avg", "exp_avg_sq"), "*fp32"),
+        **dict.fromkeys(("direction", "scale", "step_size", "root"), "fp32")}
+    if kernel is adamw_kernel and dtype == "bf16":
+        types |= {"weight": "*i16", "master": "*i16"}
     signature = {name: "constexpr" if name in constants else types.get(name, "*" + dtype)
                  for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}

@@ -183,7 +183,7 @@ def rates(report: Report) -> tuple[float, float]:
     return speed * 1e9, rate * 1e12
 
 
-KERNELS = "p22 or p42 or decode_attention or varlen or rotary"    # of tests/test_gpu.py
+KERNELS = "p22 or p42 or decode_attention or varlen or rotary or adamw"    # of tests/test_gpu.py
 
 
 def tests(report: Report) -> None:

@@ -1,10 +1,22 @@
-"""AdamW on masters of four bytes: against torch's own on fp32 masters, bit for bit."""
+"""AdamW on masters of four bytes: against torch's own on fp32 masters, bit for bit.
+
+kernels/triton_adamw.py runs in Triton's interpreter, which must be chosen before triton is imported: in a second
+pytest, with TRITON_INTERPRET=1.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import native
+from training import adamw
 from training.adamw import PIECE, AdamW, joined, master_of, split
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 compiled = pytest.param(True, marks=pytest.mark.skipif(not native.usable(torch.empty(0)),
                                                        reason="needs a C++ compiler"), id="C++")
@@ -102,3 +114,44 @@ def test_moments_of_eight_bits_take_two_bytes_and_a_step_nearly_the_same(dtype):
     assert 0 < (moved[0] - planned[0]).norm() < 0.03 * planned[0].norm()
     moments = sum(x.nbytes for name, x in ours.state[0].items() if name.startswith("exp"))
     assert moments < 2.2 * weights[0].numel()
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+
+def few_steps(weights) -> AdamW:
+    """Of learning rates that are small beside the weights' rounding."""
+    optimizer = AdamW(weights)
+    for step in range(12):
+        optimizer.step([normal(*w.shape, seed=step).to(w.device) for w in weights], 1e-5 * (step + 1), 0.25)
+    return optimizer
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_takes_the_same_steps(dtype, monkeypatch):
+    start = [normal(*shape, seed=i).to(dtype) for i, shape in enumerate([(50, 64), (7, 9), (31,), (3, 1025), (0, 4)])]
+    expected, ours, wide = [w.clone() for w in start], [w.clone() for w in start], [w.clone().float() for w in start]
+    plain = few_steps(expected)
+    monkeypatch.setattr(adamw, "in_triton", lambda weight, state: True)
+    optimizer, widened = few_steps(ours), few_steps(wide)
+    for i in range(4):
+        master, theirs = master_of(ours[i], optimizer.state[i]), master_of(expected[i], plain.state[i])
+        assert (master - theirs).norm() < 1e-3 * (theirs - start[i].float()).norm()
+        assert torch.equal(master, wide[i])             # no bit is lost between a weight and its master
+        assert torch.equal(ours[i], split_up(master)[0] if dtype == torch.bfloat16 else master.to(dtype))
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment, same = optimizer.state[i][key], plain.state[i][key]
+            assert (moment - same).norm() < 1e-6 * same.norm()
+            assert torch.equal(moment, widened.state[i][key])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+def test_the_triton_kernel_passes_its_test_in_the_interpreter():
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         f"{__file__}::{test_triton_takes_the_same_steps.__name__}"],
+        capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stdout[-4000:]

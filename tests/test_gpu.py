@@ -23,6 +23,7 @@ from kernels.attention import PrefixAttention
 from kernels.decode_attention import Rows, decode_attention
 from model import completion_logprobs, pack
 from rollout import Sampler, SamplingParams, generate
+from tests import test_adamw as adamw_tests
 from tests import test_decode_attention as decode_tests
 from tests import test_native as native_tests
 from tests.conftest import make_reference, stopping
@@ -31,6 +32,7 @@ from tests.test_model import groups_of, heads_of, random_ids, use_torch_stand_in
 from tests.test_rollout import random_prompts, trainer_logprobs
 from tests.test_train import FAST, REWARD, metrics, same, tensors
 from training import monitor
+from training.adamw import master_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.cuda.is_available()
@@ -144,6 +146,16 @@ def test_rotary_positions_and_the_gate_are_their_definitions(dtype, activation):
                        lambda g, u: elementwise.torch_gated(g, u, activation), dtype,
                        native_tests.normal(70, 1300, scale=4), native_tests.normal(70, 1300, seed=1),
                        device=DEVICE, bound=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_adamw_takes_the_cpus_steps(dtype):
+    start = [adamw_tests.normal(*shape, seed=i).to(dtype) for i, shape in enumerate([(50, 64), (3, 1025)])]
+    here, there = ([w.clone().to(device) for w in start] for device in ("cpu", DEVICE))
+    states = [adamw_tests.few_steps(weights).state for weights in (here, there)]
+    for a, b, s, t, w in zip(here, there, *states, start, strict=True):
+        a, b = master_of(a, s), master_of(b, t).cpu()
+        assert (a - b).norm() < 1e-3 * (a - w.float()).norm()
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

@@ -169,13 +169,14 @@ def test_triton_kernels_pass_these_tests_in_the_interpreter():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
-@pytest.mark.parametrize("kernel", ["rotate_kernel", "gated_kernel", "gated_backward_kernel"])
-def test_triton_kernels_compile_ahead_of_time_without_spills(kernel):
+def test_triton_kernels_compile_ahead_of_time_without_spills():
     ahead = pytest.importorskip("benchmarks.compile_kernels", exc_type=ImportError)
-    for chip, dtype in itertools.product(ahead.DECODE_TARGETS, ("bf16", "fp16", "fp32")):
+    kernels = (ahead.elementwise.rotate_kernel, ahead.elementwise.gated_kernel,
+               ahead.elementwise.gated_backward_kernel, ahead.adamw_kernel)
+    for kernel, chip, dtype in itertools.product(kernels, ahead.DECODE_TARGETS, ("bf16", "fp16", "fp32")):
         if (chip, dtype) != ("sm_75", "bf16"):
-            compiled = ahead.compile_elementwise(getattr(ahead.elementwise, kernel), chip, dtype)
-            assert ahead.resources(compiled)[1] == 0, (chip, dtype)
+            compiled = ahead.compile_elementwise(kernel, chip, dtype)
+            assert ahead.resources(compiled)[1] == 0, (kernel, chip, dtype)
 
 
 @compiled

@@ -8,7 +8,7 @@ fp32 weights are their own masters. fp16 weights have fp32 masters beside them.
 
 The moments are fp32, or take 8 bits a number and a scale for each block of at most 256 (Dettmers et
 al., arXiv 2110.02861), through torchao's code. A step takes a piece of a tensor at a time, so that
-no tensor exists whole in a second form.
+no tensor exists whole in a second form; on a GPU, but for 8 bits, it is one Triton kernel.
 """
 
 import math
@@ -22,8 +22,8 @@ from torch.optim.adamw import adamw
 from kernels import native
 
 PIECE = 2 ** 19                 # numbers in fp32 at a time: they fit a CPU's cache
-GPU_PIECE = 2 ** 26             # 256 MB: a GPU waits for 13 launches a piece
-BETAS = 0.9, 0.95
+GPU_PIECE = 2 ** 22             # a piece takes some 13 launches
+BETAS, EPS = (0.9, 0.95), 1e-8
 
 
 def joined(weight: Tensor, remainder: Tensor) -> Tensor:
@@ -72,19 +72,30 @@ class AdamW:
         """One step with scale * gradients, fp32, which it spends. None: of a weight that stays."""
         self.steps += 1
         for weight, state, gradient in zip(self.weights, self.state, gradients, strict=True):
+            if gradient is None:
+                continue
+            if in_triton(weight, state):
+                from kernels.triton_adamw import triton_adamw  # a CPU needs no triton
+
+                triton_adamw(weight, state, gradient, self.steps, learning_rate, scale, BETAS, EPS)
+                continue
             for w, s, g in pieces(weight, state, gradient):
                 master = master_of(w, s)
                 moments = [Moment(s, name) for name in ("exp_avg", "exp_avg_sq")]
                 adamw([master], [g.mul_(scale)], [moments[0].value], [moments[1].value], [],
                       [torch.full((), self.steps - 1.0, device=w.device)], fused=True,
                       amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=learning_rate,
-                      weight_decay=0.0, eps=1e-8, maximize=False)
+                      weight_decay=0.0, eps=EPS, maximize=False)
                 for moment in moments:
                     moment.keep()
                 if "remainder" in s:
                     split(master, w, s["remainder"])
                 elif "master" in s:
                     w.copy_(master)
+
+
+def in_triton(weight: Tensor, state: dict[str, Tensor]) -> bool:
+    return weight.is_cuda and "exp_avg_scale" not in state
 
 
 class Moment:
@@ -118,12 +129,10 @@ def master_of(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
     return state.get("master", weight)
 
 
-def pieces(weight: Tensor, state: dict, gradient: Tensor | None) -> Iterator[tuple]:
-    """Views of a weight, its state and its gradient, as many rows as PIECE has room for."""
-    if gradient is not None and len(weight):
+def pieces(weight: Tensor, state: dict, gradient: Tensor) -> Iterator[tuple]:
+    """Views of a weight, its state and its gradient: as many rows as a piece has room for."""
+    if len(weight):
         most = PIECE if weight.device.type == "cpu" else GPU_PIECE
-        if "exp_avg_scale" in state:                    # torchao's codes are 8 bytes a number
-            most = min(most, 2 ** 22)
         rows = max(1, most // weight[0].numel())
         for first in range(0, len(weight), rows):
             part = slice(first, first + rows)
