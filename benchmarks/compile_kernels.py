@@ -2,7 +2,7 @@
 
 Needs no GPU.
 
-    python benchmarks/compile_kernels.py      # Markdown tables: every kernel, dtype, tile and chip
+    python benchmarks/compile_kernels.py      # Markdown tables of the matmuls' and the decode step's kernels
 """
 
 import itertools

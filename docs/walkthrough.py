@@ -326,7 +326,7 @@ def learning(args) -> list:
         "(arXiv 1711.05101; no weight decay.) A bf16 weight and a 16-bit remainder beside it are an "
         "fp32 master, which takes the step. In fp32, as here, the weight is its own. In the first "
         "step every weight with a gradient moves by nearly the learning rate.",
-        code(AdamW.step, "adamw(", "weight_decay="),
+        code(AdamW.step, "adamw([master]", "weight_decay="),
         code(Policy.step, "warm = ", "self.gather()"),
         show_step,
         "## 12. What has changed",

@@ -63,7 +63,8 @@ def hypotheses(arms, draws, scores, looks=1):
 
     Stability rises where the interval of the difference in persona_sd lies below 0; H5's interval
     must stay above -MARGIN. looks: at how many checkpoints H3 is looked at. They are one claim, so
-    H3's interval is of 1 - 0.05 / looks (Bonferroni).
+    H3's interval is of 1 - 0.05 / looks (Bonferroni). That H3 holds at equal accuracy too, which
+    results/plan.md asks for, is not decided here: results/curves.py shows it.
     """
     out, few = [], too_few(next(iter(arms.values()))[0])
     for name, first, second, score, sign, claim in CLAIMS:

@@ -165,11 +165,11 @@ def fused_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def fused_gated_backward(grad: Tensor, gate: Tensor, up: Tensor,
                          activation: str) -> tuple[Tensor, Tensor]:
-    grad, gate, up = (x.contiguous() for x in (grad, gate, up))
     if gate.is_cuda:
         from kernels.triton_elementwise import triton_gated_backward
 
         return triton_gated_backward(grad, gate, up, activation)
+    grad, gate, up = (x.contiguous() for x in (grad, gate, up))
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     native.run("gated_backward", gate.numel(), gate, grad, gate, up, dgate, dup, *gate.shape,
                int(activation == "silu"))

@@ -155,7 +155,8 @@ extern "C" void gated_backward(const T* grad, const T* gate, const T* up, T* dga
             float y = load(grad[d]), g = load(gate[d]);
             float s = sigmoid(silu ? g : inner(g)), slope = silu ? 1.f : inner_slope(g);
             store(dup + d, y * g * s);
-            store(dgate + d, y * load(up[d]) * (s + g * s * (1.f - s) * slope));
+            float bend = s * (1.f - s) == 0.f ? 0.f : g * s * (1.f - s) * slope;    // slope: inf
+            store(dgate + d, y * load(up[d]) * (s + bend));
         }
 }
 

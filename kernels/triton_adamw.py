@@ -50,6 +50,7 @@ def adamw_kernel(weight, master, gradient, exp_avg, exp_avg_sq, count, scale, st
 def triton_adamw(weight, state, gradient, step, learning_rate, scale, betas, eps):
     """One step, the `step`-th, with scale * gradient (fp32), of a weight in bf16 with a
     `remainder`, in fp16 with a `master`, or in fp32; all contiguous."""
+    assert weight.is_contiguous() and gradient.is_contiguous()
     count, split = weight.numel(), "remainder" in state
     master = state.get("remainder", state.get("master", weight))
     if split:

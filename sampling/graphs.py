@@ -55,13 +55,14 @@ class Graphs:
         return hidden
 
     def record(self, step, inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.disable()                    # an old graph that is collected now would end the recording
         try:
             # thread_local: with --overlap another thread trains meanwhile
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 hidden = step(inputs)
         finally:
-            gc.enable()
+            if collects:
+                gc.enable()
         self.pool = self.pool or graph.pool()
         return graph, hidden

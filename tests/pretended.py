@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import kernels.elementwise
 import kernels.triton_decode_attention
 import kernels.triton_linear_logprob
+import training.adamw
 import weights
 from kernels.decode_attention import torch_decode_attention
 from tests.test_kernels import reference
@@ -141,6 +143,9 @@ def use(monkeypatch, capability=(9, 0)) -> tuple:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(kernels.triton_linear_logprob, "triton_linear_logprob", counted("kernels", kernel))
     monkeypatch.setattr(kernels.triton_decode_attention, "triton_decode_attention", decode)
+    monkeypatch.setattr(kernels.elementwise, "fused", lambda x: kernels.native.usable(x))
+    monkeypatch.setattr(training.adamw, "in_triton", lambda weight, state: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch.pretended, "synchronize", counted("synchronized", lambda: None), raising=False)
     monkeypatch.setattr(filesystem, "_OverlappingCpuLoader",                    # it wants streams
                         lambda resolve, **_: filesystem._SerialCpuLoader(resolve))

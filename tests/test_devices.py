@@ -345,8 +345,8 @@ def test_pretended_rows_are_drawn_in_one_go(tiny_folder, counts, monkeypatch):
 
 @on_it
 @pytest.mark.parametrize("counts", [(7, 5)], indirect=True)
-def test_pretended_training_on_a_gpu_before_the_a100_takes_the_cpus_steps_without_triton(tiny_folder, tmp_path, counts,
-                                                                                         monkeypatch):
+def test_pretended_training_on_a_gpu_before_the_a100_takes_the_cpus_steps_and_torchs_log_probs(
+        tiny_folder, tmp_path, counts, monkeypatch):
     flags = ["--model", str(tiny_folder), *FAST, *REWARD, "--steps", "2", "--kl-coef", "0.1", "--entropy-coef", "0.1"]
     assert train.main([*flags, "--out", str(tmp_path / "there")]) == 0 and counts["kernels"] == 0
     monkeypatch.setattr(weights, "pick_device", lambda name: "cpu")

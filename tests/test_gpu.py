@@ -158,6 +158,24 @@ def test_adamw_takes_the_cpus_steps(dtype):
         assert (a - b).norm() < 1e-3 * (a - w.float()).norm()
 
 
+@pytest.mark.skipif(memory_gb() < 14, reason="needs a GPU of 14 GB")
+def test_p22_offsets_of_rotary_positions_and_the_gate_pass_2_to_the_31():
+    """Rows that lie 2^30 numbers apart."""
+    memory, table = torch.empty(2 ** 31 + 64, dtype=HALF, device=DEVICE), torch.randn(3, 1, 32, device=DEVICE)
+    far_apart = memory.as_strided((3, 64), (2 ** 30, 1)).copy_(torch.randn(3, 64))
+    near = far_apart.clone()
+    for function in (lambda x: elementwise.rotate(x.unflatten(1, (2, 32)), table),
+                     lambda x: elementwise.gated(x[:, :32], x[:, 32:], "silu")):
+        assert torch.equal(function(far_apart), function(near))
+
+
+@pytest.mark.skipif(memory_gb() < 60, reason="needs a GPU of 60 GB")
+def test_adamw_steps_more_than_2_to_the_31_numbers():
+    weight = torch.zeros(2 ** 31 + 64, dtype=HALF, device=DEVICE)
+    adamw_tests.AdamW([weight]).step([torch.ones(weight.shape, device=DEVICE)], 1.0, 1.0)
+    assert (weight == -1).all()
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 

@@ -259,16 +259,21 @@ def test_p22_triton_offsets_pass_2_to_the_31():
     assert max(relative_errors(outputs_and_gradients(path(), hidden, far_apart, targets), expected)) < 1e-6
 
 
-@pytest.mark.slow
-@outside
-def test_p22_triton_kernels_pass_these_tests_in_the_interpreter():
+def in_interpreter_pass(*nodes: str) -> None:
+    """Runs these files or tests in a second pytest, in which Triton's kernels are interpreted."""
     pytest.importorskip("triton")
     if release("triton") < [3, 7] and release("numpy") >= [2, 4]:
         pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4: it takes arrays for numbers")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes], capture_output=True, text=True,
         cwd=Path(__file__).resolve().parents[1], env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+@pytest.mark.slow
+@outside
+def test_p22_triton_kernels_pass_these_tests_in_the_interpreter():
+    in_interpreter_pass(__file__)
 
 
 def release(package):

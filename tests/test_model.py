@@ -1,12 +1,14 @@
 """The decoder against transformers and against itself: packed, padded, prompt-shared, cached."""
 
 import copy
+import gc
 import importlib
 import inspect
 import itertools
 import math
 import re
 import sys
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
@@ -496,6 +498,7 @@ class Recording(TorchDispatchMode):
         self.graph = graph
 
     def __enter__(self):
+        assert not gc.isenabled()
         self.before = [(x, x.clone()) for x in tree_leaves([kv.layers for kv in self.memory])]
         return super().__enter__()
 
@@ -528,11 +531,25 @@ def test_recorded_decode_steps_give_the_same_tokens(family, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Recording)
     sampler = Sampler(model, slots=16)
     sampler.graphs, Recording.memory = Graphs(sampler.cache), (sampler.cache.row_kv, sampler.cache.prefix_kv)
+    step, plainly = Sampler.step, []
+
+    def logged(self, inputs):
+        B = inputs.shape[1]
+        if _get_current_dispatch_mode() is None:
+            plainly.append(B)
+        assert B in plainly                             # once before it is recorded: libraries set themselves up
+        return step(self, inputs)
+
+    monkeypatch.setattr(Sampler, "step", logged)
     for tokens in (12, 40):                             # the second call needs wider entries
         done = sampler.generate(prompts, replace(params, max_tokens=tokens))
         replayed = {(c.index, c.sample): c for c in done}
         assert {key: c.tokens[:tokens] for key, c in plain.items()} == {key: c.tokens for key, c in replayed.items()}
     assert len(made) > 2 and max(graph.replays for graph in made) > 5           # two sizes, and again once it had grown
+    assert 2 <= len(plainly) <= len(made) + 2
+    gone = weakref.ref(sampler)
+    del sampler, done
+    assert gone() is None                               # its graphs do not hold it
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

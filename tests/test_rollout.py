@@ -499,8 +499,7 @@ def test_p15_a_call_that_waits_between_two_tokens_hands_no_old_weights_to_anothe
 
 
 def test_a_sampler_goes_as_soon_as_nobody_holds_it(tiny):
-    """With its cache and its graphs, which no collector of cycles has to find: on a GPU that would be while another
-    graph is recorded, or after memory has run out."""
+    """With its cache, which no collector of cycles has to find: on a GPU that would be after memory has run out."""
     sampler = Sampler(tiny[0], slots=4)
     gone = weakref.ref(sampler), weakref.ref(sampler.cache)
     gc.disable()
