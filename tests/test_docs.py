@@ -121,24 +121,47 @@ def test_each_number_of_the_results_page_is_one_of_the_results():
 
 
 def test_the_verdicts_of_the_results_page_are_those_of_the_comparisons():
-    """Each with the interval of the score that decides, H3's at each checkpoint; some words narrow a verdict."""
+    """Each with the interval of the score that decides, H3's at each checkpoint, and what could have been shown."""
     page = (ROOT / "results" / "README.md").read_text()
-    rows = re.findall(r"^\| (H\d) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.M)
-    assert [row[0] for row in rows] == ["H1", "H2", "H3", "H4", "H5"]
-    for folder, column in (("products/compared/step-24", 1), ("main/compared", 3)):
+    tables = {"products/compared/step-24": r"^\| (H\d): .* \| .* \| (.*) \| (.*) \| (.*) \|$",
+              "main/compared": r"^\| (H\d) \| (.*) \| (.*)()() \|$"}
+    for folder, pattern in tables.items():
+        rows = re.findall(pattern, page, re.M)
         told = json.loads((ROOT / "results" / folder / "comparison.json").read_text())
-        for row, claim in zip(rows, told["hypotheses"], strict=True):
-            apart = re.search(r"difference (\S+ \[.*?\])", claim["words"])[1]
-            assert row[column].startswith(claim["verdict"]) and apart in row[column + 1], claim["name"]
-            if could := re.search(r"difference of (\S+)( or more)? could", claim["words"]):
-                assert could[1] in row[column + 1] or column == 3
+        assert len(rows) == 5
+        for (name, apart, verdict, could, *_), claim in zip(rows, told["hypotheses"], strict=True):
+            assert name == claim["name"] and verdict.startswith(claim["verdict"])
+            assert re.search(r"difference (\S+ \[.*?\])", claim["words"])[1] in apart
+            if "products" in folder and claim["verdict"] == "not shown":
+                assert could.lstrip("+") in claim["words"]
     for step in (6, 12):
         told = json.loads((ROOT / f"results/products/compared/step-{step}/comparison.json").read_text())
         h3 = told["hypotheses"][2]
-        assert h3["verdict"] == "not shown" and re.search(r"difference (\S+ \[.*?\])", h3["words"])[1] in rows[2][2]
+        apart = re.search(r"difference (\S+ \[.*?\])", h3["words"])[1]
+        assert h3["verdict"] == "not shown" and apart in re.search("H3: .*", page)[0]
     told = json.loads((ROOT / "results/main/compared/comparison.json").read_text())
     shuffled = [told["arms"][arm]["pss_shuffled"] for arm in ("start", "rlvr")]
     assert "from {:.2f} to {:.2f}".format(*shuffled) in " ".join(page.split())
+
+
+def test_what_the_pages_say_of_answers_and_their_lengths_is_so():
+    page, folder = " ".join((ROOT / "results" / "README.md").read_text().split()), ROOT / "results" / "products"
+    kept = {"start": [folder / "start"]} | {arm: [folder / f"{arm}-seed{seed}/step-24" for seed in range(6)]
+                                            for arm in ("rlvr", "permix", "permix+anchor")}
+    rows = {arm: [row for one in folders for row in transcripts.read(one)] for arm, folders in kept.items()}
+    spoken = {arm: [row for row in own if row["kind"] == "roleplay"] for arm, own in rows.items()}
+    full = {arm: [row["self_identification"] for row in own if row["tokens"] == 48] for arm, own in spoken.items()}
+    shares = [f"{100 * len(full[arm]) / len(spoken[arm]):.0f} %" for arm in kept]
+    told = "{} of the start model's fill them, {} of RLVR's, {} of PerMix's, {} with the anchor"
+    assert told.format(*shares) in page
+    own = {arm: sum(hits) / len(hits) for arm, hits in full.items()}
+    apart = own["permix"] - own["start"], own["permix+anchor"] - own["permix"]
+    assert "PerMix {:+.3f} against the start model, and the anchor {:+.3f} over PerMix".format(*apart) in page
+    asked = [row for row in rows["start"] if row["kind"] == "products" and row["persona"] != "none"]
+    wrong = [row for row in asked if not row["correct"]]
+    numbers = [[set(re.findall(r"\d+", row[key])) for key in ("answer", "question")] for row in wrong]
+    share = f"{100 * sum(answer <= question for answer, question in numbers) / len(wrong):.0f} % of the start model's"
+    assert share in page and share in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_each_number_that_the_readme_found_is_one_of_the_results():
@@ -214,8 +237,8 @@ def test_the_base_models_page_shows_what_was_measured():
 def test_the_answers_that_the_readme_shows_are_those_that_were_given():
     page = (ROOT / "README.md").read_text()
     shown = re.findall(r"^\| (start|RLVR|PerMix|PerMix with anchor) \| (.*) \|$", page, re.M)
-    arms = {"start": "start", "RLVR": "rlvr-seed0/step-24", "PerMix": "permix-seed0/step-24",
-            "PerMix with anchor": "permix+anchor-seed0/step-24"}
+    arms = {"start": "start", "RLVR": "rlvr-seed2/step-24", "PerMix": "permix-seed2/step-24",
+            "PerMix with anchor": "permix+anchor-seed2/step-24"}
     assert [arm for arm, _ in shown] == list(arms)
     for arm, words in shown:
         [answer] = [row["answer"] for row in transcripts.read(ROOT / "results" / "products" / arms[arm])
