@@ -17,6 +17,7 @@ import tasks
 import train
 from common import files
 from docs import anchors
+from evaluation import compare, report
 from results import transcripts
 from training import settings
 
@@ -113,6 +114,7 @@ def test_each_number_of_the_results_page_is_one_of_the_results():
     page = (ROOT / "results" / "README.md").read_text()
     measured = "".join((ROOT / "results" / name / "tables.md").read_text() for name in ("main", "pushed", "products"))
     measured += (ROOT / "results/products/readers.txt").read_text()
+    measured += (ROOT / "results/interpolated/README.md").read_text()                   # held below
     facts = json.loads((ROOT / "results/facts/start/results.json").read_text())
     measured += "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * facts[f"persona_sd{end}"] for end in ("", "_low", "_high")))
     intervals = re.findall(r"[-+]?\d+\.\d+\s+\[[-+]?\d+\.\d+,\s+[-+]?\d+\.\d+\]", page)
@@ -144,6 +146,31 @@ def test_the_verdicts_of_the_results_page_are_those_of_the_comparisons():
     assert "from {:.2f} to {:.2f}".format(*shuffled) in " ".join(page.split())
 
 
+def test_the_page_of_interpolated_weights_shows_what_was_measured():
+    results, folder = ROOT / "results", ROOT / "results/interpolated"
+    kept = {"start": "products/start", "permix": "products/permix-seed*/step-24",
+            **{f"permix {share}": f"interpolated/permix-{share}-seed*" for share in ("0.25", "0.5", "0.75")},
+            "permix+anchor": "products/permix+anchor-seed*/step-24"}
+    arms = {arm: [compare.read_arm(path.parent)[1] for path in sorted(results.glob(f"{where}/results.json"))]
+            for arm, where in kept.items()}
+    comparison = compare.side_by_side(arms)
+    page = (folder / "README.md").read_text()
+    names = {"persona_sd": "persona_sd, points", "mean_accuracy": "mean accuracy", "no_persona_accuracy": "no persona",
+             "self_identification": "own reading", "persona_identification": "drift"}
+    assert len(re.findall("^" + re.escape(f"| arm | seeds | {' | '.join(names.values())} |"), page, re.M)) == 1
+    for arm, scores in comparison["arms"].items():
+        row = " | ".join([str(len(arms[arm])), *(report.score_cell(scores, name) for name in names)])
+        assert f"| {arm} | {row} |".replace("\u00a0", " ") in page
+    shown = re.findall(r"^\| (\S+(?: 0.5)? - \S+(?: 0.5)?) \| (.*) \|$", page, re.M)
+    assert len(shown) == 3
+    for pair, row in shown:
+        cells = [report.difference_cell(comparison["differences"][pair], name) for name in names]
+        assert " | ".join(re.sub("[▲▼] ", "", cell) for cell in cells).replace("\u00a0", " ") == row
+    told = (folder / "readers.txt").read_text() + (results / "products/readers.txt").read_text()
+    ends = re.search("N-grams find.*", " ".join(page.split()))[0]
+    assert all(one in told for one in re.findall(r"0\.\d+ \[.*?\]", ends))
+
+
 def test_what_the_pages_say_of_answers_and_their_lengths_is_so():
     page, folder = " ".join((ROOT / "results" / "README.md").read_text().split()), ROOT / "results" / "products"
     kept = {"start": [folder / "start"]} | {arm: [folder / f"{arm}-seed{seed}/step-24" for seed in range(6)]
@@ -169,6 +196,7 @@ def test_each_number_that_the_readme_found_is_one_of_the_results():
     numbers = set(re.findall(r"[-+]?\d+\.\d+", found))
     tables = "".join((ROOT / "results" / name / "tables.md").read_text() for name in ("main", "pushed", "products"))
     tables += (ROOT / "results/products/readers.txt").read_text()
+    tables += (ROOT / "results/interpolated/README.md").read_text()                        # held above
     shares = {f"{float(x):.2f}" for x in re.findall(r"\b0\.\d{3}\b", tables)}
     assert len(numbers) > 12 and not [x for x in numbers if x not in shares and x not in tables]
     page = (ROOT / "README.md").read_text()
