@@ -150,7 +150,8 @@ def test_the_page_of_interpolated_weights_shows_what_was_measured():
     results, folder = ROOT / "results", ROOT / "results/interpolated"
     kept = {"start": "products/start", "permix": "products/permix-seed*/step-24",
             **{f"permix {share}": f"interpolated/permix-{share}-seed*" for share in ("0.25", "0.5", "0.75")},
-            "permix+anchor": "products/permix+anchor-seed*/step-24"}
+            "permix+anchor": "products/permix+anchor-seed*/step-24", "rlvr": "products/rlvr-seed*/step-24",
+            "rlvr 0.5": "interpolated/rlvr-0.5-seed*"}
     arms = {arm: [compare.read_arm(path.parent)[1] for path in sorted(results.glob(f"{where}/results.json"))]
             for arm, where in kept.items()}
     comparison = compare.side_by_side(arms)
