@@ -48,8 +48,7 @@ from results import models, transcripts  # noqa: E402
 BUCKETS = 2**18                 # of the hashed n-grams
 PRIOR = 10_000                  # n-grams of all personas' text, added to each persona's counts
 WORD = re.compile(r"[^\W_]+")
-PAIRS = (("start", "rlvr"), ("start", "permix"), ("rlvr", "permix"),
-         ("rlvr+paraphrases", "permix"),
+PAIRS = (("start", "rlvr"), ("start", "permix"), ("rlvr", "permix"), ("rlvr+paraphrases", "permix"),
          ("permix", "permix+anchor"), ("rlvr", "rlvr+anchor"))
 
 # --------------------------------------------------------------------------------------------------

@@ -4,17 +4,13 @@ kernels/triton_adamw.py runs in Triton's interpreter, which must be chosen befor
 pytest, with TRITON_INTERPRET=1.
 """
 
-import os
-
 import pytest
 import torch
 
 from kernels import native
-from tests.test_kernels import in_interpreter_pass
+from tests.test_kernels import in_interpreter, in_interpreter_pass, outside
 from training import adamw
 from training.adamw import PIECE, AdamW, joined, master_of, split
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 compiled = pytest.param(True, marks=pytest.mark.skipif(not native.usable(torch.empty(0)),
                                                        reason="needs a C++ compiler"), id="C++")
@@ -117,7 +113,7 @@ def test_moments_of_eight_bits_take_two_bytes_and_a_step_nearly_the_same(dtype):
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest")
+@in_interpreter
 def test_triton_keeps_every_bit_of_a_master(monkeypatch):
     """Those between two bf16 numbers too, in a step of length 0."""
     monkeypatch.setattr(adamw, "in_triton", lambda weight, state: True)
@@ -136,7 +132,7 @@ def few_steps(weights) -> AdamW:
     return optimizer
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest")
+@in_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_triton_takes_the_same_steps(dtype, monkeypatch):
     start = [normal(*shape, seed=i).to(dtype) for i, shape in enumerate([(50, 64), (7, 9), (31,), (3, 1025), (0, 4)])]
@@ -156,6 +152,6 @@ def test_triton_takes_the_same_steps(dtype, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+@outside
 def test_the_triton_kernel_passes_its_tests_in_the_interpreter():
     in_interpreter_pass(__file__)

@@ -5,7 +5,6 @@ Triton's interpreter must be chosen before triton is imported. So the first pyte
 one over this file, with TRITON_INTERPRET=1. There the same tests run on the Triton kernels.
 """
 
-import os
 from itertools import product
 from typing import NamedTuple
 
@@ -14,11 +13,8 @@ import torch
 
 from kernels import native
 from kernels.decode_attention import Rows, decode_attention, torch_decode_attention
-from tests.test_kernels import SHARED_LIMIT, in_interpreter_pass
+from tests.test_kernels import INTERPRETED, SHARED_LIMIT, in_interpreter, in_interpreter_pass, outside
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the second pytest")
-outside = pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
 once = pytest.mark.parametrize("written_in", ["torch"], indirect=True)     # whatever `decode` runs
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # of relative_error; the definition rounds scores too

@@ -24,10 +24,9 @@ from kernels.elementwise import (
     torch_rotate,
 )
 from sampling.draw import sample, sample_rows
-from tests.test_kernels import in_interpreter_pass, relative_errors
+from tests.test_kernels import INTERPRETED, in_interpreter_pass, outside, relative_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}    # a bf16 number is rounded by 1.6e-3 on average
 compiled = pytest.mark.skipif(not INTERPRETED and not native.usable(torch.empty(0)), reason="needs a C++ compiler")
 
@@ -163,13 +162,13 @@ IN_TRITON = (test_rotary_positions_and_their_gradients, test_the_gate_and_its_gr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+@outside
 def test_triton_kernels_pass_these_tests_in_the_interpreter():
     in_interpreter_pass(*(f"{__file__}::{test.__name__}" for test in IN_TRITON))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="runs in the first pytest")
+@outside
 def test_triton_kernels_compile_ahead_of_time_without_spills():
     ahead = pytest.importorskip("benchmarks.compile_kernels", exc_type=ImportError)
     kernels = (ahead.elementwise.rotate_kernel, ahead.elementwise.gated_kernel,
