@@ -42,6 +42,7 @@ import tasks
 import weights
 from common import files
 from common.command import note
+from common.ranks import ranks
 from evaluation import answers, bands, compare, judge, lottery, measures, report, rivals
 from evaluation.command import check, parse
 from evaluation.fidelity import Fidelity, fidelity
@@ -88,14 +89,13 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
                "commit": files.commit()} | (info or {})
     results |= {"max_new_tokens": params.max_new_tokens, "seed": params.seed,
                 "stop": list(greedy.stops(tokenizer)),
-                "template": files.digest(tokenizer.batch_decode(prompts)),
-                "problems": files.digest([[one.question, one.answer] for one in problems]),
-                "pool": files.digest([[persona.name, persona.text] for persona in personas])}
+                "template": files.digest(tokenizer.batch_decode(prompts))}
+    results |= digests(problems, personas)
     table = measures.correct_table(rows, n_items)
     results |= summary(table, problems, personas, params.seed) | measures.totals(rows)
     for row, more in zip(results["personas"], measures.lengths(rows, n_items), strict=True):
         row |= more
-    if params.reward:
+    if params.reward and ranks()[0] == 0:               # it may cost: not on every rank
         rewarded(rows, problems, everyone, params)
     if any("reward" in row for row in rows):
         results |= mean_rewards(rows, results["personas"], params.reward or "the task's own scorer")
@@ -127,6 +127,12 @@ def evaluate(sampler, tokenizer, problems, personas, params, out=None, info=None
 
 # --------------------------------------------------------------------------------------------------
 # Ask and grade
+
+
+def digests(problems, personas):
+    """{"problems", "pool"}: by which an evaluation is known to ask the same."""
+    return {"problems": files.digest([[one.question, one.answer] for one in problems]),
+            "pool": files.digest([[persona.name, persona.text] for persona in personas])}
 
 
 def answers_file(out):
@@ -247,8 +253,12 @@ def write(results, transcripts, folder):
 
 def one_arm(args):
     """Evaluate one model as the flags say -> the results dict, written to --out."""
-    run = compare.run_of(args.model)[0]
+    refuse_others(args)
+    run, steps = compare.run_of(args.model)
     trained = run.get("settings", {})  # of the training run that the model lies in
+    if steps and (done := steps[-1]["step"] + 1) < trained.get("steps", 0):
+        note(f"warning: this model's run has done {done} of {trained['steps']} steps: its model is "
+             "of an end before")
     prompt, limit = tasks.usual(args.task)              # unless the run or a flag says other
     prompt = args.prompt or trained.get("prompt", prompt)
     limit = args.max_new_tokens or trained.get("max_new_tokens", limit)
@@ -268,6 +278,8 @@ def one_arm(args):
     if trained_on and not tasks.is_file_of(args.task, trained.get("eval_task") or args.task):
         note(f"warning: the model was trained on all of {args.task}")
     problems, open_questions = tasks.put(problems, prompt), pool.load_roleplay("test")
+    if args.fidelity and len(personas) < 2:
+        raise ValueError("--fidelity needs 2 personas")
     if args.fidelity > len(open_questions):
         raise ValueError(f"--fidelity must be at most {len(open_questions)}, not {args.fidelity}")
     sheets = judge.questions(args.personagym) if args.personagym else []
@@ -279,7 +291,8 @@ def one_arm(args):
         start, reader = args.start_model or trained.get("model", args.model), model
         if start != args.model:
             reader = weights.load_beside(start, tokenizer, args.dtype, args.device)
-        params = replace(params, fidelity=Fidelity(open_questions[:args.fidelity], reader))
+        asked = open_questions[:args.fidelity]
+        params = replace(params, fidelity=Fidelity(asked, reader, reader=start))
     if sheets:
         params = replace(params, personagym=personagym_of(args, sheets))
     info = {"model": args.model, "task": args.task, "prompt": prompt, "method": "start",
@@ -288,6 +301,18 @@ def one_arm(args):
         info["method"] = args.method
     note(f"{tasks.counts(args.task, problems)}; {pool.counts(args.personas, personas)}")
     return evaluate(sampler_of(args, model), tokenizer, problems, personas, params, args.out, info)
+
+
+def refuse_others(args):
+    """Raises ValueError where --out holds the evaluation of another model, or on another task."""
+    path = Path(args.out, "results.json")
+    try:
+        before = json.loads(path.read_text())
+        other = [before[key] for key in ("model", "task") if before[key] != getattr(args, key)]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+        return
+    if other:
+        raise ValueError(f"{args.out} holds the evaluation of {other[0]}: give another --out")
 
 
 def sampler_of(args, model):

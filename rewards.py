@@ -268,7 +268,9 @@ def main(argv: Iterable[str] | None = None) -> int:
     if args.worker:
         work(args.worker)
         return 0
-    if args.jsonl and (args.gold or args.answer) or (args.gold is None) != (args.answer is None):
+    one = args.gold or args.answer or args.question
+    if (args.jsonl and one or args.jsonl == "" or (args.gold is None) != (args.answer is None)
+            or args.question and args.gold is None):
         parser.error("give --gold and --answer together, or --jsonl alone, or nothing")
     with Verifier() as verifier:
         if args.gold is not None:

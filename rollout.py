@@ -101,16 +101,12 @@ class Sampler:
         keys = keys or range(len(prompts))
         return Generation(self, prompts, params, keys, tokenizer).run(on_token)
 
-    def decode(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, widths: tuple[int, int] | None = None) -> Tensor:
         """The hidden states [B, H] of one new token in each row.
 
-        inputs [5, B] int32, on the host: the tokens, then what kernels.decode_attention.Rows names.
+        inputs [5, B] int32: the tokens, then what kernels.decode_attention.Rows names. widths: as
+        for Cache.decode_step.
         """
-        widths = int(inputs[2].max()) + 1, int(inputs[4].max())         # of lengths, new ones too
-        inputs = inputs.to(self.model.device)
-        return self.graphs(self.step, inputs) if self.graphs else self.step(inputs, widths)
-
-    def step(self, inputs: Tensor, widths: tuple[int, int] | None = None) -> Tensor:
         tokens, *rows = inputs
         return self.model(tokens, *self.cache.decode_step(Rows(*rows), widths))
 
@@ -146,7 +142,8 @@ class Generation:
             prompt, opening = len(p.ids), len(p.prefix.ids)
             own = max(own, prompt - opening if n == 1 else 0)           # tokens in the row's entry
             shared = max(shared, opening if n == 1 else prompt)         # in the prefix's
-        self.cache.clear()
+        for kv in (self.cache.row_kv, self.cache.prefix_kv):
+            kv.free = list(range(kv.entries))
         self.cache.row_kv.reserve(rows + 1, own + self.params.max_tokens)
         self.cache.prefix_kv.reserve(min(prefixes, rows) + 1, shared)
         self.call = self.sampler.calls = self.sampler.calls + 1
@@ -305,7 +302,11 @@ class Generation:
                            len(prefix.ids)))
         inputs += [(0, self.cache.spare, 0, 0, 0)] * (bucket(count) - count)
         inputs = np.array(inputs, np.int32).T.copy()    # torch would take 3 times as long over them
-        return self.sampler.decode(torch.from_numpy(inputs))[:count]
+        widths = int(inputs[2].max()) + 1, int(inputs[4].max())         # of lengths, new ones too
+        inputs, sampler = torch.from_numpy(inputs).to(self.model.device), self.sampler
+        hidden = (sampler.graphs(sampler.step, inputs) if sampler.graphs else
+                  sampler.step(inputs, widths))
+        return hidden[:count]
 
 
 # --------------------------------------------------------------------------------------------------

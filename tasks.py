@@ -157,11 +157,13 @@ def put(problems: list[Problem], prompt: str) -> list[Problem]:
 
 def check_columns(columns: str | None, *given: str) -> None:
     """Raises ValueError where --columns names what no file or folder among these tasks has."""
+    if not columns:
+        return
     names, local = renamed(columns), list(filter(is_local, dict.fromkeys(given)))
-    if names and not local:
+    if not local:
         raise ValueError(f"--columns is for a file or a folder, which {given[0]} is not: leave it "
                          "out")
-    rows = itertools.chain.from_iterable(rows_of(task) for task in local if names)
+    rows = itertools.chain.from_iterable(rows_of(task) for task in local)
     there = {str(column) for _, _, row in rows for column in row}
     if unknown := [column for column in names.values() if column not in there]:
         raise ValueError(f"{' or '.join(local)} has no column {unknown[0]!r}, which --columns "
@@ -239,7 +241,7 @@ def is_generated(task: str) -> bool:
 def is_local(task: str) -> bool:
     """Whether a task is a file, or a folder, of the user's."""
     named = is_generated(task) or task in HUB
-    return task.endswith(".jsonl") and not is_generated(task) or not named and Path(task).is_dir()
+    return not named and (task.endswith(".jsonl") or Path(task).is_dir())
 
 
 def is_file_of(task: str, other: str | None) -> bool:

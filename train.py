@@ -39,21 +39,21 @@ import grpo
 import personas
 import tasks
 import weights
-from common.command import one_line
+from common.command import note, one_line
+from common.ranks import join, ranks, summed, wait
 from grpo import Loss
 from model import Transformer, completion_logprobs, pack
 from rollout import Completion, Sampler
 from training.checkpoints import Checkpoints
 from training.memory import plan
-from training.minibatches import MicroBatch, micro_batches, minibatches, taken
+from training.minibatches import MicroBatch, micro_batches, minibatches
 from training.monitor import Monitor, batch_metrics
 from training.overlap import overlapped
-from training.policy import Policy, join, ranks, summed, wait
+from training.policy import Policy
 from training.run import Job, anchored, before_after, evaluated, read, run_folder, side_by_side
 from training.settings import settings
-from training.stop import Stopped, told
-from weights import lora
-from weights.templates import answer_lead
+from training.stop import ANOTHER_DIED, Stopped, another_died, told
+from weights import lora, templates
 
 # --------------------------------------------------------------------------------------------------
 # Mix, roll out, reward
@@ -125,8 +125,8 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
 
 def gold_completions(job: Job, problems: list[tasks.Problem], n: int) -> Iterator[Completion]:
     """`sft`: for each prompt its problem's gold answer in a sentence, n times."""
-    end = weights.turn_end(job.tokenizer, job.model.c.stop_ids)
-    lead = answer_lead(job.tokenizer)
+    end = templates.turn_end(job.tokenizer, job.model.c.stop_ids)
+    lead = templates.answer_lead(job.tokenizer)
     for i, problem in enumerate(problems):
         text = f"{lead}The answer is {problem.answer}."
         tokens = [*job.tokenizer(text, add_special_tokens=False).input_ids, end]
@@ -180,7 +180,7 @@ def learn(policy: Policy, batch: Rollout, job: Job, step: int) -> dict:
             micro.old = frozen_logprobs(policy.model, micro.groups, job.temperature)
         if job.reference:
             micro.reference = frozen_logprobs(job.reference, micro.groups, job.temperature)
-    seen, divergences, norms = [], [], []               # read at the end: a GPU is not waited for
+    seen, divergences, norms = [], [], []               # read at the end: no wait for a GPU between
     for i in range(steps):
         for micro in parts[i % len(parts)]:
             loss, more = micro_loss(policy.model, micro, job.loss, job.temperature)
@@ -205,8 +205,8 @@ def penalties(batch: Rollout, job: Job) -> Tensor:
     if args.overlong_buffer:
         total += grpo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer)
     if job.reference and job.loss.kl_in == "reward":
-        reference = [frozen_logprobs(job.reference, taken(batch.groups, pieces), job.temperature)
-                     for pieces in micro_batches(batch.groups, args.micro_tokens)]
+        reference = [frozen_logprobs(job.reference, groups, job.temperature)
+                     for _, groups in micro_batches(batch.groups, args.micro_tokens)]
         sampled = torch.tensor([x for c in batch.completions for x in c.logprobs])
         divergence = grpo.kl_reward(sampled, torch.cat(reference).cpu(), batch.lengths.flatten())
         total -= job.loss.kl_coef * divergence.view_as(total)
@@ -258,10 +258,8 @@ def train(job: Job, policy: Policy, out: Path) -> None:
     args = job.args
     checkpoints = Checkpoints(out / "checkpoints", args.keep, args.async_save)
     first = checkpoints.load(policy)
-    if first > args.steps:
-        raise ValueError(f"{out} has {first} steps already: give --steps {first} or more")
-    if (first or args.resume) and ranks()[0] == 0:
-        print(f"train.py: resuming after step {first}", file=sys.stderr)
+    if first or args.resume:
+        note(f"train.py: resuming after step {first}")
     checkpoints.check_disk(policy)
     done = saved = first
     monitor = Monitor(out, first, args, policy)
@@ -300,24 +298,22 @@ def run(args) -> None:
                     args.optimizer == "adamw8bit")
     if not args.micro_tokens:                           # as --memory allows
         plan(policy, job)
-    (out, alone), evaluates, talks = run_folder(args), args.eval_problems, ranks()[0] == 0
+    out, alone = run_folder(args)
     with alone, told(args, out), job.stop.heard():
         job = anchored(job)
-        if evaluates:
-            if talks:
-                answers = len(job.held_out[0]) * (1 + len(job.held_out[1]))
-                print(f"run folder {out}; evaluating before training: {answers} answers",
-                      file=sys.stderr)
+        if job.held_out:
+            answers = len(job.held_out[0]) * (1 + len(job.held_out[1]))
+            note(f"run folder {out}; evaluating before training: {answers} answers")
             before = evaluated(job, out / "evaluation" / "before", 0)
         with job.stop.hold():
             train(job, policy, out)
         del policy                                      # its moments
-        if evaluates:
+        if job.held_out:
             after = evaluated(job, out / "evaluation" / "after", args.steps)
-            if talks:
-                print(before_after(args, before, after))
+            if ranks()[0] == 0:
+                print(before_after(args, out, before, after))
                 side_by_side(out / "evaluation")
-    if talks:
+    if ranks()[0] == 0:
         page = out / "evaluation" / "report.html"
         first = f"; begin with {page}" if page.is_file() else ""
         print(f"{time.time() - began:.0f} seconds; everything is in {out}{first}")
@@ -331,6 +327,11 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
     except (ValueError, OSError) as error:
         print(f"train.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not another_died(error):
+            raise
+        print(f"train.py: {ANOTHER_DIED}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         return 128 + getattr(stopped, "number", signal.SIGINT)

@@ -28,6 +28,7 @@ import evaluate  # noqa: E402
 import personas as pool  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
+from common.command import positive  # noqa: E402
 from evaluation import answers  # noqa: E402
 from rollout import Sampler, SamplingParams  # noqa: E402
 
@@ -69,10 +70,10 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="arithmetic")
-    parser.add_argument("--personas", type=int, default=24, help="how many of the test personas")
-    parser.add_argument("--problems", type=int, default=50)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--sample", type=int, default=4, help="theirs runs every n-th prompt")
+    parser.add_argument("--personas", type=positive, default=24, help="how many of the test personas")
+    parser.add_argument("--problems", type=positive, default=50)
+    parser.add_argument("--max-new-tokens", type=positive, default=32)
+    parser.add_argument("--sample", type=positive, default=4, help="theirs runs every n-th prompt")
     args = parser.parse_args()
     problems = tasks.load(args.task, "test", 0, args.problems)
     personas = [None, *pool.load("test")[:args.personas]]

@@ -103,11 +103,14 @@ def facts(args) -> dict:
 
 
 def earlier(out: Path, card: str) -> dict:
-    """The stages that `out` holds of the same card. One that was killed with its command keeps what it had written."""
+    """The stages that `out` holds. One that was killed with its command keeps what it had written.
+    ValueError where they are of another card."""
     if not (out / "summary.json").exists():
         return {}
     before = json.loads((out / "summary.json").read_text())
-    stages = before["stages"] if before["card"] == card else {}
+    if before["card"] != card:
+        raise ValueError(f"it holds results of another card, {before['card']}: give another --out")
+    stages = before["stages"]
     for name, entry in stages.items():
         if entry["state"] == "running" and (out / f"{name}.json").is_file():
             entry |= {"state": "stopped"} | json.loads((out / f"{name}.json").read_text())
@@ -172,6 +175,9 @@ def main(argv: list[str] | None = None, script: str = __file__) -> int:
     try:
         if args.model != weights.EMBEDDED:              # without the embedded one its rows say why
             weights.resolve(args.model)
+    except ValueError as error:
+        p.exit(2, f"gpu.py: {one_line(error)}\n")
+    try:
         args.out.mkdir(parents=True, exist_ok=True)
         summary["stages"] = earlier(args.out, summary["card"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

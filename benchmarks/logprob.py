@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from common.command import positive  # noqa: E402
 from kernels import linear_logprob  # noqa: E402
 
 PEERS = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
@@ -163,11 +164,11 @@ def summary(rows):
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=896, help="hidden size")
-    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--tokens", type=positive, default=2048)
+    parser.add_argument("--hidden", type=positive, default=896, help="hidden size")
+    parser.add_argument("--vocab", type=positive, default=151936)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
     args = parser.parse_args()

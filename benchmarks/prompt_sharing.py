@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import weights
+from common.command import positive
 from kernels import linear_logprob
 from model import completion_logprobs, pack
 
@@ -60,10 +61,10 @@ def seconds(model, way, *batch) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--group", type=int, default=8)
-    p.add_argument("--prompt", type=int, default=120)
-    p.add_argument("--completion", type=int, default=40)
+    p.add_argument("--repeats", type=positive, default=5)
+    p.add_argument("--group", type=positive, default=8)
+    p.add_argument("--prompt", type=positive, default=120)
+    p.add_argument("--completion", type=positive, default=40)
     args = p.parse_args()
     model, _ = weights.load(weights.EMBEDDED, device="cpu")
     draw = torch.Generator().manual_seed(0)

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 import personas
 import tasks
 import weights
+from common.command import positive
 from rollout import SamplingParams, generate
 
 STOPS = ["?", " to"]
@@ -128,7 +129,7 @@ def floor(model, prompt_tokens: int, rows: int, steps: int) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--repeats", type=positive, default=3)
     p.add_argument("--vllm", metavar="PYTHON", help="the Python of a virtual environment with vLLM")
     args = p.parse_args()
     model, tokenizer = weights.load(weights.EMBEDDED, device="cpu")

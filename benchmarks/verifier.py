@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.command import positive  # noqa: E402
 from rewards import verify  # noqa: E402
 
 
@@ -78,9 +79,9 @@ def gold_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="runs per pair; the fastest counts")
+    parser.add_argument("--repeats", type=positive, default=3, help="runs per pair; the fastest counts")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder with the gold answers")
-    parser.add_argument("--golds", type=int, default=1000, help="GSM8K golds to time")
+    parser.add_argument("--golds", type=positive, default=1000, help="GSM8K golds to time")
     args = parser.parse_args()
     rows = [json.loads(line) for name in ("corpus", "prose")
             for line in (ROOT / f"tests/verifier_{name}.jsonl").open(encoding="utf-8")]

@@ -39,6 +39,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; {hint}--help lists the flags\n")
 
 
+def positive(text: str) -> int:
+    """The type of a flag that counts something."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def note(text: str) -> None:
     """Says something on stderr. Under torchrun rank 0 alone does."""
     if os.environ.get("RANK", "0") == "0":

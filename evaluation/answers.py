@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from common import files
+from common.ranks import from_first, ranks
 from rollout import Completion
 
 
@@ -29,6 +30,7 @@ def sample(sampler, tokenizer, prompts, params, log=None):
     for row in files.rows(log) if log else ():
         if row.pop("call") == call:
             table[row["index"]][row["sample"]] = Completion(**row)
+    table = from_first(table)
     todo = [i for i, row in enumerate(table) if None in row]
     with log.open("a", encoding="utf-8") if log else nullcontext() as file:
         for done in sampled(sampler, tokenizer, prompts, params, todo):
@@ -41,11 +43,7 @@ def sample(sampler, tokenizer, prompts, params, log=None):
 
 def sampled(sampler, tokenizer, prompts, params, todo):
     """Yields the completions of the prompts with these indices: this rank's, then the others'."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world > 1:                                       # as rank 0 sees it
-        chosen = [todo]
-        dist.broadcast_object_list(chosen)
-        todo = chosen[0]
+    rank, world = ranks()
     share, mine = todo[rank::world], []
     asked = [prompts[i] for i in share]
     for done in sampler.generate(asked, params, keys=share, tokenizer=tokenizer):

@@ -6,6 +6,7 @@ from pathlib import Path
 import personas
 import tasks
 import weights
+from common import ranks
 from common.command import Parser
 
 
@@ -27,7 +28,8 @@ def parse(argv):
                           "model's run)")
     add("--personas", default="test",
         help=f"{', '.join(personas.POOLS)}, several joined by +, or a .jsonl file")
-    add("--out", default="runs/evaluation", help="folder for results.json, report.html and plots")
+    add("--out", help="folder for results.json, report.html and plots (default: runs/evaluation, "
+                      "of --compare runs/compared)")
     add("--limit", type=int, default=50, help="number of problems")
     add("--seed", type=int, default=0, help="of generated problems, sampling and bootstrap")
     add("--max-new-tokens", type=int,
@@ -58,7 +60,10 @@ def parse(argv):
         help="frozen reader of --fidelity (default: that of the model's run, else the model)")
     add_judge(add)
     add_compare(add)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = "runs/compared" if args.compare else "runs/evaluation"
+    return args
 
 
 def add_judge(add):
@@ -96,6 +101,7 @@ BESIDE = {  # flags that are read only beside another
 
 def check(args):
     """ValueError for flags that cannot mean what they say, or that nothing would read."""
+    ranks.refuse_several()
     usual = vars(parse([]))
     given = {name: value for name, value in vars(args).items() if value != usual[name]}
     for name, value in given.items():

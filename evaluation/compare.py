@@ -21,7 +21,7 @@ from evaluation import claims, lottery, measures, plots, report
 ARMS = ("start", "sft", "distill", "rlvr", "permix", "permix+anchor")  # in this order, then others
 TRAINED = ("task", "reward", "personas")  # settings in which those may not differ
 FLAGS = ("task", "prompt", "max_new_tokens", "reward")  # of evaluate.py, for how it is asked
-TOLD = ("steps", "learning_rate", "prompts")  # those that are told where they do
+TOLD = ("model", "steps", "learning_rate", "prompts")  # those that are told where they do
 
 
 def grades_of(runs):
@@ -93,23 +93,32 @@ def check_same(rows, keys, where):
 
 
 def apart(arms):
-    """A line for each of TOLD in which trained arms differ. ValueError where an arm's own runs
-    do."""
+    """A line for each of TOLD, and for the reader of fidelity, in which trained arms differ.
+    ValueError where an arm's own runs do."""
     lines = []
-    for key in TOLD:
+    for key in (*TOLD, "reader"):
         found = {}
         for role, runs in arms.items():
-            values = {value for run in runs if (value := (run.get("trained", {}) | run).get(key))}
+            values = {value for run in runs if (value := told_of(run, key))}
             if len(values) > 1:
-                raise ValueError(f"the runs of {role} differ in their training's {key!r} "
+                raise ValueError(f"the runs of {role} differ in their {key!r} "
                                  f"({', '.join(map(str, sorted(values)))}): give them --roles "
                                  "of their own")
             if values and role != "start":              # of that nothing was trained yet
                 found[role] = values.pop()
         if len(set(found.values())) > 1:
             arms_at = ", ".join(f"{role} {value}" for role, value in found.items())
-            lines.append(f"trained with other {key.replace('_', ' ')}: {arms_at}")
+            words = "fidelity with another" if key == "reader" else "trained with other"
+            lines.append(f"{words} {key.replace('_', ' ')}: {arms_at}")
     return lines
+
+
+def told_of(run, key):
+    """One of TOLD, or the `reader`, of a results dict; None where it is not known."""
+    trained = run.get("trained", {})
+    if key in ("model", "reader"):                      # the start model, wherever it lay
+        return Path((trained if key == "model" else run.get("fidelity", {})).get(key, "")).name
+    return (trained | run).get(key)
 
 
 def side_by_side(arms, seed=0, looks=1):
@@ -128,6 +137,7 @@ def side_by_side(arms, seed=0, looks=1):
         draws[role] = arm_draws(runs, salt, seed)
         scores[role] = arm_scores(draws[role]) | without_effect(runs, seed)
     return {
+        "problems": len(next(iter(arms.values()))[0]["items"]),
         "runs": {role: [run_scores(run) for run in runs] for role, runs in arms.items()},
         "arms": scores,
         "differences": {f"{b} - {a}": claims.difference(draws[a], draws[b])
@@ -169,8 +179,16 @@ def run_scores(run):
 
 
 def averaged(runs, scores):
-    """The first of an arm's results, with means over training seeds in place of its own values."""
-    out = runs[0] | scores
+    """The first of an arm's results, with means over training seeds in place of its own values.
+
+    What is not averaged is left out.
+    """
+    out = runs[0] | dict.fromkeys(lottery.NAMES) | scores
+    if len(runs) > 1:
+        for name in ("pass_at_k", "noise_floor", "mean_reward"):
+            out.pop(name, None)
+    if all("mean_reward" in run for run in runs):
+        out["mean_reward"] = float(np.mean([run["mean_reward"] for run in runs]))
     for name in ("lottery", "lottery_held_out"):
         out[name] = np.mean([run[name] for run in runs], axis=0).tolist()
     spoken = dict(out.pop("fidelity", {}))

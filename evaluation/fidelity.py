@@ -34,6 +34,7 @@ class Fidelity:
     start_model: Transformer                            # the frozen reader
     candidates: int = 8                                 # k, among which it names the persona
     max_new_tokens: int = 48
+    reader: str = ""                                    # the start model's name
 
     def __post_init__(self):
         if not self.questions:
@@ -79,7 +80,8 @@ def fidelity(sampler, tokenizer, personas, params, seed=0, log=None):
     scores = measures.with_intervals(
         {name: table.mean() for name, table in tables.items()},
         {name: measures.crossed(table, seed) for name, table in tables.items()})
-    return scores | {"chance": 1 / k, "candidates": k, "questions": list(questions),
+    return scores | {"reader": params.reader, "chance": 1 / k, "candidates": k,
+                     "questions": list(questions),
                      "tables": {name: t.round(4).tolist() for name, t in tables.items()}}, rows
 
 

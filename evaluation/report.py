@@ -132,7 +132,9 @@ def difference_cell(scores, name):
 def remark(comparison):
     """What the intervals and arrows of a comparison mean."""
     single = ", ".join(role for role, runs in comparison["runs"].items() if len(runs) == 1)
+    few = comparison.get("problems", measures.LEAST) < measures.LEAST
     return ("[95 % interval], paired over problems and training seeds; ▲ ▼ where it leaves out 0."
+            + f" With fewer than {measures.LEAST} problems that is no claim." * few
             + (f" One training seed for {single}: its intervals cover the choice of problems alone."
                if single else ""))
 
@@ -160,7 +162,7 @@ def score_rows(arms, differences=None):
     rows.append(["worst over best of as many reruns without a persona\nnoise_floor.pss",
                  *(score_cell(results.get("noise_floor", {}), "pss") for results in arms.values())])
     sampled = [results.get("pass_at_k", {}).get("k", {}) for results in arms.values()]
-    for k in sampled[0]:
+    for k in dict.fromkeys(k for by_k in sampled for k in by_k):
         rows.append([f"pass@{k}\nsampled, mean over personas",
                      *(score_cell(by_k.get(k, {}), "personas") for by_k in sampled)])
     told = "a share or ratio from 0 to 1 unless a unit is named"

@@ -230,15 +230,12 @@ def torch_varlen():
 
 
 def uses_varlen(q: Tensor) -> bool:
-    """What FlashAttention 2 takes, if there is one; padded matmuls do the rest."""
-    return (on_ampere_in_half(q) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    """What FlashAttention 2 takes, if there is one: bf16 or fp16 on an A100 or later. Padded
+    matmuls do the rest."""
+    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(q.device)[0] >= 8
+            and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
             and (flash_attn_varlen_func or torch_varlen()) is not None)
-
-
-def on_ampere_in_half(x: Tensor) -> bool:
-    """In bf16 or fp16 on an A100 or later."""
-    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-            and torch.cuda.get_device_capability(x.device)[0] >= 8)
 
 
 def bias(at: Tensor, T: int, prefix_lengths: Tensor, P: int, window: int, dtype) -> Tensor:

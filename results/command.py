@@ -10,11 +10,11 @@ sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
 import tasks  # noqa: E402
-import weights  # noqa: E402
 from common import files  # noqa: E402
 from common.command import Parser  # noqa: E402
 from results.arms import ARMS, EVERY, parts  # noqa: E402
 from training.settings import settings  # noqa: E402
+from weights import sources  # noqa: E402
 
 OURS = ("--method", "--seed", "--resume", "--unset", "--eval-problems", "--eval-pool", "--keep")  # run.py sets them
 FREE = {"slots", "micro_tokens", "memory", "recompute", "save_every", "async_save", "profile", "tracker",
@@ -63,6 +63,7 @@ def checked(args: Namespace) -> Namespace:
         raise ValueError("--processes shares the GPUs among the ranks of one run: leave out --jobs")
     if not args.name.strip(" ./"):
         raise ValueError("--name is empty: give results/NAME a name")
+    args.arms, args.seeds = list(dict.fromkeys(args.arms)), list(dict.fromkeys(args.seeds))
     args.at = args.at or [None]
     if args.at != [None] and (args.at[0] < 1 or args.at != sorted(set(args.at))):
         raise ValueError("--at takes steps from 1 on, each later than the one before")
@@ -140,7 +141,7 @@ def known(value):
     if not isinstance(value, str) or not (path.is_file() or (path / "config.json").is_file()):
         return value
     content = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
-    sums = [weights.sha256(file) for file in content]
+    sums = [sources.sha256(file) for file in content]
     return f"{path.name} {(sums[0] if path.is_file() else files.digest(sums))[:12]}"
 
 

@@ -101,7 +101,7 @@ def plot(comparisons: dict):
         for i, arm in enumerate(arm for arm in last if arm != "start"):
             start = points(comparisons, "start", measure)[:1] if "start" in last else []
             x, y = np.array(start + points(comparisons, arm, measure)).T
-            ax.plot(x, factor * y, color=f"C{i}", marker=plots.MARKERS[i], label=arm)
+            ax.plot(x, factor * y, color=f"C{i}", marker=plots.marker(i), label=arm)
         ax.set_title(MEASURES[measure], loc="left")
     ax.set_xlabel("mean accuracy")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import personas  # noqa: E402
 import weights  # noqa: E402
-from common.command import Parser  # noqa: E402
+from common.command import Parser, one_line  # noqa: E402
 from common.files import rows, write_atomically  # noqa: E402
 from evaluation import compare, measures  # noqa: E402
 from evaluation.fidelity import blocks  # noqa: E402
@@ -48,7 +48,7 @@ def traced(scorer, tokenizer, replies: list[dict], people: list, k: int = 8, see
     """{cut: share of the replies to each question whose persona the scorer names from so many tokens}."""
     n, rng = len(people), np.random.default_rng(seed)
     if [row["persona"] for row in replies[:n]] != [p.name for p in people]:
-        raise SystemExit("the replies are of other personas: give their file as --personas")
+        raise ValueError("the replies are of other personas: give their file as --personas")
     tables = {cut: np.zeros((len(replies) // n, n)) for cut in CUTS}
     for q in range(len(replies) // n):
         rows = replies[q * n:(q + 1) * n]
@@ -93,14 +93,22 @@ def table(runs: dict[str, dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=Path("runs/experiment"), help="run folders of results/run.py")
     p.add_argument("--arms", nargs="+", default=["start", "rlvr", "permix", "permix+anchor"], choices=compare.ARMS)
     p.add_argument("--start-model", default="smollm2-135m", help="the frozen scorer")
     p.add_argument("--personas", default="test", help="as in the evaluations")
     p.add_argument("--name", default="main", help="results are kept in results/NAME")
-    args = p.parse_args()
+    try:
+        read(p.parse_args())
+    except (ValueError, OSError) as error:
+        print(f"results/length.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read(args) -> None:
     scorer, tokenizer = weights.load(args.start_model)
     people, kept = personas.load(args.personas), ROOT / "results" / args.name / "by_length.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -123,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

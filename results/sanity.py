@@ -29,7 +29,7 @@ import rewards  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from common import files  # noqa: E402
-from common.command import Parser  # noqa: E402
+from common.command import Parser, one_line, positive  # noqa: E402
 from evaluation import plots  # noqa: E402
 from rollout import SamplingParams, generate  # noqa: E402
 
@@ -41,9 +41,9 @@ LOSSES = {
 }
 
 
-def halfway(model: str, count: int, samples: int = 8) -> list[tasks.Problem]:
-    """The first `count` training problems that the model solves 20-80 % of the time."""
-    transformer, tokenizer = weights.load(model)
+def halfway(count: int, samples: int = 8) -> list[tasks.Problem]:
+    """The first `count` training problems that the start model solves 20-80 % of the time."""
+    transformer, tokenizer = weights.load(weights.EMBEDDED)
     problems = tasks.load("arithmetic", "train", 0, 12 * count)
     prompts = [personas.prompt_ids(tokenizer, problem.question, None) for problem in problems]
     solved = Counter()
@@ -55,12 +55,13 @@ def halfway(model: str, count: int, samples: int = 8) -> list[tasks.Problem]:
             solved[done.index] += verdict == "correct" and not done.truncated
     chosen = [problem for i, problem in enumerate(problems) if 0.2 <= solved[i] / samples <= 0.8]
     if len(chosen) < count:
-        raise SystemExit(f"only {len(chosen)} of {len(problems)} problems lie between 20 and 80 %")
+        raise ValueError(f"only {len(chosen)} of {len(problems)} problems lie between 20 and 80 %")
     return chosen[:count]
 
 
 def train(name: str, problems: Path, out: Path, args) -> list[dict]:
-    """metrics.jsonl of one loss's run, made where it is not there."""
+    """metrics.jsonl of one loss's run, made where it is not there. ValueError where it is there with
+    other --steps or --learning-rate."""
     run = out / name
     if not (run / "model").is_dir():
         shutil.rmtree(run, ignore_errors=True)
@@ -70,12 +71,16 @@ def train(name: str, problems: Path, out: Path, args) -> list[dict]:
                  "--eval-problems", "0", "--save-every", str(args.steps), "--out", str(run)]
         subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True)
         shutil.rmtree(run / "checkpoints")
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    if (settings["steps"], settings["learning_rate"]) != (args.steps, args.learning_rate):
+        raise ValueError(f"{run} has other --steps or another --learning-rate: give another --out")
     return list(files.rows(run / "metrics.jsonl"))
 
 
 def keep(metrics: dict[str, list[dict]], key: str, path: Path) -> dict[str, list[float]]:
-    """Writes one metric of every loss, step by step, and returns it."""
-    curves = {name: [round(row[key], 4) for row in rows] for name, rows in metrics.items()}
+    """Adds one metric of these losses, step by step, to what is kept, and returns that."""
+    curves = json.loads(path.read_text()) if path.is_file() else {}
+    curves |= {name: [round(row[key], 4) for row in rows] for name, rows in metrics.items()}
     path.write_text(json.dumps(curves) + "\n")
     return curves
 
@@ -92,21 +97,28 @@ def table(rewards: dict[str, list[float]], clipped: dict[str, list[float]]) -> s
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     p = Parser(description="Train each loss on problems that are neither easy nor impossible.")
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
-    p.add_argument("--model", default="smollm2-135m")
-    p.add_argument("--steps", type=int, default=40)
+    p.add_argument("--steps", type=positive, default=40)
     p.add_argument("--learning-rate", type=float, default=2e-5)
     p.add_argument("--out", type=Path, default=Path("runs/sanity"), help="run folders")
-    args = p.parse_args()
+    try:
+        run(p.parse_args())
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"results/sanity.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args) -> None:
     out, kept = args.out.resolve(), ROOT / "results" / "sanity"
     out.mkdir(parents=True, exist_ok=True)
     kept.mkdir(exist_ok=True)
     problems = kept / "problems.jsonl"
     if not problems.is_file():
         rows = [{"question": p.question, "answer": p.answer, "kind": p.kind, "split": "train"}
-                for p in halfway(args.model, 16)]
+                for p in halfway(16)]
         problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {}
     for name in args.losses:
@@ -119,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -91,15 +91,12 @@ class KeyValues:
 
     def __init__(self, model: Transformer):
         self.c, self.like = model.c, {"dtype": model.dtype, "device": model.device}
-        self.layers, self.free, self.grown, self.width = self.empty(1, 0), [0], 0, 0
-
-    @property
-    def entries(self) -> int:
-        return len(self.layers[0][0])
+        self.entries, self.width, self.grown, self.free = 1, 0, 0, [0]
+        self.layers = self.empty(1, 0)
 
     def empty(self, entries: int, width: int) -> list[tuple[Tensor, Tensor]]:
         shape, c = (entries, self.c.num_kv_heads, width, self.c.head_dim), self.c
-        return [empty_states(c.delta, entries, *self.like.values()) if i in c.delta_layers else
+        return [empty_states(c.delta, entries, **self.like) if i in c.delta_layers else
                 (torch.empty(shape, **self.like), torch.empty(shape, **self.like))
                 for i in range(c.num_layers)]
 
@@ -112,7 +109,8 @@ class KeyValues:
         self.width = max(-(-width // WIDTH) * WIDTH, self.width)
         old = self.layers if len(self.free) < count else []
         self.layers = []                                # free before more is asked for
-        self.layers = self.empty(max(entries, count), self.width)
+        self.entries = max(entries, count)
+        self.layers = self.empty(self.entries, self.width)
         self.free += range(count, entries)
         for pair, grown in zip(old, self.layers, strict=False):
             for x, larger in zip(pair, grown, strict=True):
@@ -123,9 +121,6 @@ class KeyValues:
         if not self.free:
             self.reserve(2 * self.entries, self.width)
         return self.free.pop()
-
-    def clear(self) -> None:
-        self.free = list(range(self.entries))
 
 
 class Cache:
@@ -157,10 +152,6 @@ class Cache:
         prefix.users -= 1
         if not prefix.users and prefix.entry >= 0:
             self.prefix_kv.free.append(prefix.entry)
-
-    def clear(self) -> None:
-        self.prefix_kv.clear()
-        self.row_kv.clear()
 
     # -- what a forward needs: (position_ids, attend) ----------------------------------------------
 

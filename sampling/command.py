@@ -13,6 +13,7 @@ import personas
 import weights
 from common.command import Parser, one_line
 from common.files import numbered
+from common.ranks import refuse_several
 from model import Config
 from sampling.params import SamplingParams
 
@@ -55,8 +56,11 @@ def text(value: str) -> str:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what can't work whatever the model is."""
+    refuse_several()
     out, prompts = Path(args.out or ""), Path(args.prompts or "")
     checks = [
+        ("" in (args.prompts, args.out, args.persona),
+         "a flag is empty: give it a value, or leave it out"),
         (args.slots < 0, f"--slots must be 0 (as suits the device) or more, not {args.slots}"),
         (args.n > 10**6, f"--n must be at most a million, not {args.n}"),
         (args.temperature == 0 and args.n > 1,

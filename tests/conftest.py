@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import weights
+from training.adamw import master_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -57,6 +58,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     fast.chat_template = ("{% for m in messages %}{{ '<s> ' + m['content'] + ' ' }}{% endfor %}"
                           "{% if add_generation_prompt %}{{ '<s> ' }}{% endif %}")
     return fast
+
+
+def masters(policy):
+    """A rank's rows of the weights in fp32: copies, except of fp32 weights."""
+    return [master_of(*pair) for pair in zip(policy.optimizer.weights, policy.optimizer.state, strict=True)]
 
 
 def make_reference(family: str, **sizes):
@@ -144,7 +150,7 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def embedded_path():
     try:
-        return weights.embedded_model()
+        return weights.resolve(weights.EMBEDDED)
     except ValueError as error:
         pytest.skip(f"the embedded model cannot be fetched: {error}")
 
@@ -152,7 +158,7 @@ def embedded_path():
 @pytest.fixture(scope="session")
 def embedded_tokenizer(embedded_path):
     """The embedded model's, without its weights, which take seconds to read."""
-    return weights.gguf_tokenizer(embedded_path)
+    return weights.gguf.tokenizer(embedded_path)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import rollout
 import tasks
 import train
 import weights
+from common import files
 from personas import Persona
 from results import models
 from rollout import SamplingParams, generate
@@ -268,10 +269,10 @@ def test_parity_is_checked_without_a_template(base, capsys):
 
 
 def test_a_base_model_s_gguf_is_asked_plainly_with_one_bos():
-    path = weights.cache_folder() / models.FILES[models.GEMMA][0]
+    path = files.cache_folder() / models.FILES[models.GEMMA][0]
     if not path.is_file():
         pytest.skip(f"{models.GEMMA} is not in the cache: python results/readers.py fetches it")
-    tokenizer = weights.gguf_tokenizer(path)
+    tokenizer = weights.gguf.tokenizer(path)
     assert tokenizer.chat_template is None
     templates.give(tokenizer, "plain")
     ids = personas.prompt_ids(tokenizer, "What is 7 + 5?", None)

@@ -258,8 +258,39 @@ def test_arms_trained_longer_or_faster_are_compared_with_a_warning_and_seeds_of_
     compare.folders([start, usual], tmp_path / "out")
     assert "warning" not in capsys.readouterr().err
     other = run_folder(tmp_path, "rlvr", 1, RLVR, steps=20, learning_rate=3e-5)
-    with pytest.raises(ValueError, match=r"runs of rlvr differ in their training's 'steps' \(9, 20\).*--roles"):
+    with pytest.raises(ValueError, match=r"runs of rlvr differ in their 'steps' \(9, 20\).*--roles"):
         compare.folders([usual, other], tmp_path / "out")
+
+
+def test_arms_of_other_start_models_or_other_readers_are_compared_with_a_warning(tmp_path, capsys):
+    folders = [run_folder(tmp_path, "rlvr", 0, RLVR, model="x/small"),
+               run_folder(tmp_path, "permix", 0, PERMIX, model="large")]
+    for folder, reader in zip(folders, ("small", "runs/small"), strict=True):
+        results = json.loads((folder / "results.json").read_text())
+        results["fidelity"]["reader"] = reader
+        (folder / "results.json").write_text(json.dumps(results))
+    compare.folders(folders, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "warning: trained with other model: rlvr small, permix large" in said and "reader" not in said
+    results["fidelity"]["reader"] = "runs/half"
+    (folders[1] / "results.json").write_text(json.dumps(results))
+    compare.folders(folders, tmp_path / "out")
+    assert "warning: fidelity with another reader: rlvr small, permix half" in capsys.readouterr().err
+
+
+def test_an_arms_scores_are_of_all_its_seeds_or_left_out():
+    runs = [results_of(RLVR, seed) | {"mean_reward": reward, "reward": "r", "pass_at_k": {}, "noise_floor": {}}
+            for seed, reward in enumerate((0.1, 0.9))]
+    shown = compare.averaged(runs, compare.side_by_side({"rlvr": runs})["arms"]["rlvr"])
+    assert shown["mean_reward"] == pytest.approx(0.5) and not {"pass_at_k", "noise_floor"} & shown.keys()
+    alone = compare.averaged(runs[:1], compare.side_by_side({"rlvr": runs[:1]})["arms"]["rlvr"])
+    assert alone["mean_reward"] == 0.1 and {"pass_at_k", "noise_floor"} <= alone.keys()
+
+
+def test_an_arrow_over_few_problems_is_said_to_be_no_claim():
+    few, enough = (compare.text(compare.side_by_side({role: [results_of(RLVR, seed, n_items=n)] for seed, role in
+                                                      enumerate(("rlvr", "permix"))})) for n in (12, 24))
+    assert "fewer than 20 problems" in few and "fewer than 20 problems" not in enough
 
 
 def test_two_models_of_unknown_seed_are_not_merged_or_dropped(arms, tmp_path):

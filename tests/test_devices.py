@@ -25,7 +25,7 @@ import weights
 from kernels import attention, native
 from rollout import SamplingParams, generate
 from sampling import draw
-from tests.conftest import stopping
+from tests.conftest import masters, stopping
 from tests.test_model import groups_of, random_ids
 from tests.test_train import FAST, REWARD, metrics, same, tensors
 from training import monitor
@@ -212,11 +212,11 @@ def test_the_loss_scale_saves_gradients_that_fp16_would_lose(tiny_folder):
 @outside
 def test_a_step_that_overflows_is_skipped_and_counted_and_halves_the_scale(tiny_folder):
     policy = policy_in("float16", tiny_folder)
-    before, scale = [m.clone() for m in policy.masters], policy.loss_scale
+    before, scale = [m.clone() for m in masters(policy)], policy.loss_scale
     policy.gradients = list(gradient(policy, 1e6).split([p.numel() for p in policy.parameters]))
     assert policy.step(1.0) != policy.step(1.0)         # nan or inf, then 0: nothing is left of the broken one
-    assert policy.skipped == 1 and policy.loss_scale == scale / 2 and policy.steps == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))
+    assert policy.skipped == 1 and policy.loss_scale == scale / 2 and policy.optimizer.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, masters(policy), strict=True))
 
 
 @outside
@@ -369,7 +369,7 @@ def test_pretended_training_takes_the_cpus_steps(tiny_folder, tmp_path, monkeypa
     assert counts["kernels"] > 0 and counts["synchronized"] >= 3 * 2    # sample, train, step: each waits for the device
     assert bool(counts["varlen"]) == ("float16" in str(more))
     monkeypatch.setattr(weights, "pick_device", lambda name: "cpu")
-    monkeypatch.setattr(attention, "on_ampere_in_half", lambda x: x.dtype != torch.float32)    # the same stand-in here
+    monkeypatch.setattr(attention, "uses_varlen", lambda q: q.dtype != torch.float32)  # the same stand-in here
     monkeypatch.setattr(native, "usable", lambda x: False)                      # C++ rounds less often
     assert train.main([*flags, "--out", str(tmp_path / "here")]) == 0
     close = 0.02 if "float16" in str(more) else 1e-5

@@ -13,6 +13,7 @@ import pytest
 import evaluate
 import personas
 import rewards
+import rollout
 import tasks
 import train
 from common import files
@@ -323,6 +324,10 @@ def made(tiny_folder, tmp_path_factory):
     whole = ["--samples", "2", "--noise-floor", "--fidelity", "1", "--personagym", str(top / "gym.jsonl")]
     assert evaluate.main(["--model", str(top / "run/model"), "--out", str(top / "all"), "--limit", "3", *whole,
                           "--judge-model", model, *reward, *short]) == 0
+    (top / "asked.jsonl").write_text('{"prompt": "w5"}\n{"messages": [{"role": "user", "content": "w6"}]}\n')
+    asked = ["--prompts", str(top / "asked.jsonl"), "--out", str(top / "said")]
+    assert rollout.main(["--model", model, *asked, *short]) == 0
+    done = keys_of(next(files.rows(top / "said"))) | {"error"}     # which only broken weights have
     (top / "pairs.jsonl").write_text('{"gold": "1", "answer": "1", "question": "?"}')
     with rewards.Verifier() as verifier:
         pairs = list(rewards.judged_rows(str(top / "pairs.jsonl"), verifier))
@@ -331,7 +336,8 @@ def made(tiny_folder, tmp_path_factory):
     read = inspect.getsource(tasks.from_row) + inspect.getsource(tasks.from_rows)
     return {"Problems": set(re.findall(r'row\.get\("(\w+)"', read)),
             "Personas": {field.name for field in fields(personas.Persona)} | set(sheets[0]),
-            "Rewards": keys_of(pairs[0]), "results.json": keys_of(results[0]) | keys_of(results[1])} | {
+            "Completions": done | {"prompt", "messages"}, "Rewards": keys_of(pairs[0]),
+            "results.json": keys_of(results[0]) | keys_of(results[1])} | {
         path.name: set().union(*map(keys_of, files.rows(path)))
         for path in (top / "run/metrics.jsonl", top / "run/samples.jsonl", top / "all/transcripts.jsonl")}
 

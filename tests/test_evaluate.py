@@ -6,7 +6,9 @@ import json
 import math
 import re
 import shutil
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -516,11 +518,29 @@ def test_the_embedded_model_plays_its_characters_well_enough_to_be_recognised():
     (["--task", "aritmetic"], "did you mean arithmetic"), (["--personas", "tset"], "no personas called 'tset'"),
     (["--roles", "a", "b"], "--roles does nothing without --compare"), (["--device", "cuda"], "--device cuda"),
     (["--compare", "a", "b", "--model", "x"], "--compare does not read --model"),
+    (["--fidelity", "--personas", "ONE"], "--fidelity needs 2 personas"),
     (["--compare", "no_a", "no_b"], "no_a"), (["--model", "/nowhere/model"], "nowhere")])
 def test_a_users_mistake_is_one_line_and_exit_2(flags, said, capsys, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"name": "a", "text": "You are a.", "stratum": "x"}\n')
+    flags = [str(tmp_path / "one.jsonl") if flag == "ONE" else flag for flag in flags]
     assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_of_one_process_and_replaces_no_other_models(tiny_folder, tmp_path, monkeypatch, capsys):
+    flags = ["--limit", "2", "--max-new-tokens", "3", "--out", str(tmp_path / "out"), "--model"]
+    for name in ("a", "b"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+    assert evaluate.main([*flags, str(tmp_path / "a")]) == evaluate.main([*flags, str(tmp_path / "a")]) == 0
+    before = (tmp_path / "out/results.json").read_bytes()
+    capsys.readouterr()
+    assert evaluate.main([*flags, str(tmp_path / "b")]) == 2 and (tmp_path / "out/results.json").read_bytes() == before
+    assert f"holds the evaluation of {tmp_path / 'a'}: give another --out" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for program, own in ((evaluate, flags[:-1]), (rollout, [])):
+        assert program.main([*own, "--model", str(tmp_path / "a")]) == 2
+        assert "start it with python" in capsys.readouterr().err
 
 
 def test_an_answer_longer_than_the_model_and_an_out_that_is_a_file_are_refused(tiny_folder, tmp_path, capsys):
@@ -607,25 +627,35 @@ def test_a_judge_that_only_babbles_is_counted_reported_and_called_unusable(tiny,
     assert got["unparsed"] == 18 and got["persona_score"] == 1 and got["usable"] is False and got["judge"] == "tiny"
 
 
-def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, monkeypatch):
-    """Rank 0 decides what is left to do: rank 1 has no log."""
+def test_the_ranks_sample_a_share_each_and_all_get_every_answer(tiny, tmp_path, monkeypatch):
+    """Also those that rank 0's log holds already: rank 1 has no log."""
     model, tokenizer = tiny
-    prompts, params = [[3, 4, n] for n in range(5, 12)], SamplingParams(2, max_tokens=3)
-    given = Sampler(model), tokenizer, prompts, params
-    alone = {(c.index, c.sample): c.tokens for c in answers.sampled(*given, range(7))}
-    shares = []
-    monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(answers.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(answers.dist, "broadcast_object_list", lambda box: box.__setitem__(0, [0, 2, 3, 5, 6]))
+    prompts, params, log = [[3, 4, n] for n in range(5, 12)], SamplingParams(2, max_tokens=3), tmp_path / "log"
+    alone = answers.sample(Sampler(model), tokenizer, prompts, params, log)
+    kept = [row for row in files.rows(log) if row["index"] in (1, 4)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    here, meet, sent, shares = threading.local(), threading.Barrier(2, timeout=60), [], {}
+
+    def broadcast(box):
+        sent.extend(box if here.rank == 0 else [])
+        meet.wait()
+        box[0] = copy.deepcopy(sent[-1])
 
     def gather(parts, mine):
-        shares.append(mine)
-        parts[:] = [*shares, []][:2]
+        shares[here.rank] = mine
+        meet.wait()
+        parts[:] = [shares[0], shares[1]]
 
-    monkeypatch.setattr(answers.dist, "all_gather_object", gather)
-    for rank in (0, 1):
-        monkeypatch.setattr(answers.dist, "get_rank", lambda rank=rank: rank)
-        done = list(answers.sampled(*given, [0, 2, 3, 5, 6] if rank == 0 else range(7)))
-    assert [sorted({c.index for c in share}) for share in shares] == [[0, 3, 6], [2, 5]]
-    asked = {at: tokens for at, tokens in alone.items() if at[0] in (0, 2, 3, 5, 6)}
-    assert {(c.index, c.sample): c.tokens for c in done} == asked
+    def of_rank(rank):
+        here.rank = rank
+        sampler = Sampler(copy.deepcopy(model))
+        return answers.sample(sampler, tokenizer, prompts, params, None if rank else log)
+
+    for name, fake in (("is_initialized", lambda: True), ("get_world_size", lambda: 2), ("all_gather_object", gather),
+                       ("get_rank", lambda: here.rank), ("broadcast_object_list", broadcast)):
+        monkeypatch.setattr(answers.dist, name, fake)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(of_rank, range(2)))
+    assert [sorted({c.index for c in shares[rank]}) for rank in (0, 1)] == [[0, 3, 6], [2, 5]]
+    for answered in found:
+        assert [[text for text, _ in row] for row in answered] == [[text for text, _ in row] for row in alone]

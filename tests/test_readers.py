@@ -1,6 +1,7 @@
 """The two readers of role-play answers, on answers in which what can be found was planted."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import evaluate
 import personas
 import weights
+from common import files
 from evaluation import answers, fidelity, measures
 from personas import Persona
 from results import models, readers, transcripts
 from rollout import Sampler
+from weights import sources
 
 K = 6
 TEXTS = [f"You are w{i} w{i + 1} w{i + 2}." for i in range(10, 10 + 3 * K, 3)]
@@ -214,10 +217,10 @@ def test_an_answer_under_another_persona_scores_lower(embedded):
 
 
 def test_gemma_reads_like_a_language_model():
-    path = weights.cache_folder() / models.FILES[models.GEMMA][0]
+    path = files.cache_folder() / models.FILES[models.GEMMA][0]
     if not path.is_file():
         pytest.skip(f"{models.GEMMA} is not in the cache: python results/readers.py fetches it")
-    assert weights.sha256(path) == models.FILES[models.GEMMA][1] and models.resolve(models.GEMMA) == str(path)
+    assert sources.sha256(path) == models.FILES[models.GEMMA][1] and models.resolve(models.GEMMA) == str(path)
     model, tokenizer = weights.load(str(path), "float32", "cpu")
     pirate, nurse = (Persona(x, f"You are a {x}.", "", "test") for x in ("pirate", "nurse"))
     rows = [{"persona": who, "question": "How was your day?", "answer": said,
@@ -331,12 +334,20 @@ def test_rows_that_keep_no_candidates_get_those_of_the_evaluation(tiny, tmp_path
     (["FOLDER", "--reader", "nowhere"], "no model at 'nowhere'"),
     (["FOLDER", "--reader", "ngrams", "--questions", "0"], "--questions must be at least 1"),
     (["FOLDER", "--reader", "ngrams", "--personas", "test"], "no text of 'p0'"),
+    (["FOLDER", "--reader", "gemma3-270m", "--train", "FILE"], "--train is what --reader ngrams learns from"),
+    (["SILENT", "--reader", "ngrams"], "holds no answers to open questions"),
     (["FOLDER", "--reader", "ngrams", "--train", "FILE"], "line 1: no answer")])
 def test_a_mistake_is_one_line(experiment, tmp_path, capsys, flags, told):
     folder, people = experiment
     file = tmp_path / "train.jsonl"
     file.write_text('{"persona": "p0", "question": "w40"}\n')
-    flags = [{"FOLDER": str(folder), "FILE": str(file)}.get(flag, flag) for flag in flags]
+    silent = shutil.copytree(folder, tmp_path / "silent")
+    for kept in silent.rglob("transcripts*"):
+        kept.unlink()
+    for part in silent.rglob("results.json"):
+        (part.parent / "transcripts.jsonl").write_text('{"kind": "sum"}\n')
+    named = {"FOLDER": str(folder), "FILE": str(file), "SILENT": str(silent)}
+    flags = [named.get(flag, flag) for flag in flags]
     assert readers.main([*people, *flags]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1

@@ -225,11 +225,19 @@ def test_the_scripts_are_called_as_the_flags_say(run, scripts, tmp_path):
     [first, second] = [flags for script, flags, _ in calls if script == "train.py" and "permix-seed4" in str(flags)]
     assert first[first.index("--task") + 1] == "arithmetic" and first[first.index("--eval-task") + 1] == tested
     assert first[first.index("--eval-pool") + 1] == "conflict-test"
-    assert second == ["--resume", str(tmp_path / "runs/permix-seed4"), "--steps", "5"]
+    assert second[:4] == ["--resume", str(tmp_path / "runs/permix-seed4"), "--steps", "5"]
     compared = [flags for script, flags, _ in calls if "--compare" in flags]
     assert len(compared) == 2 and all(flags[flags.index("--looks") + 1] == "2" for flags in compared)
     kept = tmp_path / "kept/some/permix-seed4"
     assert (kept / "metrics.jsonl.gz").is_file() and (kept / "step-2/results.json").is_file()
+
+
+def test_a_run_goes_on_with_the_flags_of_now_and_a_seed_given_twice_is_one(run, scripts, tmp_path):
+    calls, _ = scripts
+    assert main_of(run, tmp_path, "--seeds", "4", "4", "--at", "2", "5", "--recompute", "--micro-tokens", "64") == 0
+    trained = [flags for script, flags, _ in calls if script == "train.py"]
+    assert len(trained) == 4 and [flags[0] for flags in trained].count("--resume") == 2
+    assert all(flags[-3:] == ["--recompute", "--micro-tokens", "64"] for flags in trained)
 
 
 def test_a_file_is_asked_of_the_start_model_without_the_lines_that_are_trained_on(run, scripts, tmp_path):
@@ -555,6 +563,11 @@ def test_the_picture_begins_each_arm_at_the_start_model():
     assert lines[1].get_xydata()[2] == pytest.approx([0.7, 0])
 
 
+def test_every_arm_of_many_has_a_look_of_its_own_in_the_picture():
+    fig = curves.plot(comparisons(**{f"arm {i}": [[(0.4, 0.08), (0.6, 0.04)]] for i in range(25)}))
+    assert len({(line.get_color(), line.get_marker()) for line in fig.axes[0].get_lines()}) == 25
+
+
 @pytest.mark.slow
 def test_recipes_say_what_the_script_counts_of_what_fits_on_which_card():
     from benchmarks import memory
@@ -562,10 +575,11 @@ def test_recipes_say_what_the_script_counts_of_what_fits_on_which_card():
     assert memory.table() in (RESULTS / "recipes.md").read_text()
 
 
-def test_the_main_job_ends_with_its_place_among_the_kept_runs_of_its_settings():
-    def said(*flags, after):
-        args = settings.settings(["--out", "runs/mine", *flags])
-        return in_line(args, json.loads((RESULTS / "job" / after / "results.json").read_text()))
+def test_the_main_job_ends_with_its_place_among_the_kept_runs_of_its_settings(monkeypatch):
+    def said(*flags, after, processes=1):
+        args = settings.settings(flags)
+        monkeypatch.setenv("WORLD_SIZE", str(processes))    # 12 prompts are no multiple of 8
+        return in_line(args, Path("runs/mine"), json.loads((RESULTS / "job" / after / "results.json").read_text()))
 
     [line] = said(after="permix-seed3")
     assert re.fullmatch(r"9 stored runs .* mean accuracy of 0\.5\d to 0\.7\d, this one at 0\.66: in line", line)
@@ -573,6 +587,7 @@ def test_the_main_job_ends_with_its_place_among_the_kept_runs_of_its_settings():
     assert said("--seed", "7", "--dtype", "float32", after="permix-seed3") == [line]      # decides nothing
     for other in (["--steps", "33"], ["--anchor-coef", "0.5"], ["--lora-rank", "4"], ["--task", "facts"]):
         assert said(*other, after="permix-seed3") == []
+    assert said("--prompts", "16", after="permix-seed3", processes=8) == []
 
 
 # -- rivals without training -----------------------------------------------------------------------

@@ -622,7 +622,8 @@ def test_the_command_line_adds_verdict_and_milliseconds_to_each_line_in_order(sc
     assert all(r["ms"] >= 0 for r in out)
 
 
-@pytest.mark.parametrize("args", [["--gold", "1"], ["--unknown"], ["--jsonl", "/no/such/file"], ["--jsonl", "BAD"]])
+@pytest.mark.parametrize("args", [["--gold", "1"], ["--unknown"], ["--jsonl", "/no/such/file"], ["--jsonl", "BAD"],
+                                  ["--jsonl", ""], ["--question", "What?"], ["--jsonl", "BAD", "--question", "What?"]])
 def test_a_users_mistake_is_one_line_and_exit_2(script, args, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"gold": 1}\n')
     done = script("rewards.py", *[str(tmp_path / "bad.jsonl") if a == "BAD" else a for a in args])

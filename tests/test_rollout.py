@@ -392,6 +392,7 @@ def test_a_broken_prompt_line_is_named(tiny_folder, tmp_path, capsys, line, says
 def test_a_file_without_prompts_is_refused(tiny_folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("\n\n")
     assert "is empty" in refusal(capsys, "--model", tiny_folder, "--prompts", tmp_path / "p.jsonl")
+    assert "a flag is empty" in refusal(capsys, "--model", tiny_folder, "--prompts", "")
 
 
 @pytest.mark.parametrize("flag, value", [
@@ -431,7 +432,7 @@ def test_a_row_longer_than_its_entry_is_an_error_not_a_write_beyond_it(tiny):
     list(sampler.generate([[3, 4]], SamplingParams(max_tokens=3)))
     inputs = torch.tensor([[5], [0], [99], [0], [0]], dtype=torch.int32)        # 99 tokens long
     with pytest.raises(RuntimeError, match="length"), torch.inference_mode():
-        sampler.decode(inputs)
+        sampler.step(inputs, (100, 0))
 
 
 @pytest.mark.parametrize("tokens", [200, 2000])

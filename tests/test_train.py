@@ -26,7 +26,7 @@ from common import files
 from model import completion_hidden
 from rollout import Sampler
 from sampling.cache import row_bytes
-from tests.conftest import make_reference
+from tests.conftest import make_reference, masters
 from training import memory, monitor
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes, estimate
@@ -451,21 +451,22 @@ def test_p8_equal_rewards_move_nothing(tiny_folder):
 def test_p30_master_weights_keep_steps_that_bf16_would_lose(tiny_folder):
     model = weights.load(str(tiny_folder), "bfloat16")[0]
     policy = Policy(model, 1e-6, 0)
-    before = [m.clone() for m in policy.masters]
+    before = [m.clone() for m in masters(policy)]
     for _ in range(3):
-        policy.gradients = [torch.randn_like(m) for m in policy.masters]
+        policy.gradients = [torch.randn_like(m) for m in masters(policy)]
         policy.step(1.0)
-    moved = [(a != b).float().mean() for a, b in zip(before, policy.masters, strict=True)]
-    assert all(m.dtype == torch.float32 for m in policy.masters) and min(moved) > 0.9
-    assert all(torch.equal(p, m.to(p.dtype)) for p, m in zip(policy.parameters, policy.masters, strict=True))
+    moved = [(a != b).float().mean() for a, b in zip(before, masters(policy), strict=True)]
+    assert all(m.dtype == torch.float32 for m in masters(policy)) and min(moved) > 0.9
+    assert all(torch.equal(p, m.to(p.dtype)) for p, m in zip(policy.parameters, masters(policy), strict=True))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny_folder):
     model = weights.load(str(tiny_folder), "float32")[0]
     policy, before = Policy(model, 1e-3, 0), [p.clone() for p in model.parameters()]
-    policy.gradients = [torch.full_like(m, torch.nan) for m in policy.masters]
+    policy.gradients = [torch.full_like(m, torch.nan) for m in masters(policy)]
     policy.step(1.0)
-    assert policy.steps == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert policy.optimizer.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_the_anchor_starts_at_zero_and_grows_as_the_policy_moves(tiny_folder):
@@ -652,6 +653,7 @@ def test_p20_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(wide_fol
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how, number, more", [(signal.SIGTERM, 143, []), (signal.SIGINT, 130, []),
+                                               (signal.SIGHUP, 129, []),
                                                (signal.SIGTERM, 143, ["--async-save", "--save-every", "3"])])
 def test_p20_a_signal_saves_the_steps_that_are_done_and_the_run_goes_on_from_there(tiny_folder, tmp_path, how,
                                                                                    number, more):
@@ -748,6 +750,13 @@ def dies_once(problem, text: str, *, persona=None) -> float:
 
 
 ROOT_OF_RUN = Path(os.environ.get("RUN_THAT_DIES", "/nowhere"))
+
+
+@pytest.mark.slow
+def test_a_mistake_that_rank_0_meets_is_one_line_of_each_rank(tmp_path):
+    done = torchrun("/nowhere/model", tmp_path / "run")
+    assert done.returncode and "no model at '/nowhere/model'" in done.stderr
+    assert "train.py: another rank has died" in done.stderr and "barrier" not in done.stderr
 
 
 @pytest.mark.slow
@@ -903,6 +912,33 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tiny_folder, tmp_path, capsys
     assert train.main(["--resume", str(out), "--steps", "2"]) == 2
     assert "run has 3 steps already: give --steps 3 or more" in capsys.readouterr().err
     assert (out / "config.json").read_bytes() == before and train.main(["--resume", str(out)]) == 0
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_what_it_left(tiny_folder, tmp_path, capsys):
+    """As of a copy without checkpoints, or with torn ones."""
+    out = tmp_path / "run"
+    assert run(tiny_folder, out, "--steps", "2", "--eval-problems", "0", "--keep", "1") == 0
+    before, shards = metrics(out), out / "checkpoints/step-000002"
+    (shards / "__0_0.distcp").write_bytes(b"torn")
+    for says in ("has a model, but no whole checkpoint", "no checkpoint in .* is whole", ""):
+        assert train.main(["--resume", str(out), "--steps", "3"]) == (2 if says else 0)
+        assert re.search(says, capsys.readouterr().err)
+        if says:
+            assert metrics(out) == before
+        shutil.rmtree(out / "model" if says.startswith("has") else shards, ignore_errors=not says)
+
+
+def test_a_run_whose_model_was_moved_goes_on_with_it(tiny_folder, tmp_path, capsys):
+    old, new = tmp_path / "old" / "model", tmp_path / "new" / "model"
+    shutil.copytree(tiny_folder, old)
+    assert run(old, tmp_path / "run", "--steps", "1", "--eval-problems", "0") == 0
+    shutil.copytree(old, new)
+    again = ["--resume", str(tmp_path / "run"), "--steps", "2", "--model"]
+    assert train.main([*again, str(new)]) == 2 and "start a new run" in capsys.readouterr().err   # both are there
+    shutil.rmtree(old)
+    assert train.main([*again, str(tiny_folder)]) == 2 and train.main([*again, str(new)]) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["settings"]["model"] == str(new) and config["resumed"][0]["changed"]["model"] == [str(old), str(new)]
 
 
 def test_p28_activations_are_counted_as_they_are(tiny_folder):
@@ -1108,7 +1144,8 @@ def test_a_resumed_run_stays_in_its_folder(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "run", "--steps", "1") == 0
     assert train.main(["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--steps", "2"]) == 2
     assert "its own folder" in capsys.readouterr().err and not (tmp_path / "other").exists()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for folder in ("checkpoints", "model"):             # as of a run that was killed before its first checkpoint
+        shutil.rmtree(tmp_path / "run" / folder)
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert "resuming after step 0" in capsys.readouterr().err
 

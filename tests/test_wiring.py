@@ -26,7 +26,7 @@ import weights
 from evaluation import fidelity
 from model import completion_hidden, pack
 from rollout import Sampler, SamplingParams
-from tests.conftest import SIZES
+from tests.conftest import SIZES, masters
 from tests.test_train import arguments, gradients_of, one_batch, step_on
 from training import anchor, monitor
 from training.policy import Policy
@@ -530,7 +530,7 @@ def small(seed=0):
 
 def test_the_optimizer_takes_adamws_steps_by_hand_with_warmup_clipping_and_no_decay():
     policy, gradients = small()
-    x, m, v = (torch.cat([p.detach().flatten().double() * k for p in policy.masters]) for k in (1, 0, 0))
+    x, m, v = (torch.cat([p.detach().flatten().double() * k for p in masters(policy)]) for k in (1, 0, 0))
     for t, (gradient, limit) in enumerate(zip(gradients, (math.inf, 1.0, 0.5, math.inf), strict=True), 1):
         policy.gradients = [g.clone() for g in gradient]
         norm = policy.step(limit)
@@ -549,7 +549,7 @@ def test_p8_a_batch_without_a_gradient_moves_nothing_after_a_real_step_either():
     policy.step(1.0)
     before = [p.detach().clone() for p in policy.parameters]
     policy.gradients = [torch.zeros_like(p) for p in policy.parameters]
-    assert policy.step(1.0) == 0 and policy.steps == 1
+    assert policy.step(1.0) == 0 and policy.optimizer.steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
 
 

@@ -17,14 +17,13 @@ Two rivals, a flag away, to see which half of it does the work:
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import personas
+from common.ranks import from_first, ranks
 from model import Transformer, completion_hidden, completion_logprobs, pack
 from rollout import Sampler, SamplingParams
-from training.policy import ranks
 
 CHUNK = 256                                             # tokens whose logits are held together
 
@@ -103,7 +102,7 @@ def solved(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
     since a time limit might judge otherwise on another. ValueError where none is solved.
     """
     args, problems = job.args, job.problems[:2 * job.args.anchor_answers]
-    found = [{}]
+    found = {}
     if ranks()[0] == 0:
         names = [f"anchor:{i}" for i in range(len(problems))]
         rows = personas.mix(job.pool, args.persona_prob, "prompt", names, 1, args.seed)
@@ -117,10 +116,9 @@ def solved(start: Sampler, job) -> list[tuple[list[int], list[list[int]]]]:
                                      speakers[c.index]) for c in answers]
         for c, mark in zip(answers, marks, strict=True):
             if mark.result()[0] > 0 and not c.truncated:
-                found[0].setdefault(c.index, (prompts[c.index], [c.tokens]))
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if not found[0]:
+                found.setdefault(c.index, (prompts[c.index], [c.tokens]))
+    found = from_first(found)
+    if not found:
         raise ValueError(f"--anchor-on solved: the start model solves none of {len(problems)} "
                          "training problems; give an easier --task, or --anchor-on roleplay")
-    return list(found[0].values())[:args.anchor_answers]
+    return list(found.values())[:args.anchor_answers]

@@ -6,7 +6,6 @@ written last, and then the folder is renamed into place. What a kill has torn is
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +13,10 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from common.command import one_line
+from common.command import note, one_line
 from common.files import sync, write_atomically
-from training.policy import Policy, ranks, wait
+from common.ranks import ranks, wait
+from training.policy import Policy
 
 
 class Checkpoints:
@@ -38,13 +38,13 @@ class Checkpoints:
 
         Another number of ranks may have written it. The run then goes on equal up to the order of
         summation (with `--minibatches`: with other parts). Raises ValueError where it is of another
-        model.
+        model, or where there are checkpoints and none is whole.
         """
-        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+        found = by_step(self.folder)
+        for checkpoint in reversed(found):
             step = finished(checkpoint)
             if step is None:
-                print(f"{checkpoint} cannot be read: it is torn; trying the one before",
-                      file=sys.stderr)
+                note(f"{checkpoint} cannot be read: it is torn; trying the one before")
                 continue
             state = policy.state()
             try:
@@ -55,6 +55,9 @@ class Checkpoints:
                                  "back, or remove it to go on from the one before") from failed
             policy.restored(state)
             return step
+        if found:
+            raise ValueError(f"no checkpoint in {self.folder} is whole: put their files back, or "
+                             "remove them all to begin again")
         return 0
 
     def save(self, policy: Policy, step: int) -> None:
@@ -92,7 +95,7 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)  # a torn one of the same step
         part.rename(target)
         sync(self.folder)
-        there = sorted(self.folder.glob("step-*"))
+        there = by_step(self.folder)
         kept = [checkpoint for checkpoint in there if finished(checkpoint) is not None]
         for old in set(there) - set(kept[-self.keep:]):  # torn ones too
             shutil.rmtree(old)
@@ -105,7 +108,7 @@ class Checkpoints:
 
     def check_disk(self, policy: Policy) -> None:
         """Raises ValueError where the run's checkpoints and its model would not fit on the disk."""
-        there = sum(finished(checkpoint) is not None for checkpoint in self.folder.glob("step-*"))
+        there = sum(finished(checkpoint) is not None for checkpoint in by_step(self.folder))
         more = self.keep + 1 - min(self.keep, there)  # one more while it is written
         weights = sum(p.nbytes for p in policy.parameters)
         beside = sum(x.nbytes for state in policy.optimizer.state for x in state.values())
@@ -127,9 +130,15 @@ def first_error(failed: BaseException) -> Exception:
     return error
 
 
+def by_step(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the oldest first, whole or torn."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def newest(folder: Path) -> int:
     """The step of the newest whole checkpoint, 0 if there is none."""
-    return max((finished(checkpoint) or 0 for checkpoint in folder.glob("step-*")), default=0)
+    return max((finished(checkpoint) or 0 for checkpoint in by_step(folder)), default=0)
 
 
 def finished(checkpoint: Path) -> int | None:

@@ -2,16 +2,17 @@
 
 import os
 import resource
-import sys
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 import personas
+from common.command import note
+from common.ranks import ranks
 from model import Transformer, pack
 from sampling.cache import row_bytes, slots_for
-from training.policy import Policy, ranks
+from training.policy import Policy
 
 
 def plan(policy: Policy, job) -> None:
@@ -27,7 +28,7 @@ def plan(policy: Policy, job) -> None:
     persona = max(job.pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
     question = max(job.problems, key=lambda p: len(p.question)).question
     prompt = len(personas.prompt_ids(job.tokenizer, question, persona))
-    completions = args.group_size if personas.shares_prompt(args.mix) else 1
+    completions = job.sampling.n                        # that share a prompt
     new, longest = args.max_new_tokens, prompt + args.max_new_tokens
 
     # A further completion adds as much as the second: no larger group is tried.
@@ -44,9 +45,8 @@ def plan(policy: Policy, job) -> None:
     fit = int((limit - beside) / per_token)
     args.micro_tokens = fit - fit % 2 ** max(0, fit.bit_length() - 4)
     parts = estimate(policy, job, args.micro_tokens * per_token, longest)
-    if ranks()[0] == 0:
-        told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        print(f"memory, estimated GB: {told}", file=sys.stderr)
+    shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    note(f"memory, estimated GB: {shares}")
 
 
 def estimate(policy: Policy, job, activations: float, row_tokens: int) -> dict[str, float]:

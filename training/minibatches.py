@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import grpo
+from common.ranks import summed
 from model import Transformer, chunks
-from training.policy import summed
 
 
 @dataclass
@@ -41,14 +41,13 @@ def minibatches(batch, advantages: Tensor, kept: Tensor, job) -> list[list[Micro
         rows = (part[:, None] * n + torch.arange(n)).flatten()
         counts = summed([(lengths[rows] * kept[rows]).sum(), kept[rows].sum()])
         micros, ids = [], part[live[part]].tolist()
-        for pieces in micro_batches([batch.groups[i] for i in ids], args.micro_tokens):
+        for pieces, groups in micro_batches([batch.groups[i] for i in ids], args.micro_tokens):
             rows = [ids[i] * n + j for i, completions in pieces for j in completions]
             weights = grpo.token_weights(lengths[rows], job.loss.normaliser, *counts,
                                          args.max_new_tokens, kept[rows])
             sampled = [x for row in rows for x in batch.completions[row].logprobs]
             micros.append(MicroBatch(
-                taken([batch.groups[i] for i in ids], pieces), lengths[rows].to(device),
-                advantages[rows].to(device), weights.to(device),
+                groups, lengths[rows].to(device), advantages[rows].to(device), weights.to(device),
                 torch.tensor(sampled, device=device)))
         parts.append(micros)
     return parts
@@ -63,19 +62,15 @@ def micro_tokens_for(model: Transformer) -> int:
     return (4096 if model.device.type == "mps" else 16384) // model.dtype.itemsize
 
 
-def micro_batches(groups: list, limit: int) -> Iterator[list[tuple[int, range]]]:
-    """Runs of groups of at most `limit` packed tokens, as (group, which of its completions).
+def micro_batches(groups: list, limit: int) -> Iterator[tuple[list[tuple[int, range]], list]]:
+    """Runs of groups of at most `limit` packed tokens: (group, which of its completions), and
+    these as groups.
 
     A longer group is cut: each part has the prompt again, and one completion at least.
     """
     pieces = [(i, range(*span)) for i, (prompt, completions) in enumerate(groups)
               for span in chunks([len(c) for c in completions], max(1, limit - len(prompt)))]
-    sizes = [len(prompt) + sum(map(len, completions))
-             for prompt, completions in taken(groups, pieces)]
+    cut = [(groups[i][0], [groups[i][1][j] for j in completions]) for i, completions in pieces]
+    sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in cut]
     for first, last in chunks(sizes, limit):
-        yield pieces[first:last]
-
-
-def taken(groups: list, pieces: list[tuple[int, range]]) -> list:
-    """The pieces as groups."""
-    return [(groups[i][0], [groups[i][1][j] for j in completions]) for i, completions in pieces]
+        yield pieces[first:last], cut[first:last]

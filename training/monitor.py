@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import grpo
 from common.files import rows, write_atomically
+from common.ranks import ranks, summed
 from evaluation import plots
 from sampling.cache import prefilled
-from training.policy import Policy, ranks, summed
+from training.policy import Policy
 
 MAX_BROKEN = 5      # steps in a row whose gradient may be not finite
 
@@ -39,7 +40,7 @@ class Monitor:
         self.speaks = ranks()[0] == 0
         self.seconds: dict[str, float] = {}             # by phase, of the step that runs
         self.history = resumed(out, first) if self.speaks else []       # metrics of all steps
-        self.said = set(symptoms(self.history)) if first else set()     # warnings, once a run
+        self.said = set(symptoms(self.history))         # warnings, once a run
         self.broken = 0                                 # gradients in a row that were not finite
         self.sound = False                              # has any step been finite?
         self.track = None
@@ -80,7 +81,7 @@ class Monitor:
         finite = finite and not all_given_up            # their logits were not finite
         overflow = self.policy.loss_scale > 1           # of fp16: nothing is broken
         self.broken = 0 if finite or overflow else self.broken + 1
-        self.sound = self.sound or finite or (overflow and self.policy.steps > 0)
+        self.sound = self.sound or finite or (overflow and self.policy.optimizer.steps > 0)
         if self.speaks:
             record(self.out, step, batch, metrics)
             self.history.append(metrics)
@@ -142,7 +143,7 @@ def batch_metrics(batch, sums: dict[str, float], imitates: bool) -> dict:
     return {
         "reward": own["rewards"] / count, "accuracy": own["correct"] / count,
         "entropy": means["entropy"], "kl": means["kl"],
-        **grpo.summarise({name: own[name] for name in grpo.SUMS}),
+        **grpo.summarise(own),
         "completion_length": own["tokens_sampled"] / count,
         "truncated_fraction": own["truncated"] / count,
         "zero_variance_fraction": None if imitates else flat,

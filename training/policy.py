@@ -16,10 +16,7 @@ whole model anyway. So a model must fit a rank in the compute dtype.
 """
 
 import math
-import os
 import warnings
-from collections.abc import Iterable
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -27,54 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
 
+from common.ranks import ranks
 from model import Transformer
-from training.adamw import AdamW, master_of
+from training.adamw import AdamW
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may save too
-
-# --------------------------------------------------------------------------------------------------
-# Ranks
-
-
-def join(device: str) -> None:
-    """Meets the other ranks of torchrun, if there are any: gloo on CPUs, NCCL on GPUs.
-
-    device: this process's. After a restart torchrun hands out the same store. Its keys then get the
-    number of the restart, or gloo would meet the dead.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    backend = "gloo"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    store, rank, world = next(dist.rendezvous("env://"))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"life {restart}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                            timeout=timedelta(hours=12))  # others wait while rank 0 evaluates
-
-
-def ranks() -> tuple[int, int]:
-    """(this process's rank, how many there are)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def summed(numbers: Iterable[float]) -> list[float]:
-    """Each number summed over all ranks, in float64."""
-    total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-# --------------------------------------------------------------------------------------------------
-# The weights
 
 GROWTH = 200        # steps without an overflow before fp16's loss scale doubles
 MAX_LOSS_SCALE = 2.0 ** 24
@@ -106,16 +60,6 @@ class Policy:
                                          mesh_dim_names=("replicate", "shard"))
         self.optimizer = AdamW([self.own(p) for p in self.parameters], eight_bit)
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)     # whole, fp32
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """This rank's rows, in fp32: copies, except of fp32 weights."""
-        return [master_of(*pair) for pair in
-                zip(self.optimizer.weights, self.optimizer.state, strict=True)]
-
-    @property
-    def steps(self) -> int:
-        return self.optimizer.steps
 
     def own(self, p: Tensor) -> Tensor:
         """A view of the rows that this rank steps on: Shard(0)'s."""

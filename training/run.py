@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 import evaluate
@@ -18,6 +17,7 @@ import tasks
 import weights
 from common.command import note, one_line
 from common.files import claim, commit, write_atomically
+from common.ranks import from_first, ranks, wait
 from evaluation import bands, report
 from grpo import Loss
 from model import Transformer
@@ -28,10 +28,9 @@ from training.anchor import Anchor
 from training.checkpoints import newest
 from training.checks import check, check_weights
 from training.minibatches import micro_tokens_for
-from training.policy import ranks, wait
 from training.settings import loss_of, settings
 from training.stop import Stop
-from weights import lora
+from weights import lora, templates
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,11 @@ def read(args) -> Job:
     check_weights(args.model, model)
     if args.lora_rank:
         lora.add(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.seed)
-    tasks.check_columns(args.columns, args.task, args.eval_task or args.task)
-    problems = tasks.load(args.task, "train", args.seed, whole=not split_between(args),
-                          columns=args.columns)
-    held_out = held_out_of(args, problems) if args.eval_problems or args.eval_task else None
+    asked = args.eval_task or args.task
+    tasks.check_columns(args.columns, args.task, asked)
+    whole = not tasks.is_file_of(args.task, asked)      # else one file is split between the two
+    problems = tasks.load(args.task, "train", args.seed, whole=whole, columns=args.columns)
+    held_out = held_out_of(args, problems, whole) if args.eval_problems or args.eval_task else None
     problems = tasks.put(problems, args.prompt)
     pool = personas.load(args.personas, "train")
     personas.check_disjoint(pool, personas.held_out() + personas.load(args.eval_pool, "test"))
@@ -97,7 +97,7 @@ def read(args) -> Job:
     match args.method:
         case "sft":
             author = None
-            weights.turn_end(tokenizer, model.c.stop_ids)      # refused now if there is none
+            templates.turn_end(tokenizer, model.c.stop_ids)      # refused now if there is none
         case "distill" if args.teacher:
             author = weights.load_beside(args.teacher, tokenizer, args.dtype, args.device)
             check_weights(args.teacher, author)
@@ -112,7 +112,7 @@ def read(args) -> Job:
         wait()
     note(f"{tasks.counts(args.task, problems)}; {personas.counts(args.personas, pool)}")
     if job.held_out:
-        note(f"evaluation: {tasks.counts(args.eval_task or args.task, held_out[0])}; "
+        note(f"evaluation: {tasks.counts(asked, held_out[0])}; "
              f"{personas.counts(args.eval_pool, held_out[1])}")
     return job
 
@@ -149,7 +149,7 @@ def run_folder(args) -> tuple[Path, ExitStack]:
     task = re.sub(r"[^\w.+-]+", "-", Path(args.task).stem)[:60]
     name = f"{args.method}-{task}-seed{args.seed}"
     out = Path(args.resume or args.out or Path("runs") / name)
-    folder, number, alone = [out], 1, ExitStack()
+    number, alone = 1, ExitStack()
     if ranks()[0] == 0:
         while not (args.resume or args.out) and (out / "config.json").exists():
             number += 1
@@ -168,10 +168,7 @@ def run_folder(args) -> tuple[Path, ExitStack]:
         config = {"settings": settings, "method": args.method, "command": " ".join(sys.argv),
                   "commit": commit(), "versions": versions, "resumed": resumed(out, settings)}
         write_atomically(out / "config.json", json.dumps(config, indent=1))
-        folder = [out]
-    if dist.is_initialized():
-        dist.broadcast_object_list(folder)
-    return folder[0], alone
+    return from_first(out), alone
 
 
 def resumed(out: Path, settings: dict) -> list[dict]:
@@ -191,13 +188,13 @@ def resumed(out: Path, settings: dict) -> list[dict]:
 # Evaluation before and after
 
 
-def held_out_of(args, trained: list[tasks.Problem],
+def held_out_of(args, trained: list[tasks.Problem], whole: bool,
                 ) -> tuple[list[tasks.Problem], list[personas.Persona]]:
     """The evaluation's problems and personas: the same for every seed and arm, asked as in
     training. Raises ValueError where a file asks what is trained on."""
     asked = args.eval_task or args.task
     problems = tasks.load(asked, "test", 0, args.eval_problems or None,
-                          whole=not split_between(args), columns=args.columns)
+                          whole=whole, columns=args.columns)
     if asked != args.task or tasks.is_local(asked):
         tasks.check_disjoint(trained, problems)
     pool = personas.load(args.eval_pool, "test")
@@ -205,11 +202,6 @@ def held_out_of(args, trained: list[tasks.Problem],
     if count > len(pool):
         raise ValueError(f"--eval-personas {count}: {args.eval_pool} has {len(pool)}")
     return tasks.put(problems, args.prompt), personas.few(pool, count)
-
-
-def split_between(args) -> bool:
-    """Whether one file is trained and evaluated on."""
-    return tasks.is_file_of(args.task, args.eval_task or args.task)
 
 
 def evaluated(job: Job, folder: Path, steps: int) -> dict:
@@ -221,12 +213,9 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     info = {"task": args.eval_task or args.task, "prompt": args.prompt,
             "max_new_tokens": args.max_new_tokens, "steps": steps,
             "stop": list(job.sampling.stops(job.tokenizer))}
-    items = [{"id": problem.id, "kind": problem.kind} for problem in problems]
-    if done := already_there(folder):
-        names = [row["name"] for row in done["personas"][1:]]
-        wanted = info | {"items": items}
-        if names == [p.name for p in speakers] and wanted.items() <= done.items():
-            return done
+    done, wanted = already_there(folder), info | evaluate.digests(problems, speakers)
+    if done and wanted.items() <= done.items():
+        return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
     if not steps:
         info["method"] = "start"
@@ -240,17 +229,16 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
 def already_there(folder: Path) -> dict | None:
     """The results in rank 0's folder: the others may have none, and must not go another way."""
     path = folder / "results.json"
-    found = [json.loads(path.read_text()) if ranks()[0] == 0 and path.is_file() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
+    return from_first(json.loads(path.read_text()) if path.is_file() else None)
 
 
-def before_after(args, before: dict, after: dict) -> str:
+def before_after(args, out: Path, before: dict, after: dict) -> str:
     """The table and the line that the main job ends with."""
     scores = {"mean_accuracy": "mean accuracy over personas", "no_persona_accuracy": "without one",
               "worst_persona_accuracy": "of the worst persona", "pss": "pss: worst over best",
               "persona_sd": "persona_sd: true spread, points", "mean_reward": "mean reward"}
+    if before.get("reward") != after.get("reward"):
+        scores.pop("mean_reward")
     rows = [(words, *(report.number(name, x) for x in pair)) for name, words in scores.items()
             if None not in (pair := (before.get(name), after.get(name)))]
     for old, new in zip(before["personas"], after["personas"], strict=True):
@@ -258,7 +246,8 @@ def before_after(args, before: dict, after: dict) -> str:
         rows.append((f"  {old['name']} ({old['stratum']})", *pair))
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {old:>6}  {new:>6}" for name, old, new in rows]
-    return "\n".join([f"{'':{width}}  before   after", *lines, *in_line(args, after)])
+    return "\n".join([f"{'':{width}}  before   after", *lines,
+                      *in_line(args, out, after)])
 
 
 def side_by_side(folder: Path) -> None:
@@ -278,14 +267,18 @@ DECIDES = (*bands.SAME, "method", "steps", "persona_prob", "mix", "personas", "a
            "optimizer", "eval_task", "eval_pool")
 
 
-def in_line(args, after: dict) -> list[str]:
+def in_line(args, out: Path, after: dict) -> list[str]:
     """What to say of a run with train.py's own settings, a line: its mean accuracy beside that of
     the runs in results/job (of another method: results/main), on the problems and personas of both.
     Of another run, nothing.
 
     In line is within three standard deviations over the kept seeds.
     """
-    own, files = vars(settings(["--method", args.method])), f"{args.method}-seed*/results.json"
+    try:
+        own = vars(settings(["--method", args.method], quiet=True))
+    except ValueError:                                  # that run cannot be on so many processes
+        return []
+    files = f"{args.method}-seed*/results.json"
     kept = [*bands.RESULTS.glob(f"job/{files}")] or [*bands.RESULTS.glob(f"main/{files}")]
     runs = [json.loads(file.read_text()) for file in sorted(kept)]
     if len(runs) < 3 or any(getattr(args, name) != own[name] for name in DECIDES):
@@ -300,6 +293,6 @@ def in_line(args, after: dict) -> list[str]:
 
     here, theirs = accuracy(after), [accuracy(run) for run in runs]
     off = abs(here - mean(theirs)) > 3 * stdev(theirs)
-    words = f"not in line: look at evaluate.py --check-run {args.out}" if off else "in line"
+    words = f"not in line: look at evaluate.py --check-run {out}" if off else "in line"
     return [f"{len(runs)} stored runs of these settings ended at a mean accuracy of "
             f"{min(theirs):.2f} to {max(theirs):.2f}, this one at {here:.2f}: {words}"]

@@ -172,7 +172,7 @@ def settings(argv: list[str] | None, quiet: bool = False) -> argparse.Namespace:
     told = {name for name, value in vars(first).items() if value != p.get_default(name)}
     if empty := [name for name in told if getattr(first, name) == ""]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a value, or leave it out")
-    before = settings_before(first) if first.resume else {}
+    before = settings_before(first, p) if first.resume else {}
     unset = {flag.strip("-").replace("-", "_") for flag in first.unset}
     if before and (unknown := unset - vars(first).keys()):
         raise ValueError(f"--unset {unknown.pop()}: train.py has no such flag; --help lists them")
@@ -186,7 +186,7 @@ def settings(argv: list[str] | None, quiet: bool = False) -> argparse.Namespace:
         args.chat_template = templates.read(args.chat_template)     # kept for a resumed run
     for name in FIXED:
         old = before.get(name, p.get_default(name))     # an older run knew fewer flags
-        if before and getattr(args, name) != old:
+        if before and getattr(args, name) != old and not moved(str(old), str(getattr(args, name))):
             raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
                              f"{str(old)[:60]!r}; for another one start a new run")
     if args.memory and "memory" not in told:            # a resumed run's, sized already
@@ -209,8 +209,8 @@ def settings(argv: list[str] | None, quiet: bool = False) -> argparse.Namespace:
     return args
 
 
-def settings_before(first: argparse.Namespace) -> dict:
-    """The settings of the run that `--resume` names."""
+def settings_before(first: argparse.Namespace, p: argparse.ArgumentParser) -> dict:
+    """The settings of the run that `--resume` names, each of the kind that its flag gives."""
     path = Path(first.resume) / "config.json"
     if not path.is_file():
         raise ValueError(f"{first.resume} is not a run folder: it has no config.json")
@@ -220,7 +220,7 @@ def settings_before(first: argparse.Namespace) -> dict:
         raise ValueError(f"{path} is not a run's: give the folder that train.py wrote") from error
     if before.get("advantage") == "std_sample":         # its name until November 2026
         before["advantage"] = "std"
-    for action in parser()._actions[1:]:                # the first is --help
+    for action in p._actions[1:]:                # the first is --help
         value = before.get(action.dest, None if action.dest in IDENTITY else action.default)
         if not is_for(action, value):
             raise ValueError(f"{path} has {value!r} for {action.dest}, which train.py does not "
@@ -228,6 +228,11 @@ def settings_before(first: argparse.Namespace) -> dict:
     if first.out and Path(first.out).resolve() != Path(first.resume).resolve():
         raise ValueError(f"--resume {first.resume} goes on in its own folder: leave out --out")
     return before
+
+
+def moved(old: str, new: str) -> bool:
+    """Whether a file or folder that was given is gone, and one of its name is given now."""
+    return Path(old).name == Path(new).name and not Path(old).exists() and Path(new).exists()
 
 
 def is_for(action: argparse.Action, value) -> bool:
@@ -245,8 +250,6 @@ def is_for(action: argparse.Action, value) -> bool:
 def loss_of(args: argparse.Namespace) -> Loss:
     """The flags of the same names as Loss's fields. Raises ValueError where they contradict."""
     names = [field.name for field in fields(Loss) if field.name != "name"]
-    if missing := set(names) - vars(args).keys():
-        raise ValueError(f"Loss has fields without a flag in FLAGS: {', '.join(sorted(missing))}")
     return Loss(args.loss, **{name: getattr(args, name) for name in names})
 
 
@@ -298,6 +301,9 @@ def refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--out"),
         (done > args.steps,
          f"{args.resume} has {done} steps already: give --steps {done} or more"),
+        (args.resume and not done and (Path(args.resume) / "model").is_dir(),
+         f"{args.resume} has a model, but no whole checkpoint to go on from: put its checkpoints "
+         "back, or train that model further in a run of its own"),
         (unknown := [t for t in args.lora_targets.split(",") if t not in lora.TARGETS],
          f"--lora-targets {', '.join(unknown)}: give some of {','.join(lora.TARGETS)}"),
         (args.optimizer == "adamw8bit" and not find_spec("torchao"),

@@ -2,24 +2,26 @@
 
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
-from common.command import one_line
+from common.command import note, one_line
 from common.files import rows
+from common.ranks import ranks, summed
 from training.checkpoints import newest
-from training.policy import ranks, summed
 
 # --------------------------------------------------------------------------------------------------
 # Signals
 
 
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP   # the last: the terminal is gone
+
+
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C came; `number` is the signal's."""
+    """One of SIGNALS came; `number` says which."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -27,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Hears SIGTERM and Ctrl-C, and raises Stopped in the main thread.
+    """Hears SIGNALS, and raises Stopped in the main thread.
 
     It does so at once, but not while `held`: a step or a checkpoint that has begun is finished. A
     second Ctrl-C ends a run of one process where it stands. (torchrun sends every signal twice.)
@@ -47,7 +49,7 @@ class Stop:
     @contextmanager
     def heard(self):
         """Hears the signals, but none that is ignored (a job in a shell's background)."""
-        before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        before = {n: signal.getsignal(n) for n in SIGNALS}
         for number, handler in before.items():
             if handler != signal.SIG_IGN:
                 signal.signal(number, self)
@@ -95,8 +97,7 @@ def told(args, out: Path):
     try:
         yield
     except KeyboardInterrupt:
-        if not ranks()[0]:
-            print(f"\ntrain.py: stopped; {goes_on()}", file=sys.stderr)
+        note(f"\ntrain.py: stopped; {goes_on()}")
         raise
     except ValueError:
         take_back(args, out)
@@ -104,10 +105,17 @@ def told(args, out: Path):
     except OSError as error:                            # a full disk, say
         raise OSError(f"{one_line(error)}; once that is mended, {goes_on()}") from error
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not another_died(error):
             raise
-        raise OSError("another rank has died, its own last lines say of what; "
-                      f"{goes_on()}") from error
+        raise OSError(f"{ANOTHER_DIED}; {goes_on()}") from error
+
+
+ANOTHER_DIED = "another rank has died, its own last lines say of what"
+
+
+def another_died(error: RuntimeError) -> bool:
+    """Whether a collective failed because a rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def take_back(args, out: Path) -> None:

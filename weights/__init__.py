@@ -3,7 +3,7 @@
     sources.py      where the files are: the embedded model is fetched, parts are joined
     huggingface.py  folders read and written; what distinguishes one family from another
     gguf.py         llama.cpp's files, read
-    templates.py    chat templates for models that have none
+    templates.py    chat templates: for models that have none; where an answer stands and ends
     lora.py         adapters: added, left out, merged, saved for peft
     devices.py      where a model computes, and in which dtype
     parity.py       a lesson: our logits against transformers'
@@ -12,13 +12,10 @@
 import datetime
 import json
 import re
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from common.command import one_line
@@ -26,24 +23,13 @@ from model import Transformer
 from weights import devices, gguf, huggingface, templates
 from weights.devices import DEVICES, DTYPES, computes_bf16, pick_device, pick_dtype
 from weights.huggingface import config_from_hf, save, state
-from weights.sources import (
-    EMBEDDED,
-    GGUF_FILE,
-    cache_folder,
-    embedded_model,
-    from_wheels,
-    resolve,
-    sha256,
-)
+from weights.sources import EMBEDDED, resolve
 
-__all__ = [
-    "DEVICES", "DTYPES", "EMBEDDED", "cache_folder", "computes_bf16", "config_from_hf",
-    "embedded_model", "from_wheels", "load", "load_beside", "pick_device", "pick_dtype", "resolve",
-    "save", "sha256", "state", "turn_end"]
+__all__ = ["DEVICES", "DTYPES", "EMBEDDED", "computes_bf16", "config_from_hf", "load",
+           "load_beside", "pick_device", "pick_dtype", "resolve", "save", "state"]
 
 # The day for chat templates that ask which day it is: the one that Llama 3.1's falls back on.
 TODAY = datetime.date(2024, 7, 26)
-ANSWER = "xyzzy"                                        # in the chat that tells a turn's end
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: str | None = None):
@@ -52,8 +38,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
     dtype: see `pick_dtype`; device: see `pick_device`; chat_template: in place of the model's own,
     see templates.py. Raises ValueError or OSError with one line that says what is wrong.
     """
-    if chat_template:
-        templates.read(chat_template)                   # refused before anything is fetched
+    template = chat_template and templates.read(chat_template)  # refused before a fetch
     devices.keep_freed_memory()
     device = pick_device(device)
     pick_dtype(dtype, device)                           # refused before anything is fetched
@@ -61,11 +46,11 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
     try:
         if source.suffix == ".gguf":
             hf_config, tensors = gguf.read(source)
-            tokenizer = gguf_tokenizer(source)
+            tokenizer = gguf.tokenizer(source)
         else:
             hf_config, tokenizer, tensors = huggingface.read(source)
-        if chat_template:
-            templates.give(tokenizer, chat_template)
+        if template:
+            templates.give(tokenizer, template)
         templates.stop_strings(tokenizer)               # refused now if they are broken
         pin_date(tokenizer)
         with torch.device("meta"):                      # no memory until the dtype is known
@@ -91,24 +76,8 @@ def load_beside(name: str, tokenizer, dtype: str = "auto", device: str = "auto")
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{name} has another tokenizer than the model beside it: "
                          "give one with equal token ids")
-    model.c.stop_ids = sorted({*model.c.stop_ids, *template_end(tokenizer)})
+    model.c.stop_ids = sorted({*model.c.stop_ids, *templates.template_end(tokenizer)})
     return model
-
-
-def gguf_tokenizer(path: Path):
-    """The tokenizer of a .gguf file. The embedded model's is kept beside it: taking it out of the
-    file costs seconds."""
-    from transformers import PreTrainedTokenizerFast
-
-    if path != cache_folder() / GGUF_FILE:
-        return gguf.read_tokenizer(path)
-    parsed = path.with_suffix(".parsed")
-    if not parsed.is_dir():
-        with tempfile.TemporaryDirectory(dir=parsed.parent) as folder:
-            gguf.read_tokenizer(path).save_pretrained(Path(folder, "new"))
-            with suppress(OSError):                     # another process was first
-                Path(folder, "new").rename(parsed)
-    return PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True)
 
 
 def pin_date(tokenizer) -> None:
@@ -171,44 +140,14 @@ def stop_ids(source: Path, hf_config, tokenizer) -> list[int]:
     generation = source / "generation_config.json"
     if generation.is_file():
         found.append(json.loads(generation.read_text()).get("eos_token_id"))
-    before, after = around_answer(tokenizer)
-    if before and max(before + after) >= hf_config.vocab_size:
-        token = tokenizer.convert_ids_to_tokens(max(before + after))
+    around = sum(templates.around_answer(tokenizer), [])
+    if around and max(around) >= hf_config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max(around))
         raise templates.Broken(
             f"the chat template has the token {token!r}, for which the model has no embedding (it "
             f"has {hf_config.vocab_size}): the template or the tokenizer is another's")
-    found += template_end(tokenizer)
+    found += templates.template_end(tokenizer)
     ids = set()
     for some in found:
         ids.update(some if isinstance(some, list) else [some])
     return sorted(ids - {None})
-
-
-def template_end(tokenizer) -> list[int]:
-    """The first token of its own, not of text, that the chat template puts behind an answer."""
-    after = around_answer(tokenizer)[1]
-    return [i for i in after if i in tokenizer.added_tokens_decoder][:1]
-
-
-def turn_end(tokenizer, stop_ids: list[int]) -> int:
-    """The stop id that the chat template closes an answer with; the tokenizer's EOS if it has none.
-
-    Raises ValueError where neither is among `stop_ids`.
-    """
-    for token in [*around_answer(tokenizer)[1], tokenizer.eos_token_id]:
-        if token in stop_ids:
-            return token
-    raise ValueError("neither the chat template's end of a turn nor the tokenizer's EOS stops this "
-                     "model: use one whose generation config names it")
-
-
-def around_answer(tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids that the chat template puts before and behind an answer; none where it is missing
-    or refuses."""
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (ValueError, TypeError, TemplateError):
-        return [], []
-    before, _, after = text.partition(ANSWER)
-    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))

@@ -56,7 +56,7 @@ def pick_dtype(dtype: str, device: str, family: str = "") -> torch.dtype:
     gpu = device.startswith("cuda")
     if dtype == "bfloat16" and gpu and not computes_bf16(device):
         raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} has no bf16 "
-                         "arithmetic; leave it out (auto takes float16 there), or give float32")
+                         "arithmetic; give float16, float32 or another --device")
     if dtype != "auto":
         return DTYPES[dtype]
     if computes_bf16(device):

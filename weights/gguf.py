@@ -17,13 +17,16 @@ Unicode normalisation in the tokenizer (Qwen's NFC), which GGUF does not record.
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import cache_folder
 from model import inverse_frequencies
+from weights.sources import GGUF_FILE
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 REQUIRED = {                                            # the file's key: Hugging Face's field
@@ -69,8 +72,23 @@ def read(path: Path):
     return config, read_tensors(weights, config)
 
 
+def tokenizer(path: Path):
+    """The file's tokenizer and chat template. The embedded model's is kept beside it: taking it out
+    of the file costs seconds."""
+    from transformers import PreTrainedTokenizerFast
+
+    if path != cache_folder() / GGUF_FILE:
+        return read_tokenizer(path)
+    parsed = path.with_suffix(".parsed")
+    if not parsed.is_dir():
+        with tempfile.TemporaryDirectory(dir=parsed.parent) as folder:
+            read_tokenizer(path).save_pretrained(Path(folder, "new"))
+            with suppress(OSError):                     # another process was first
+                Path(folder, "new").rename(parsed)
+    return PreTrainedTokenizerFast.from_pretrained(parsed, local_files_only=True)
+
+
 def read_tokenizer(path: Path):
-    """The file's tokenizer and chat template."""
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations import ggml
 
@@ -112,7 +130,7 @@ def read_config(values: dict, weights: dict):
         if own.get(key, head_dim) != head_dim:
             raise ValueError(f"GGUF key {prefix}{key}={own[key]} is not supported "
                              f"(only {head_dim}, a head)")
-    fields |= token_ids(values)
+    fields |= special_ids(values)
     fields["vocab_size"] = int(weights["token_embd.weight"].shape[1])
     fields["tie_word_embeddings"] = "output.weight" not in weights
     factors = weights["rope_freqs.weight"].data if "rope_freqs.weight" in weights else None
@@ -169,7 +187,7 @@ def read_rope(own: dict, head_dim: int, factors: np.ndarray | None) -> dict:
     return llama3
 
 
-def token_ids(values: dict) -> dict:
+def special_ids(values: dict) -> dict:
     """bos, pad and every id that ends a completion: the file's, and the ends of a turn by name."""
     ids = {name: values.get(f"tokenizer.ggml.{name}_token_id")
            for name in ("bos", "padding", "eos", "eot", "eom")}

