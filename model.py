@@ -12,7 +12,7 @@ no subclasses:
 
 **Tokens are packed**: the linear layers see [N, H], every token once and no padding. Attention is
 handed in as a function `attend(layer, q, k, v)`, so the model knows nothing of batches or caches.
-That function is in kernels/attention.py (training, prefill) and in sampling/cache.py (decoding).
+That function is in kernels/attention.py (training) and in sampling/cache.py (prefill, decoding).
 Its `delta` does the same for gated DeltaNets.
 
 Left out: mixture of experts, multimodal towers, tensor parallelism. `python -m weights.parity`

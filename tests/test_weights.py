@@ -224,12 +224,21 @@ def test_a_truncated_safetensors_file_is_one_line(tiny_folder, tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     done = command("--model", folder)
-    assert done.returncode == 2 and "cannot load" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "fetch it again" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_we_refuse_ourselves_is_not_called_a_torn_file(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "relu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="relu") as refused:
+        weights.load(str(folder))
+    assert "fetch it again" not in str(refused.value)
 
 
 def test_a_truncated_gguf_file_is_one_line(embedded_path, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(embedded_path.read_bytes()[:5_000_000])
-    with pytest.raises(ValueError, match="cannot load"):
+    with pytest.raises(ValueError, match="fetch it again"):
         weights.load(str(tmp_path / "cut.gguf"))
 
 

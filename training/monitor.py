@@ -39,7 +39,7 @@ class Monitor:
         self.out, self.first, self.args, self.policy = out, first, args, policy
         self.speaks = ranks()[0] == 0
         self.seconds: dict[str, float] = {}             # by phase, of the step that runs
-        self.history = resumed(out, first) if self.speaks else []       # metrics of all steps
+        self.history = rewound(out, first) if self.speaks else []       # metrics of all steps
         self.said = set(symptoms(self.history))         # warnings, once a run
         self.broken = 0                                 # gradients in a row that were not finite
         self.sound = False                              # has any step been finite?
@@ -181,7 +181,7 @@ def strata(batch) -> dict[str, float]:
     return {name: sum(v) / len(v) for name, v in sorted(values.items())}
 
 
-def resumed(out: Path, step: int) -> list[dict]:
+def rewound(out: Path, step: int) -> list[dict]:
     """Drops the lines of `step` and later, and returns the metrics before it."""
     kept = []
     for name in ("samples.jsonl", "metrics.jsonl"):

@@ -63,8 +63,10 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
     except ImportError as error:
         raise ValueError(f"reading {name!r} needs a package: pip install {error.name}") from error
     except Exception as error:                          # each format's reader has its own kinds
-        raise ValueError(f"cannot load {name!r}: {one_line(error)} (a file may be cut short or of "
-                         "another kind: fetch it again)") from error
+        hint = " (a file may be cut short or of another kind: fetch it again)"
+        if type(error) is ValueError:                   # ours says itself what to do
+            hint = ""
+        raise ValueError(f"cannot load {name!r}: {one_line(error)}{hint}") from error
     model.hf_config = hf_config
     return model.eval(), tokenizer
 

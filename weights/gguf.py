@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.command import one_line
 from common.files import cache_folder
 from model import inverse_frequencies
 from weights.sources import GGUF_FILE
@@ -61,7 +62,10 @@ def read(path: Path):
     """
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except ValueError as error:                         # its own refusal of a torn file
+        raise OSError(one_line(error)) from error
     values = {name: field.contents() for name, field in reader.fields.items()
               if not name.endswith((".merges", ".scores", ".token_type"))}
     if values.get("split.count", 1) > 1:
