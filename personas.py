@@ -125,7 +125,7 @@ def check_disjoint(trained: list[Persona], tested: list[Persona]) -> None:
 
 
 def letters(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text.casefold())
+    return re.sub(r"[\W_]+", "", text.casefold()) or text          # an emoji alone
 
 
 def load_roleplay(split: str) -> list[str]:
@@ -170,7 +170,8 @@ def from_row(where: str, row: dict) -> Persona:
 
 def you_are(description: str) -> str:
     """PersonaGym describes ("A nurse from Oslo"); a prompt addresses ("You are a nurse ...")."""
-    if description.startswith("You are"):
+    description = description.strip()
+    if re.match(r"(?i)(?:you(?:'re| are)|i(?:'m| am)|act as|imagine|pretend)\b", description):
         return description
     if description.startswith(("A ", "An ", "The ")):
         description = description[0].lower() + description[1:]

@@ -232,7 +232,7 @@ TOUR = [
 
 def read_pairs(path: str) -> Iterator[dict]:
     """Lines {"gold", "answer"}, perhaps "question". Raises ValueError naming a bad line."""
-    with sys.stdin if path == "-" else open(path, encoding="utf-8") as lines:
+    with sys.stdin if path == "-" else open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

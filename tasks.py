@@ -184,6 +184,9 @@ def from_rows(path: Path, rows: Iterable[tuple[int, str, dict]], names: dict[str
         problem = from_row(where, row, path.stem, number)
         placed.append((where, problem))
         splits.append(row.get("split"))
+        if not isinstance(splits[-1], str | None):
+            raise ValueError(f"{where}: `split` is {splits[-1]!r}; give train or test, in all lines "
+                             "or in none")
         lines[asked(problem.question)].append((number, splits[-1]))
     if not placed:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")
@@ -264,7 +267,7 @@ def from_row(where: str, row: dict, stem: str, number: int) -> Problem:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: no `question` (or `problem`); give it one, remove the line, or "
                          "name its column (--columns question=COLUMN)")
-    is_number = isinstance(answer, int | float) and math.isfinite(answer)
+    is_number = isinstance(answer, int) or isinstance(answer, float) and math.isfinite(answer)
     is_answer = isinstance(answer, str) or is_number and not isinstance(answer, bool)
     if not is_answer or gold_of(str(answer)).lower() in ("", "nan"):
         raise ValueError(f"{where}: no `answer`; give it the gold as text or a finite number, "

@@ -12,6 +12,7 @@ Usual final forms earn: 3/4, 2 sqrt 3, and 2^10 where the question has no power.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import lru_cache
 
 from verifier.gold import is_rational, plain_tree
@@ -51,14 +52,14 @@ def _sentences(question: str) -> tuple[str, ...]:
 
 def is_copied(goal: tuple, tree: tuple, question: str) -> bool:
     """Whether an answer equal to `goal` leaves to be done what the question asks."""
-    goal, tree = plain_tree(goal), plain_tree(tree)
+    whole, goal, tree = tree, plain_tree(goal), plain_tree(tree)
     if tree[0] == "rel" and "=" in tree[1] and any(is_rational(side) for side in tree[2:]):
         return False                                    # 5! = 120
     value = plain_tree(tree[-1]) if tree[0] == "rel" and tree[1][-1] == "=" else tree
     if not question or _key(goal) in (_key(tree), _key(value)):
         return False
     asked, kinds = _asked(question[-MAX_QUESTION:])
-    for part in (tree, value):
+    for part in (whole, tree, value):
         if _key(part) in asked and (not _is_final(part) or _CONVERTS.search(question)):
             return True
     if _REDUCES.search(question) and _is_quotient(goal) and _is_quotient(value):
@@ -111,11 +112,17 @@ def _key(tree) -> str:
     op, *args = tree
     if op in ("div", "pow") and args[1] == _ONE:        # + 0 and times 1 change nothing
         return _key(args[0])
+    if op == "pow" and args[0] == _ONE:
+        return _key(_ONE)
+    if op == "neg" and args[0][0] in ("add", "sub"):
+        return f"a({','.join(sorted(_terms(args[0], '-')))})"
     if op == "rel" and tree[1] == ("=",):
         return f"=({','.join(sorted(map(_key, args[1:])))})"
     if op in ("add", "sub", "mul"):
         neutral = "num(1)" if op == "mul" else "num(0)"
         terms = sorted(t for t in _terms(tree) if t.lstrip("-") != neutral)
+        if op == "mul":                                 # x x is x^2
+            terms = sorted(t if n == 1 else f"pow({t},num({n}))" for t, n in Counter(terms).items())
         return terms[0] if len(terms) == 1 else f"{op[0].replace('s', 'a')}({','.join(terms)})"
     return f"{op}({','.join(_key(a) if _is_tree(a) else str(a) for a in args)})"
 
@@ -126,8 +133,14 @@ def _terms(tree, sign: str = "") -> list[str]:
     if op in ("add", "sub"):
         flipped = {"": "-", "-": ""}[sign] if op == "sub" else sign
         return [t for part, s in ((tree[1], sign), (tree[2], flipped))
-                for t in (_terms(part, s) if part[0] in ("add", "sub") else [s + _key(part)])]
+                for t in (_terms(part, s) if part[0] in ("add", "sub") else [_signed(part, s)])]
     return [t for part in tree[1:] for t in (_terms(part) if part[0] == "mul" else [_key(part)])]
+
+
+def _signed(part, sign: str) -> str:
+    while part[0] == "neg":
+        part, sign = part[1], {"": "-", "-": ""}[sign]
+    return sign + _key(part)
 
 
 def _is_tree(value) -> bool:
@@ -155,16 +168,21 @@ def _kinds(tree) -> set[str]:
 def left_to_do(tree) -> bool:
     """Whether an answer is plain arithmetic on numbers: 12 - 9, 6 * 8, 48 / 8.
 
-    Forms of a number count: 5 + 1/2, fractions that are no whole number, 3/3, 1 million, powers,
-    roots. So does "8 + 3 = 11": the number stands beside the exercise.
+    Forms of a number count: 5 + 1/2, fractions that are no whole number, 3/3, powers, roots. So
+    does "8 + 3 = 11": the number stands beside the exercise. Within |3 + 4| it is left too.
     """
     tree = plain_tree(tree)
     if tree[0] == "rel":
         done = [side for side in tree[2:] if not left_to_do(side)]
         return len(done) < len(tree[2:]) and not any(map(is_rational, done))
     if tree[0] not in ("add", "sub", "mul", "div"):
-        return False
-    if not all(is_rational(side) or left_to_do(side) for side in tree[1:]):
+        return any(_is_tree(side) and left_to_do(side) for side in tree[1:])
+    if any(left_to_do(side) for side in tree[1:]):
+        return True
+    if any(side[0] == "pow" and plain_tree(side[2]) == _ONE and side[1] != ("num", 10)
+           for side in tree[1:]):
+        return True                                     # 3 * 4^1, 12 * 4^-1
+    if not all(is_rational(side) or _is_dressed(side) for side in tree[1:]):
         return False
     left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])
     kinds = left[0], right[0]
@@ -172,6 +190,10 @@ def left_to_do(tree) -> bool:
         whole = right[1] not in (0, 1) and (left[1] / right[1]).denominator == 1
         return whole and left[1] not in (0, right[1])   # 3/3 is nobody's exercise
     if tree[0] == "add" and kinds == ("num", "div"):
-        return left_to_do(right)
-    in_words = kinds == ("num", "num") and right[1] in (10**3, 10**6, 10**9, 10**12)  # 1 million
-    return not (tree[0] == "mul" and in_words)
+        return left_to_do(right) or right[2] == _ONE
+    return True
+
+
+def _is_dressed(tree) -> bool:
+    """|3|, or 3 in base 10."""
+    return tree[0] == "base" or tree[:2] == ("fn", "abs") and is_rational(tree[2])

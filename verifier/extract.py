@@ -50,8 +50,11 @@ _RETRACTION = re.compile(
 _REJECTED = re.compile(                                 # 42 is wrong
     r"\W{0,3}(?:[a-z]+ )?(?:is|are|was)(?:n't| not| wrong| incorrect| too)\b", re.I)
 _NEGATION = re.compile(r"\s*(?:not\b|n't)")
-_NEGATED = re.compile(r"(?:不是?|并非|\bnot|n't|\bnever|\brather than|\binstead of)"
-                      r"\s*(?:just|be|equal|equal to)?\W{0,4}$", re.I)
+_DOUBTED = re.compile(r"(?:n't|\bnot)\ (?:think|believe|say|sure)\b[^.!?,;:\n]{0,40}$"
+                      r"|\b(?:false|unlikely|I doubt)\b[^.!?,;:\n]{0,40}$", re.I)
+_NEGATED = re.compile(r"(?:不是?|并非|\b(?:can)?not|n't|\bnever|\brather than|\binstead of)"
+                      rf"\s*(?:just|be|equal|equal to)?\W{{0,4}}$|[≠≥≤]\s?$"
+                      rf"|{_DOUBTED.pattern}", re.I)
 _NUMBER = re.compile(r"""
     (?<![\w.^])
     (?:(?<![\w)\]]\ )[-−]\ ?)? [$€£¥]? (?:(?<![\w)\]\d])[-−])?  # sign, currency; in 10-7 no sign
@@ -70,7 +73,7 @@ _TWO_WORDS = re.compile("[A-Za-z]{2,}[!,.]? [A-Za-z]{2,}")
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$|\*)|(?<=\S)[!?]")
 _MATH_CHARACTERS = (r"(?:[\d.+\-−–*/^()\[\]{}=×÷·√π%$€£¥°±<>≤≥∞∪²³!|,]|\\[a-zA-Z]+"
                     r"|\b(?:sqrt|pi|sin|cos|tan|ln|log)\b"
-                    r"|\b[a-zA-Z](?![a-zA-Z'’])|(?<!,)[ ])*")
+                    r"|(?:\b|(?<=\d))[a-zA-Z](?![a-zA-Z'’])|(?<!,)[ ])*")
 
 
 def extract(text: str, in_words: bool = False) -> tuple[str, str]:
@@ -254,7 +257,8 @@ def _concluding_statement(text: str) -> str:
 
     The latter only when no number comes after it.
     """
-    statements = [m for m in _STATEMENT.finditer(text) if not _NEGATION.match(text, m.end())]
+    statements = [m for m in _STATEMENT.finditer(text) if not (
+        _NEGATION.match(text, m.end()) or _DOUBTED.search(text[max(0, m.end() - 60) : m.end()]))]
     if statements:
         return _stated_value(text[statements[-1].end() :])
     for match in list(_SOLUTIONS.finditer(text))[-1:]:
@@ -283,13 +287,20 @@ def _stated_value(rest: str) -> str:
     if whole_number(clause):
         return whole_number(clause)
     numbers = list(_NUMBER.finditer(clause))
+    if len(numbers) == 1 and is_operand(clause, *numbers[0].span()):
+        return clause
     if len(numbers) == 1 and not _is_denied(clause, numbers[0]):
         return _with_unit(clause, numbers[0])
     return not numbers and number_in_words(clause) or clause
 
 
+_NO_NUMBER = re.compile(r"[-+*/^=√π²³!\\(\[<>≤≥±]|sqrt|log|ln|sin|cos|tan|pi")
+_BOLD = re.compile(r"(?<![\w*)}\]])\*{1,3}(?=\S)([^*\n]{1,300})(?<=\S)\*{1,3}(?![\w*({\[])")
+
+
 def last_expression(text: str) -> tuple[str, str]:
     """The last number, with the formula or the `a or b` that it ends; the text if it has none."""
+    text = _BOLD.sub(r"\1", text)
     formulas = list(_FORMULA.finditer(text))
     numbers: list[re.Match] = []                        # the last two
     for match in reversed(list(_NUMBER.finditer(text))):
@@ -320,7 +331,7 @@ def last_expression(text: str) -> tuple[str, str]:
 
 def _is_denied(text: str, number: re.Match) -> bool:
     """not 42, 42 is wrong"""
-    negated = _NEGATED.search(text[max(0, number.start() - 30) : number.start()])
+    negated = _NEGATED.search(text[max(0, number.start() - 60) : number.start()])
     return bool(negated or _REJECTED.match(text, number.end()))
 
 
@@ -336,8 +347,8 @@ def _around(text: str, number: re.Match) -> str:
     if listed and not bracket:
         return listed[0] + number[0]
     for candidate in (before + number[0] + after, bracket, number[0] + after):
-        candidate = candidate.strip().rstrip(".,!?:; ").lstrip(",.:; ")
-        if re.search(r"[-+*/^=√π\\(\[<>≤≥±]", candidate) and is_math(candidate):
+        candidate = candidate.strip("* ").rstrip(".,!?:;* ").lstrip(",.:;=* ")
+        if _NO_NUMBER.search(candidate) and is_math(candidate):
             return candidate
     return _with_unit(text, number)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from verifier.extract import BOX, MAX_ANSWER, extract, stated
 from verifier.parse import parse
-from verifier.text import CIRCLED, NotMath, TooBig, normalise, plain_text
+from verifier.text import CIRCLED, UNITS, NotMath, TooBig, normalise, plain_text
 from verifier.words import in_digits, whole_number
 
 KINDS = ("number", "expression", "text", "unreadable")
@@ -84,7 +84,7 @@ def _read(text: str) -> Gold:
         return Gold(text)
     for digits in (in_digits(text), in_words):
         tree = tree_of(digits) if digits else None
-        if tree is not None and tree[0] != "text":
+        if tree is not None and tree[0] != "text" and not is_name(tree, text):
             return Gold(digits, tree)
     inner = _sentence_value(text)
     if inner and inner != text:
@@ -114,6 +114,13 @@ def is_word(text: str) -> bool:
         return False
     return not any(set(text) <= set(letters) for letters in _VARIABLES) and bool(
         re.search("[aeiouyAEIOUY]", text))
+
+
+def is_name(tree, text: str) -> bool:
+    """Tim Cook, x axis: words that would parse as letters with a unit; 0xFF; a date."""
+    if re.fullmatch(r"0[xX][0-9A-Fa-f]+|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{4}", text.strip(" .$")):
+        return True
+    return tree[0] == "unit" and not re.search(r"[\d\\]", text) and tree[2].split()[-1] not in UNITS
 
 
 def are_words(text: str) -> bool:

@@ -278,9 +278,11 @@ class _Parser(Tokens):
 
     def word(self):
         _, word, _ = self.tokens[self.i]
-        if word.lower() in MULTIPLIERS:
+        if size := MULTIPLIERS.get(word.lower()):
             self.i += 1
-            return ("num", Fraction(MULTIPLIERS[word.lower()]))
+            if size < 1000:
+                return ("num", Fraction(size))          # else a notation, as 5 * 10^3
+            return ("pow", ("num", Fraction(10)), ("num", Fraction(len(str(size)) - 1)))
         letters = [("word", letter, False) for letter in letters_of(word)]  # ba^2 is b a^2
         self.tokens[self.i : self.i + 1] = letters
         return self.subscript(self.value())

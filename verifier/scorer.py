@@ -30,9 +30,10 @@ def scored(scorer: str, text: str) -> Verdict:
     gold = str(entry.get("answer") or "")
     if NUMBER.fullmatch(gold):
         found, rule = extract(text)
-        found = (NUMBER.findall(found.replace(",", "")) or [found.strip()])[-1]
+        found = number_of(found)
     else:
         found, rule = extract(text, in_words=True)
+        found = found.strip("*_` ")
         if rule == "statement" and "\n" in gold:        # of which it would be one line
             found, rule = text.strip(), "whole text"
     try:
@@ -41,6 +42,17 @@ def scored(scorer: str, text: str) -> Verdict:
         return Verdict("wrong", f"{rule}: its scorer failed: {error}"[:100], found, 0.0)
     score = min(max(score, 0.0), 1.0) if score == score else 0.0
     return Verdict("correct" if score >= 1 else "wrong", f"{rule}: reasoning-gym", found, score)
+
+
+def number_of(found: str) -> str:
+    """The only number of an answer (behind its last =), as scorers that compare texts want it; "" of
+    several, or of one under a root, in a power or a fraction."""
+    found = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", found).rpartition("=")[2]
+    numbers = NUMBER.findall(found)
+    if len(numbers) != 1 or re.search(r"[/^%√]|\\\w*(?:frac|sqrt)", found):
+        return "" if numbers else found.strip()
+    whole, _, places = numbers[0].partition(".")
+    return numbers[0] if places.strip("0") else whole
 
 
 def guard(event: str, arguments: tuple) -> None:

@@ -122,7 +122,8 @@ _UNIT_NAMES = """cm centimeter centimetre|mm millimeter millimetre|m meter metre
 km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile|mph|kph kmh|g gram gramme|
 kg kilogram|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour|day|week|month|
 year yr|L l liter litre|ml mL milliliter millilitre|dollar usd buck USD|cent|euro eur|gbp|yen|
-rupee|degree|rad radian|unit|ton|gallon gal|quart|pint|cup|sq|cu"""
+rupee|degree|rad radian|unit|ton|gallon gal|quart|pint|cup|sq|cu|Hz hertz|kHz|MHz|GHz|kJ|kW|Pa|kPa|
+MB|GB|TB"""
 UNITS = {w: g.split()[0] for g in _UNIT_NAMES.replace("\n", "").split("|") for w in g.split()}
 UNITS.update({w + "s": u for w, u in UNITS.items() if len(w) > 1})
 MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,

@@ -44,7 +44,8 @@ class Verdict(NamedTuple):
 
 
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"
-                     r"(?:\)|[.:](?=\s|$)|,?(?=\s+(?:because|since|as)\b)|$)", re.I)
+                     r"(?:\)|[.:](?=\s|$)|,?(?=\s+(?:because|since|as|is (?:correct|right))\b)|$)",
+                     re.I)
 _CHOSEN_LAST = re.compile(
     r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
 _LETTER_FIRST = re.compile(r"\(?([A-J])[).:]\)?\s*(?=\S)")
@@ -130,6 +131,7 @@ def _compare(goal: Gold, found: str, question: str, deep: bool) -> tuple[bool, s
 _THOUSANDS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _SHORT = re.compile(r"([-−]?\\?[$€£¥]?[-−]?)(\d[\d,]*(?:\.\d+)?)([kKMB])")
 _SQUARE_METRES = re.compile(r"(?<=\d)m(?=(?:[²³]|\^\{?[23]\}?)\.?$)")  # 12m² beside a number
+_SI = re.compile(r"(?<=\d)\s[NJWVA](?=\.?$)")         # 5 N, beside a number, is no product
 _OPTION = re.compile(r"\(?[A-J](?:\)|[.:](?=\s))(?:\\[ ,;:]|[\s:~])*(?=\S)")
 
 
@@ -140,7 +142,7 @@ def _tree_of_answer(found: str, goal: Gold) -> tuple | None:
     if short and not symbols(goal.tree):
         found = short[1] + written(Fraction(short[2].replace(",", "")) * _THOUSANDS[short[3]])
     if not symbols(goal.tree):
-        found = _SQUARE_METRES.sub(" m", found)
+        found = _SI.sub("", _SQUARE_METRES.sub(" m", found))
     plain = bare(found)
     in_words = "" if "\\" in found else whole_number(plain)  # \\text{zero} stays a text
     for text in (in_words, found.rstrip("."), stated(plain)):
@@ -159,7 +161,8 @@ def _same_choice(goal: Gold, found: str, question: str, deep: bool) -> bool:
     match = _CHOSEN.match(said) or not DENIAL.search(said) and _CHOSEN_LAST.search(said)
     if goal.value is None:
         rest = said[match.end() :] if match else ""
-        more = re.match(r"\s*(?:,|or\b|and\b|&|/)", rest)
+        more = re.match(r"[\s.]*(?:,|or\b|and\b|&|/|\(?[A-J](?:[).]|$)|is (?:wrong|not)|no\b)",
+                        rest, re.I)
         return bool(match) and match[1].upper() == goal.letter and not more
     first = _LETTER_FIRST.match(said)
     if first and first[1] == goal.letter:

@@ -128,8 +128,9 @@ def number_in_words(text: str) -> str:
 
 
 _OPERATOR_BEFORE = re.compile(
-    rf"\b(?:(?:squares?|cubes?|roots?|negative|minus|opposite|inverse|reciprocal|percent|double"
-    rf"|{'|'.join([*_PARTS, *_PLURAL_PARTS])}) of(?: the)?|(?:{'|'.join(_ONES)}) (?:times|plus"
+    r"\b(?:(?:squares?|cubes?|roots?|negative|minus|opposite|inverse|reciprocal|percent|double"
+    rf"|multiple|factorial|{'|'.join([*_PARTS, *_PLURAL_PARTS])}) of(?: the)?"
+    rf"|(?:{'|'.join(_ONES)}) (?:times|plus"
     r"|minus|over|divided by|multiplied by)|(?:less|more|fewer|greater) than)\s+\W{0,2}$", re.I)
 _OPERATOR_BEHIND = re.compile(r" (?:more|less|fewer) than [a-z]\b")
 
