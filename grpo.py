@@ -115,6 +115,9 @@ class Loss:
              "kl_coef and entropy_coef must be at least 0"),
             (self.kl_coef > 0 and self.kl_in == "reward" and self.kl != "k1",
              f"--kl {self.kl} in the reward does not give the gradient of the KL: only k1 does"),
+            (self.kl_coef > 0 and self.kl_in == "reward" and self.advantage == "std",
+             "where all answers are right, --advantage std blows the KL in the reward up to full "
+             "size, whatever --kl-coef: give --advantage mean, or --kl-in loss"),
         )
         for refused, reason in refusals:
             if refused:
@@ -167,14 +170,16 @@ def informative(rewards: Tensor) -> Tensor:
 def truncation(rewards: Tensor, truncated: Tensor, policy: str = "zero") -> tuple[Tensor, Tensor]:
     """Rewards and a mask `kept` (bool), both [B, G], for completions cut off at the length limit.
 
-    zero: reward 0, whatever the unfinished text says. keep: nothing changes. mask: their tokens
-    leave the loss and the normaliser; the reward stays in the baseline (DAPO's filtering).
+    zero: at most 0, whatever the unfinished text says; a penalty stays, or it would pay to ramble.
+    keep: nothing changes. mask: their tokens leave the loss and the normaliser; the reward stays in
+    the baseline (DAPO's filtering).
     """
     if policy not in ("zero", "mask", "keep"):
         raise ValueError(f"unknown truncation policy {policy!r}")
     if policy == "zero":
-        rewards = rewards.masked_fill(truncated, 0)
-    return rewards, ~truncated if policy == "mask" else torch.ones_like(truncated)
+        rewards = torch.where(truncated, rewards.clamp(max=0), rewards)
+    kept = ~truncated if policy == "mask" else torch.ones_like(truncated)
+    return rewards, kept
 
 
 def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:

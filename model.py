@@ -34,6 +34,7 @@ from kernels import linear_logprob
 from kernels.attention import PrefixAttention
 from kernels.delta import DeltaSizes, GatedDeltaNet
 from kernels.elementwise import add_rms_norm, gated, rms_norm, rotate
+from kernels.moves import embed
 
 # -----------------------------------------------------------------------------------------------
 # Config: what distinguishes one family from another
@@ -252,7 +253,7 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight.device
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend) -> Tensor:
-        x = self.embed_tokens(input_ids)
+        x = embed(self.embed_tokens.weight, input_ids)
         if self.c.embed_scale != 1.0:                   # rounded to the dtype, as Gemma was trained
             x = x * torch.tensor(self.c.embed_scale, dtype=x.dtype)
         tables = self.rotary_tables(position_ids)
@@ -391,9 +392,8 @@ def completion_hidden(model: Transformer, packed: Packed) -> Tensor:
     return model(packed.input_ids, packed.position_ids, packed.attend)[packed.hidden_index]
 
 
-def completion_logprobs(
-    model: Transformer, packed: Packed, temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def completion_logprobs(model: Transformer, packed: Packed, temperature: float = 1.0,
+                        ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token and entropy of its distribution, [M] fp32, at the
     sampler's temperature."""
     hidden = completion_hidden(model, packed)

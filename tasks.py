@@ -185,8 +185,8 @@ def from_rows(path: Path, rows: Iterable[tuple[int, str, dict]], names: dict[str
         placed.append((where, problem))
         splits.append(row.get("split"))
         if not isinstance(splits[-1], str | None):
-            raise ValueError(f"{where}: `split` is {splits[-1]!r}; give train or test, in all lines "
-                             "or in none")
+            raise ValueError(f"{where}: `split` is {splits[-1]!r}; give train or test, in all "
+                             "lines or in none")
         lines[asked(problem.question)].append((number, splits[-1]))
     if not placed:
         raise ValueError(f"{path} holds no problem; give lines with question and answer")

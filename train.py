@@ -114,7 +114,8 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
 
     truncated = torch.tensor([c.truncated for c in completions]).view(-1, G)
     given_up = torch.tensor([c.error is not None for c in completions]).view(-1, G)
-    rewards = torch.tensor(values).view(-1, G).masked_fill(given_up, 0)
+    rewards = torch.tensor(values).view(-1, G)
+    rewards = torch.where(given_up, rewards.clamp(max=0), rewards)
     rewards, kept = grpo.truncation(rewards, truncated, args.truncated)
     groups = [(prompt, [c.tokens for c in completions[i * n:(i + 1) * n]])
               for i, prompt in enumerate(prompts)]
@@ -144,7 +145,7 @@ def rollouts(job: Job, first: int) -> Iterator[tuple[Rollout, int]]:
     if args.overlap:
         yield from overlapped(roll_out, job, first)
         return
-    author = job.author and job.sampler(job.author)
+    author = job.author and job.sampler(job.author, job.longest_prompt)
     for step in range(first, args.steps):
         batch = job.stop.agreed(roll_out, author, job, step * rounds)
         for turn in range(step * rounds + 1, (step + 1) * rounds):

@@ -208,7 +208,7 @@ def verdicts(args) -> list:
         show_verdicts,
         "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text "
         "says:",
-        code(grpo.truncation, 'if policy == "zero"', "masked_fill(truncated"),
+        code(grpo.truncation, 'if policy == "zero"', "clamp(max=0)"),
         show_truncation,
         "## 6. The advantages",
         r"$$A_i = r_i - \frac{1}{G} \sum_{j=1}^{G} r_j$$",

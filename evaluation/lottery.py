@@ -215,7 +215,7 @@ def leave_one_out(tables, names):
 
 
 def drawn(values, change, seed=0):
-    """(mean, its draws [B]) of seeds' values [S] whose mean changes by change [N] with each item.
+    """(mean, its draws) of seeds' values [S] whose mean changes by change [N] with each item.
 
     Normal weights on the items: the draws' variance is sum change^2, plus the seeds' spread.
     The weights are the same for every arm with as many items: differences are paired.
@@ -271,9 +271,12 @@ def at_equal_accuracy(first, second):
 
     Both are interpolated, as lines, at every accuracy of either that lies in the overlap ->
     {"accuracy": [M], "first": [M], "second": [M], "difference": mean of second - first over the
-    overlap}; None where they do not overlap. Checkpoints are put in the order of their accuracy.
+    overlap}; None where they do not overlap. Checkpoints are put in the order of their accuracy;
+    those of one accuracy are one point, with their mean.
     """
-    first, second = (np.array(sorted(map(tuple, curve)), dtype=float) for curve in (first, second))
+    first, second = (np.array([(x, np.mean([y for at, y in curve if at == x]))
+                               for x in sorted({at for at, _ in curve})])
+                     for curve in (first, second))
     low, high = max(first[0, 0], second[0, 0]), min(first[-1, 0], second[-1, 0])
     if low > high:
         return None

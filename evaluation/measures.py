@@ -208,7 +208,7 @@ def crossed(table, seed=0):
     return (rows @ table * columns).sum(axis=1) / table.size
 
 
-def seed_spread(n, n_draws=2000, seed=0):
+def seed_spread(n, n_draws=20_000, seed=0):
     """W [n, n_draws], columns summing to 0: values [n] @ W are draws of the error of the mean of n
     training seeds.
 
@@ -224,10 +224,13 @@ def seed_spread(n, n_draws=2000, seed=0):
 
 
 def over_seeds(values, draws, seed=0):
-    """(mean, its draws [2, B]) of one score over S training seeds: values [S], draws [S, 2, B]."""
-    values = np.asarray(values, dtype=float)
-    spread = values @ seed_spread(len(values), np.shape(draws)[-1], seed)
-    return values.mean(), np.mean(draws, axis=0) + spread
+    """(mean, its draws [2, 10 B]) of one score over S training seeds: values [S], draws [S, 2, B].
+
+    Each draw of the items meets ten of the seeds: t's tails are long, and with 2,000 draws of a
+    fixed generator an interval of 3 seeds was up to 15 % too short, of 4 up to 21 % too long.
+    """
+    values, draws = np.asarray(values, dtype=float), np.tile(np.mean(draws, axis=0), 10)
+    return values.mean(), draws + values @ seed_spread(len(values), draws.shape[-1], seed)
 
 
 def wilson(hits, n, z=1.96):

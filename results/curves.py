@@ -7,8 +7,8 @@ difference is the mean over the accuracies that both have (`lottery.at_equal_acc
 The start model is the first point of every curve in the picture. It is left out of differences: it
 is the same for all arms, and would pull each difference towards 0.
 
-Left out: an interval over items. The interval here is of training seeds alone (Student's t), each
-seed of one arm against the same seed of the other.
+Left out: an interval over items. The interval here is of training seeds alone: Student's t of the
+jackknife's pseudo-values, each seed of one arm with the same seed of the other.
 """
 
 from itertools import combinations
@@ -21,41 +21,43 @@ MEASURES = {"persona_sd": "persona_sd, points", "persona_identification": "perso
             "self_identification": "self identification"}
 
 
-def points(comparisons: dict, arm: str, measure: str, seed=None) -> list[tuple[float, float]]:
-    """(mean accuracy, measure) of an arm at each checkpoint; seed: of that training seed alone.
+def points(comparisons: dict, arm: str, measure: str, seeds=None) -> list[tuple[float, float]]:
+    """(mean accuracy, measure) of an arm at each checkpoint, over its training seeds or some of them.
 
     comparisons: {step: comparison.json}. KeyError where the measure was not taken.
     """
-    found = [c["arms"][arm] if seed is None else by_seed(c, arm)[seed]
-             for c in comparisons.values()]
-    return [(scores["mean_accuracy"], scores[measure]) for scores in found]
+    return [(np.mean([run["mean_accuracy"] for run in runs]), averaged(measure, [run[measure] for run in runs]))
+            for c in comparisons.values()
+            for runs in [[run for run in c["runs"][arm] if seeds is None or run["training_seed"] in seeds]]]
 
 
-def by_seed(comparison: dict, arm: str) -> dict:
-    """{training seed: its scores} of an arm."""
-    return {run["training_seed"]: run for run in comparison["runs"][arm]}
+def averaged(measure: str, values: list[float]) -> float:
+    """The mean over seeds; of a spread the root of the mean of signed squares, as everywhere."""
+    x = np.array(values)
+    return float(lottery.signed_root(np.mean(x * np.abs(x))) if measure == "persona_sd" else x.mean())
 
 
 def difference(comparisons: dict, first: str, second: str, measure: str) -> dict | None:
     """Second arm minus first at equal accuracy; None where they have no accuracy in common.
 
-    What `lottery.at_equal_accuracy` gives for the arms' means, and `seeds` {training seed:
-    difference}, whose spread gives `low` and `high` (95 %) from two seeds on.
+    What `lottery.at_equal_accuracy` gives for the arms' means over their common `seeds`. From two
+    on, `low` and `high` (95 %) are of the jackknife: without each seed the difference is computed
+    anew. They are missing where the arms then have no accuracy in common.
     """
-    def apart(seed=None):
-        curves = (points(comparisons, arm, measure, seed) for arm in (first, second))
-        return lottery.at_equal_accuracy(*curves)
+    both = [{run["training_seed"] for run in c["runs"][arm]} for c in comparisons.values() for arm in (first, second)]
+    seeds = sorted(set.intersection(*both), key=str)
 
-    found = apart()
-    if found is None:
+    def apart(among: list) -> dict | None:
+        return lottery.at_equal_accuracy(*(points(comparisons, arm, measure, among) for arm in (first, second)))
+
+    if not seeds or (found := apart(seeds)) is None:
         return None
-    common = [set(by_seed(c, arm)) for c in comparisons.values() for arm in (first, second)]
-    seeds = {seed: apart(seed) for seed in sorted(set.intersection(*common))}
-    found["seeds"] = {str(seed): got["difference"] for seed, got in seeds.items() if got}
-    values = np.array(list(found["seeds"].values()))
-    if len(values) > 1:
-        draws = found["difference"] + values @ measures.seed_spread(len(values))
-        found["low"], found["high"] = measures.interval(draws)
+    found["seeds"] = seeds
+    without = [apart([one for one in seeds if one != seed]) for seed in seeds] if len(seeds) > 1 else [None]
+    if all(without):
+        s, whole = len(seeds), found["difference"]
+        values = np.array([s * whole - (s - 1) * one["difference"] for one in without])
+        found["low"], found["high"] = measures.interval(whole + values @ measures.seed_spread(s))
     return found
 
 
@@ -74,7 +76,7 @@ def differences(comparisons: dict) -> dict:
 
 def rows(found: dict) -> list[list[str]]:
     """A table of `differences`: head, then a row for each measure and pair."""
-    out = [["at equal accuracy", "difference", "accuracies", "mean difference [over seeds]"]]
+    out = [["at equal accuracy", "difference", "accuracies", "seeds", "mean difference [over seeds]"]]
     for measure, pairs in found.items():
         for pair, got in pairs.items():
             out.append([MEASURES[measure], pair, *cells(measure, got)])
@@ -83,12 +85,12 @@ def rows(found: dict) -> list[list[str]]:
 
 def cells(measure: str, got: dict | None) -> list[str]:
     if got is None:
-        return ["none in common", "–"]
+        return ["none in common", "–", "–"]
     value = report.number(measure, got["difference"], "+")
     if "low" in got:
         low, high = (report.number(measure, got[end], "+") for end in ("low", "high"))
         value += f" [{low}, {high}]"
-    return [f"{got['accuracy'][0]:.3f} to {got['accuracy'][-1]:.3f}", value]
+    return [f"{got['accuracy'][0]:.3f} to {got['accuracy'][-1]:.3f}", str(len(got["seeds"])), value]
 
 
 def plot(comparisons: dict):

@@ -95,6 +95,15 @@ def test_a_file_without_the_bos_that_texts_begin_with_is_warned_of(template, cap
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end, warned", [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)])
+def test_a_template_that_always_thinks_first_is_warned_of(base, tmp_path, capsys, end, warned):
+    path = tmp_path / "t.jinja"
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}END{% endif %}"
+    path.write_text(text.replace("END", end))
+    weights.load(str(base), "float32", "cpu", str(path))
+    assert ("thinks before it answers" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize("text, says", [
     (None, "no file"), ("Question: answer", "no chat template"),
     ('{# stop: ["a", 3] #}{{ messages }}', "no JSON list"), ("{# stop: [a] #}{{ messages }}", "no JSON list"),

@@ -145,6 +145,11 @@ def test_p7_zero_takes_the_reward_of_what_was_cut_keep_leaves_it_and_both_train_
     assert rewards.tolist() == [expected] and kept.all()
 
 
+def test_p7_what_is_cut_off_earns_nothing_and_keeps_its_penalty():
+    rewards, kept = grpo.truncation(torch.tensor([[-1.0, 0.5, 1.0]]), torch.tensor([[True, True, False]]), "zero")
+    assert rewards.tolist() == [[-1, 0, 1]] and kept.all()
+
+
 def test_p7_mask_takes_truncated_completions_out_of_loss_and_normaliser():
     rewards, kept = grpo.truncation(REWARDS, CUT, "mask")
     assert rewards.tolist() == REWARDS.tolist()
@@ -571,6 +576,7 @@ def test_the_recipes_hold_the_papers_numbers():
     ({"kl_coef": math.nan}, "kl_coef"),
     ({"entropy_coef": -1.0}, "entropy_coef"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl": "k2"}, "only k1"),
+    ({"kl_coef": 0.1, "kl_in": "reward", "kl": "k1", "advantage": "std"}, "give --advantage mean"),
     *(({field: "unheard of"}, f"unknown {field} 'unheard of'") for field in KINDS),
 ])
 def test_settings_that_contradict_each_other_are_refused_with_the_reason(settings, reason):

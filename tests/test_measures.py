@@ -168,6 +168,8 @@ def test_two_curves_are_compared_where_both_have_been_by_hand():
     touching = lottery.at_equal_accuracy(first, [(0.6, 5.0), (0.9, 0.0)])
     assert touching["accuracy"] == [0.6] and touching["difference"] == 3
     assert lottery.at_equal_accuracy(first, [(0.7, 5.0), (0.9, 0.0)]) is None
+    tied = lottery.at_equal_accuracy([(0.5, 2.0), (0.5, 8.0), (0.6, 4.0)], [(0.5, 5.0), (0.6, 5.0)])
+    assert tied["first"] == [5, 4] and tied["difference"] == pytest.approx(0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ import tasks
 import weights
 from kernels import attention, native
 from kernels.decode_attention import torch_decode_attention
+from kernels.moves import embed
 from model import Transformer, chunks, completion_logprobs, pack
 from rollout import Sampler, SamplingParams, generate
 from sampling import cache
@@ -408,6 +410,18 @@ def test_gradients_of_a_shared_prefix_are_summed_in_fp32(tiny, dtype):
     attention.Gather.apply(x, attend.sequences[0], attend.copies).sum().backward()
     copies = torch.tensor([3001.0] * 3 + [2.0] * 2 + [1.0] * 3004).to(dtype)
     assert torch.equal(x.grad, copies[:, None, None].expand_as(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_p10_an_embeddings_gradient_is_exact_however_often_its_token_comes(dtype):
+    """In bf16 torch's sum of 3,000 ones stays at 256."""
+    weight = torch.zeros(9, 4, dtype=dtype, requires_grad=True)
+    ids = torch.tensor([5] * 3000 + [2, 7, 2])
+    out = embed(weight, ids)
+    assert torch.equal(out, F.embedding(ids, weight))
+    out.sum().backward()
+    counts = torch.zeros(9).index_add_(0, ids, torch.ones(len(ids))).to(dtype)
+    assert torch.equal(weight.grad, counts[:, None].expand_as(weight))
 
 
 def test_torchs_varlen_attn_is_taken_with_what_its_version_knows_and_refused_without_a_window(monkeypatch):

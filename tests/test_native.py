@@ -182,14 +182,14 @@ def test_triton_kernels_compile_ahead_of_time_without_spills():
 @compiled
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_the_draw_is_that_of_torch(temperature, dtype):
-    logits, rows = normal(400, 5003, scale=3).to(dtype), 400
+    logits, rows = normal(400, 50_003, scale=3).to(dtype), 400
     uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tokens, logprobs = sample(logits, uniforms, temperature)
     wanted, wanted_logprobs = sample_rows(logits.float(), uniforms, temperature, 0, 1.0, 0.0)
     exact = (logits.double() / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     assert (logprobs - exact).abs().max() < 2e-6 * max(1.0, exact.abs().max())
     same = tokens == wanted
-    assert same.float().mean() >= 0.99                  # sums in another order may turn a near tie
+    assert same.all()
     assert torch.allclose(logprobs[same], wanted_logprobs[same], atol=1e-5)
     greedy, logprobs = sample(logits, uniforms, 0.0)
     exact = logits.double().log_softmax(-1).gather(1, greedy[:, None])[:, 0]

@@ -166,7 +166,7 @@ def test_gradients_flow_through_the_state_of_a_shared_prompt(double):
     model, seen = copy.deepcopy(double), []
     for i in {*range(4)} - {*model.c.delta_layers}:
         model.layers[i].self_attn["o_proj"].weight.data.zero_()
-    model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(out))
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     logprobs = completion_logprobs(model, pack([(random_ids(130), [[5, 6, 7], [8, 9, 10]])], model))[0]
     for i in (2, 5):                                    # a token of each completion
         assert torch.autograd.grad(logprobs[i], seen[0], retain_graph=True)[0][0].norm() > 0

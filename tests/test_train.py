@@ -28,6 +28,7 @@ from rollout import Sampler
 from sampling.cache import row_bytes
 from tests.conftest import make_reference, masters
 from training import memory, monitor
+from training import run as run_module
 from training.checkpoints import Checkpoints
 from training.memory import activation_bytes, estimate
 from training.minibatches import micro_tokens_for
@@ -912,6 +913,20 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tiny_folder, tmp_path, capsys
     assert train.main(["--resume", str(out), "--steps", "2"]) == 2
     assert "run has 3 steps already: give --steps 3 or more" in capsys.readouterr().err
     assert (out / "config.json").read_bytes() == before and train.main(["--resume", str(out)]) == 0
+
+
+def test_a_runs_slots_are_those_of_its_longest_row_whichever_step_has_it(tiny_folder, tmp_path, monkeypatch):
+    """Fixed by the first call's rows, they would take all memory once a longer prompt comes."""
+    (tmp_path / "p.jsonl").write_text('{"question": "w5", "answer": "1"}\n{"question": "%s", "answer": "1"}\n'
+                                      % ("w7 " * 90))
+    flags = ("--task", str(tmp_path / "p.jsonl"), "--eval-problems", "0", "--max-new-tokens", "8", "--persona-prob")
+    for probability, room in (("1", 10), ("0", 0)):     # the longest persona, or none
+        job = train.read(arguments(tiny_folder, *flags, probability))
+        asked = []
+        monkeypatch.setattr(run_module, "slots_for", lambda model, tokens, asked=asked: asked.append(tokens) or 4)
+        sampler = job.sampler(job.model, job.longest_prompt)
+        assert sampler.slots == 4 and 98 + room < asked[0] < 98 + room + 200
+        job.rewarder.close()
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_what_it_left(tiny_folder, tmp_path, capsys):

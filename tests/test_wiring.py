@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import random
 import statistics
 from collections import defaultdict
 from functools import cache
@@ -167,7 +168,29 @@ def many_stops(monkeypatch):
     monkeypatch.setattr(weights, "load", loaded)
 
 
-@pytest.mark.parametrize("flags", CASES)
+def crossed(number: int) -> str:
+    """Flags of the cases above, thrown together as far as the settings let them."""
+    rng = random.Random(number)
+    while True:
+        loss = rng.choice(list(grpo.RECIPES))
+        flags = f"--loss {loss} --mix {rng.choice(['prompt', 'rollout'])} --persona-prob {rng.choice([0, 0.5, 1])} " \
+                f"--micro-tokens {rng.choice([1, 60, 5000])} --temperature {rng.choice([0.6, 1.0, 1.4])}"
+        others = [f"--advantage {rng.choice(['mean', 'std', 'rloo'])}", "--entropy-coef 0.2",
+                  f"--correction {rng.choice(['truncate', 'mask'])}",
+                  f"--normaliser {rng.choice(['token', 'sequence', 'constant'])}",
+                  "--overlong-buffer 5", f"--truncated {rng.choice(['mask', 'zero', 'keep'])}", "--dual-clip 1.6",
+                  f"--kl-coef 0.3 --kl {rng.choice(['k1', 'k2', 'k3'])} --kl-in {rng.choice(['loss', 'reward'])}"]
+        flags = " ".join([flags, *(other for other in others if rng.random() < 0.5),
+                          *(["--inner-epochs 1"] if loss == "reinforce" else [])])
+        try:
+            train.settings([*STEPS.split(), *flags.split()], quiet=True)
+        except ValueError:
+            continue
+        return flags
+
+
+@pytest.mark.parametrize("flags", [*CASES, *(pytest.param(crossed(number), marks=pytest.mark.slow)
+                                             for number in range(40))])
 def test_the_gradient_of_each_optimizer_step_is_that_of_the_papers_formula(tiny_folder, many_stops, flags):
     """At another temperature, with lengths that differ, a flat group, a sampler that is off, a moved start model."""
     want = told(flags)

@@ -7,7 +7,6 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-import personas
 from common.command import note
 from common.ranks import ranks
 from model import Transformer, pack
@@ -25,10 +24,7 @@ def plan(policy: Policy, job) -> None:
     not fit.
     """
     args, limit = job.args, job.args.memory * 1e9
-    persona = max(job.pool, key=lambda p: len(p.text), default=None) if args.persona_prob else None
-    question = max(job.problems, key=lambda p: len(p.question)).question
-    prompt = len(personas.prompt_ids(job.tokenizer, question, persona))
-    completions = job.sampling.n                        # that share a prompt
+    prompt, completions = job.longest_prompt, job.sampling.n        # that share a prompt
     new, longest = args.max_new_tokens, prompt + args.max_new_tokens
 
     # A further completion adds as much as the second: no larger group is tried.

@@ -17,7 +17,8 @@ def overlapped(roll_out: Callable, job, first: int) -> Iterator[tuple]:
     """
     args, device, ahead = job.args, job.model.device, None
     frozen = {id(p): p for p in job.author.parameters() if not p.requires_grad}     # not copied
-    author, earlier = job.sampler(job.author), job.sampler(copy.deepcopy(job.author, frozen))
+    author, earlier = (job.sampler(model, job.longest_prompt)
+                       for model in (job.author, copy.deepcopy(job.author, frozen)))
     on_gpu = device.type == "cuda"
     stream = torch.cuda.Stream(device) if on_gpu else None
 

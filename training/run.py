@@ -23,6 +23,7 @@ from grpo import Loss
 from model import Transformer
 from rewards import CORRECTNESS, Rewarder
 from rollout import Sampler, SamplingParams
+from sampling.cache import slots_for
 from training import monitor
 from training.anchor import Anchor
 from training.checkpoints import newest
@@ -55,8 +56,20 @@ class Job:
         """sft and distill: another wrote what is correct, and it is learned by heart."""
         return self.author is not self.model
 
-    def sampler(self, model: Transformer) -> Sampler:
-        return Sampler(model, self.args.slots, not self.args.no_cuda_graphs)
+    def sampler(self, model: Transformer, longest_prompt: int = 0) -> Sampler:
+        """longest_prompt: in tokens, of all its calls, which bounds the slots; 0: of the first."""
+        slots = self.args.slots
+        if longest_prompt:
+            slots = slots or slots_for(model, longest_prompt + self.args.max_new_tokens)
+        return Sampler(model, slots, not self.args.no_cuda_graphs)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest question under the longest persona, both by their characters."""
+        pool = self.pool if self.args.persona_prob else []
+        persona = max(pool, key=lambda p: len(p.text), default=None)
+        question = max(self.problems, key=lambda p: len(p.question)).question
+        return len(personas.prompt_ids(self.tokenizer, question, persona))
 
     @property
     def temperature(self) -> float:

@@ -264,7 +264,7 @@ BOUNDS = {
     (0, 10**6): ("overlong_buffer", "eval_problems", "memory", "slots"),
     (1, 1000): ("inner_epochs", "dual_clip"), (1e-6, 10**6): ("lora_alpha",),
     (0, 1000): ("kl_coef", "entropy_coef", "anchor_coef"), (0, 100): ("dynamic_sampling",),
-    (0, 10**18): ("seed",), (0, 1): ("persona_prob",),
+    (0, 10**17): ("seed",), (0, 1): ("persona_prob",),
     (0.01, 100): ("temperature",), (1e-30, 1): ("learning_rate",),
     (1e-30, math.inf): ("max_grad_norm",), (0.001, math.inf): ("reward_seconds",),
     (0, math.inf): ("clip_low", "clip_high")}

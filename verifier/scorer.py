@@ -45,8 +45,8 @@ def scored(scorer: str, text: str) -> Verdict:
 
 
 def number_of(found: str) -> str:
-    """The only number of an answer (behind its last =), as scorers that compare texts want it; "" of
-    several, or of one under a root, in a power or a fraction."""
+    """The only number of an answer (behind its last =), as scorers that compare texts want it; ""
+    of several, or of one under a root, in a power or a fraction."""
     found = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", found).rpartition("=")[2]
     numbers = NUMBER.findall(found)
     if len(numbers) != 1 or re.search(r"[/^%√]|\\\w*(?:frac|sqrt)", found):

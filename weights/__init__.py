@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.command import one_line
+from common.command import note, one_line
 from model import Transformer
 from weights import devices, gguf, huggingface, templates
 from weights.devices import DEVICES, DTYPES, computes_bf16, pick_device, pick_dtype
@@ -53,6 +53,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
             templates.give(tokenizer, template)
         templates.stop_strings(tokenizer)               # refused now if they are broken
         pin_date(tokenizer)
+        if templates.thinks(tokenizer):
+            note(f"warning: {name} thinks before it answers: give --max-new-tokens room for both")
         with torch.device("meta"):                      # no memory until the dtype is known
             model = Transformer(config_from_hf(hf_config))
         model.c.stop_ids = stop_ids(source, hf_config, tokenizer)

@@ -108,6 +108,16 @@ def around_answer(tokenizer) -> tuple[list[int], list[int]]:
                  for text in texts_around_answer(tokenizer))
 
 
+def thinks(tokenizer) -> bool:
+    """Whether the chat template opens a thought before the answer, though it is asked not to."""
+    try:
+        prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True,
+                                               enable_thinking=False)
+    except (ValueError, TypeError, TemplateError):
+        return False
+    return prompt.rstrip().endswith("<think>")
+
+
 def template_end(tokenizer) -> list[int]:
     """The first token of its own, not of text, that the chat template puts behind an answer."""
     after = around_answer(tokenizer)[1]
