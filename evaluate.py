@@ -308,11 +308,13 @@ def refuse_others(args):
     path = Path(args.out, "results.json")
     try:
         before = json.loads(path.read_text())
-        other = [before[key] for key in ("model", "task") if before[key] != getattr(args, key)]
+        other = [f"{key} {before[key]}" for key in ("model", "task")
+                 if before[key] != getattr(args, key)
+                 and Path(before[key]).resolve() != Path(getattr(args, key)).resolve()]
     except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
         return
     if other:
-        raise ValueError(f"{args.out} holds the evaluation of {other[0]}: give another --out")
+        raise ValueError(f"{args.out} holds an evaluation of {other[0]}: give another --out")
 
 
 def sampler_of(args, model):

@@ -168,10 +168,14 @@ def from_row(where: str, row: dict) -> Persona:
     return Persona(row["name"], row["text"], row["stratum"], row["split"], row["kind"])
 
 
+ADDRESSES = re.compile(r"(?:(?:you|i)(?:['’]re|['’]m| are| am)|act as"
+                       r"|(?:imagine|pretend) (?:you|that|to))\b", re.I)
+
+
 def you_are(description: str) -> str:
     """PersonaGym describes ("A nurse from Oslo"); a prompt addresses ("You are a nurse ...")."""
     description = description.strip()
-    if re.match(r"(?i)(?:you(?:'re| are)|i(?:'m| am)|act as|imagine|pretend)\b", description):
+    if ADDRESSES.match(description):
         return description
     if description.startswith(("A ", "An ", "The ")):
         description = description[0].lower() + description[1:]

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None, script: str = __file__) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         summary["stages"] = earlier(args.out, summary["card"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        p.exit(2, f"gpu.py: {args.out} cannot take results, or is not of this command: {one_line(error)}\n")
+        p.exit(2, f"gpu.py: {args.out} cannot take these results: {one_line(error)}\n")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     end = time.monotonic() + 60 * args.minutes

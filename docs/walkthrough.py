@@ -207,7 +207,7 @@ def verdicts(args) -> list:
         code(rewards.worth, "return Reward"),
         show_verdicts,
         "A completion cut off at the limit earns nothing (`--truncated zero`), whatever its text "
-        "says:",
+        "says; a penalty stays:",
         code(grpo.truncation, 'if policy == "zero"', "clamp(max=0)"),
         show_truncation,
         "## 6. The advantages",

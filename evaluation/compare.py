@@ -104,7 +104,7 @@ def apart(arms):
                 raise ValueError(f"the runs of {role} differ in their {key!r} "
                                  f"({', '.join(map(str, sorted(values)))}): give them --roles "
                                  "of their own")
-            if values and role != "start":              # of that nothing was trained yet
+            if values and (role != "start" or key == "reader"):     # it is not trained yet
                 found[role] = values.pop()
         if len(set(found.values())) > 1:
             arms_at = ", ".join(f"{role} {value}" for role, value in found.items())

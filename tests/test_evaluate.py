@@ -541,7 +541,7 @@ def test_an_evaluation_is_of_one_process_and_replaces_no_other_models(tiny_folde
     before = (tmp_path / "out/results.json").read_bytes()
     capsys.readouterr()
     assert evaluate.main([*flags, str(tmp_path / "b")]) == 2 and (tmp_path / "out/results.json").read_bytes() == before
-    assert f"holds the evaluation of {tmp_path / 'a'}: give another --out" in capsys.readouterr().err
+    assert f"holds an evaluation of model {tmp_path / 'a'}: give another --out" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     for program, own in ((evaluate, flags[:-1]), (rollout, [])):
         assert program.main([*own, "--model", str(tmp_path / "a")]) == 2

@@ -122,10 +122,11 @@ def test_the_package_s_score_is_the_reward_and_an_answer_is_correct_from_1_on(th
 
 def test_a_scorer_that_takes_a_number_is_given_the_answer_s_own(three):
     legs = three["test"][0]
-    for said in ("{}.0", "There are {} legs", "2 * 9 = {}", "**{}**", r"\boxed{{x = {}}}"):
+    for said in ("{}.0", "There are {} legs", "It goes {} km/h.", r"\boxed{{{} m^2}}", "2 * 9 = {}", "**{}**",
+                 r"\boxed{{x = {}}}"):
         assert scored(legs.scorer, said.format(legs.answer)).score == 1, said
     for said in (r"\boxed{{1/{}}}", r"\boxed{{99, {}}}", r"\boxed{{1 or {}}}", r"\boxed{{\sqrt{{{}}}}}",
-                 r"\boxed{{x^{}}}", r"\boxed{{{}\%}}", r"\boxed{{\frac{{1}}{{{}}}}}"):
+                 r"\boxed{{x^{}}}", r"\boxed{{\frac{{1}}{{{}}}}}"):
         assert scored(legs.scorer, said.format(legs.answer)).score < 1, said
 
 

@@ -186,7 +186,8 @@ def settings(argv: list[str] | None, quiet: bool = False) -> argparse.Namespace:
         args.chat_template = templates.read(args.chat_template)     # kept for a resumed run
     for name in FIXED:
         old = before.get(name, p.get_default(name))     # an older run knew fewer flags
-        if before and getattr(args, name) != old and not moved(str(old), str(getattr(args, name))):
+        if before and getattr(args, name) != old and not (
+                name in ("model", "task") and moved(old, getattr(args, name))):
             raise ValueError(f"--{name.replace('_', '-')} of a resumed run is "
                              f"{str(old)[:60]!r}; for another one start a new run")
     if args.memory and "memory" not in told:            # a resumed run's, sized already
@@ -232,7 +233,9 @@ def settings_before(first: argparse.Namespace, p: argparse.ArgumentParser) -> di
 
 def moved(old: str, new: str) -> bool:
     """Whether a file or folder that was given is gone, and one of its name is given now."""
-    return Path(old).name == Path(new).name and not Path(old).exists() and Path(new).exists()
+    paths = Path(old), Path(new)
+    return paths[0].is_absolute() and paths[0].name == paths[1].name and (
+        [path.exists() for path in paths] == [False, True])
 
 
 def is_for(action: argparse.Action, value) -> bool:

@@ -97,7 +97,8 @@ def told(args, out: Path):
     try:
         yield
     except KeyboardInterrupt:
-        note(f"\ntrain.py: stopped; {goes_on()}")
+        with suppress(OSError):                         # the terminal is gone
+            note(f"\ntrain.py: stopped; {goes_on()}")
         raise
     except ValueError:
         take_back(args, out)

@@ -56,7 +56,7 @@ def is_copied(goal: tuple, tree: tuple, question: str) -> bool:
     if tree[0] == "rel" and "=" in tree[1] and any(is_rational(side) for side in tree[2:]):
         return False                                    # 5! = 120
     value = plain_tree(tree[-1]) if tree[0] == "rel" and tree[1][-1] == "=" else tree
-    if not question or _key(goal) in (_key(tree), _key(value)):
+    if not question or _key(goal, strict=True) in (_key(tree, True), _key(value, True)):
         return False
     asked, kinds = _asked(question[-MAX_QUESTION:])
     for part in (whole, tree, value):
@@ -107,40 +107,43 @@ def _collect(tree, keys: set) -> None:
             _collect(part, keys)
 
 
-def _key(tree) -> str:
-    """A tree as a text that is the same for a + b and b + a, a * b and b * a."""
+def _key(tree, strict: bool = False) -> str:
+    """A tree as a text that is the same for a + b and b + a, a * b and b * a; unless strict, also
+    for x x and x^2, -(a - b) and b - a."""
     op, *args = tree
     if op in ("div", "pow") and args[1] == _ONE:        # + 0 and times 1 change nothing
-        return _key(args[0])
-    if op == "pow" and args[0] == _ONE:
+        return _key(args[0], strict)
+    if op == "pow" and args[0] == _ONE and not strict:
         return _key(_ONE)
-    if op == "neg" and args[0][0] in ("add", "sub"):
+    if op == "neg" and args[0][0] in ("add", "sub") and not strict:
         return f"a({','.join(sorted(_terms(args[0], '-')))})"
     if op == "rel" and tree[1] == ("=",):
-        return f"=({','.join(sorted(map(_key, args[1:])))})"
+        return f"=({','.join(sorted(_key(a, strict) for a in args[1:]))})"
     if op in ("add", "sub", "mul"):
         neutral = "num(1)" if op == "mul" else "num(0)"
-        terms = sorted(t for t in _terms(tree) if t.lstrip("-") != neutral)
-        if op == "mul":                                 # x x is x^2
+        terms = sorted(t for t in _terms(tree, "", strict) if t.lstrip("-") != neutral)
+        if op == "mul" and not strict:
             terms = sorted(t if n == 1 else f"pow({t},num({n}))" for t, n in Counter(terms).items())
         return terms[0] if len(terms) == 1 else f"{op[0].replace('s', 'a')}({','.join(terms)})"
-    return f"{op}({','.join(_key(a) if _is_tree(a) else str(a) for a in args)})"
+    return f"{op}({','.join(_key(a, strict) if _is_tree(a) else str(a) for a in args)})"
 
 
-def _terms(tree, sign: str = "") -> list[str]:
+def _terms(tree, sign: str = "", strict: bool = False) -> list[str]:
     """The operands of nested sums, or of nested products."""
     op = tree[0]
     if op in ("add", "sub"):
         flipped = {"": "-", "-": ""}[sign] if op == "sub" else sign
         return [t for part, s in ((tree[1], sign), (tree[2], flipped))
-                for t in (_terms(part, s) if part[0] in ("add", "sub") else [_signed(part, s)])]
-    return [t for part in tree[1:] for t in (_terms(part) if part[0] == "mul" else [_key(part)])]
+                for t in (_terms(part, s, strict) if part[0] in ("add", "sub") else
+                          [_signed(part, s, strict)])]
+    return [t for part in tree[1:]
+            for t in (_terms(part, "", strict) if part[0] == "mul" else [_key(part, strict)])]
 
 
-def _signed(part, sign: str) -> str:
-    while part[0] == "neg":
+def _signed(part, sign: str, strict: bool) -> str:
+    while part[0] == "neg" and not strict:
         part, sign = part[1], {"": "-", "-": ""}[sign]
-    return sign + _key(part)
+    return sign + _key(part, strict)
 
 
 def _is_tree(value) -> bool:
@@ -169,19 +172,20 @@ def left_to_do(tree) -> bool:
     """Whether an answer is plain arithmetic on numbers: 12 - 9, 6 * 8, 48 / 8.
 
     Forms of a number count: 5 + 1/2, fractions that are no whole number, 3/3, powers, roots. So
-    does "8 + 3 = 11": the number stands beside the exercise. Within |3 + 4| it is left too.
+    does "8 + 3 = 11": the number stands beside the exercise. |3 + 4| and (3 + 4)^1 do not.
     """
     tree = plain_tree(tree)
     if tree[0] == "rel":
         done = [side for side in tree[2:] if not left_to_do(side)]
         return len(done) < len(tree[2:]) and not any(map(is_rational, done))
+    if tree[0] == "pow":                                # (3 + 4)^1; but 2^{10 - 1} is a form
+        return left_to_do(tree[1])
     if tree[0] not in ("add", "sub", "mul", "div"):
         return any(_is_tree(side) and left_to_do(side) for side in tree[1:])
     if any(left_to_do(side) for side in tree[1:]):
         return True
-    if any(side[0] == "pow" and plain_tree(side[2]) == _ONE and side[1] != ("num", 10)
-           for side in tree[1:]):
-        return True                                     # 3 * 4^1, 12 * 4^-1
+    if any(side[0] == "pow" and side[2] == _ONE for side in tree[1:]):
+        return True                                     # 3 * 4^1
     if not all(is_rational(side) or _is_dressed(side) for side in tree[1:]):
         return False
     left, right = (side[1] if side[0] == "neg" else side for side in tree[1:])

@@ -298,12 +298,9 @@ def _distinct(items: list, effort) -> list:
 
 
 def _without_name(node):
-    """x=1, x=2 is 1, 2, and so is x_1=1, x_2=2; x=1, y=2 keeps its names."""
+    """x=1, x=2 is 1, 2; x=1, y=2 keeps its names."""
     splits = [split(item) for item in node[1:]]
     names = {s[0] for s in splits if s}
-    letters = {name[0] == "sym" and "_" in name[1] and name[1].partition("_")[0] for name in names}
-    if len(letters - {False}) == len(letters) == 1 < len(names) == len(splits):
-        return (node[0], *[choice for s in splits for choice in _choices(s[1][-1])])
     if len(names) > 1:
         return ("names", *node[1:])
     if not names or None in names or splits[0] is None:

@@ -50,10 +50,12 @@ _RETRACTION = re.compile(
 _REJECTED = re.compile(                                 # 42 is wrong
     r"\W{0,3}(?:[a-z]+ )?(?:is|are|was)(?:n't| not| wrong| incorrect| too)\b", re.I)
 _NEGATION = re.compile(r"\s*(?:not\b|n't)")
-_DOUBTED = re.compile(r"(?:n't|\bnot)\ (?:think|believe|say|sure)\b[^.!?,;:\n]{0,40}$"
-                      r"|\b(?:false|unlikely|I doubt)\b[^.!?,;:\n]{0,40}$", re.I)
+_DOUBTED = re.compile(r"(?:\bdo(?:n't| not) (?:think|believe)|\b(?:false|unlikely) that"
+                      r"|\bI doubt)\b"
+                      r"(?:(?!\b(?:but|yet|so|still|because|if|however|though|too|in)\b)"
+                      r"[^.!?,;:\n…—(]){0,40}$", re.I)
 _NEGATED = re.compile(r"(?:不是?|并非|\b(?:can)?not|n't|\bnever|\brather than|\binstead of)"
-                      rf"\s*(?:just|be|equal|equal to)?\W{{0,4}}$|[≠≥≤]\s?$"
+                      rf"\s*(?:just|be|equal|equal to)?\W{{0,4}}$|(?:^|[A-Za-z]{{2}}\s?)[≠≥≤]\s?$"
                       rf"|{_DOUBTED.pattern}", re.I)
 _NUMBER = re.compile(r"""
     (?<![\w.^])
@@ -346,6 +348,9 @@ def _around(text: str, number: re.Match) -> str:
     listed = re.search(r"(?:[\d.]+,)+$", left)  # 3,5 is no way to say 5
     if listed and not bracket:
         return listed[0] + number[0]
+    unit = _UNIT.match(text, number.end())
+    if unit and unit[2] in UNITS and before.rstrip().endswith("="):
+        return _with_unit(text, number)                 # 10m - 5m = 5m
     for candidate in (before + number[0] + after, bracket, number[0] + after):
         candidate = candidate.strip("* ").rstrip(".,!?:;* ").lstrip(",.:;=* ")
         if _NO_NUMBER.search(candidate) and is_math(candidate):

@@ -17,20 +17,21 @@ from verifier.extract import extract
 from verifier.verdict import Verdict
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+UNIT = re.compile(r"(?<=\d)\s*\\?(?:%|[A-Za-z]+(?:/[a-z]+|\^?\{?[23]\}?)?)[\s.]*$")
 
 
 def scored(scorer: str, text: str) -> Verdict:
     """What the package's scorer says of a completion. Never raises.
 
     It sees the answer that the verifier finds in the text: in a box or a tag, after "the answer
-    is", else all of it; where the gold is a number, the last number.
+    is", else all of it; where the gold is a number, its only number.
     """
     name, settings, entry = json.loads(scorer)
     entry = pickle.loads(base64.b64decode(entry))       # which `entries` has made
     gold = str(entry.get("answer") or "")
     if NUMBER.fullmatch(gold):
         found, rule = extract(text)
-        found = number_of(found)
+        found = number_of(found, gold)
     else:
         found, rule = extract(text, in_words=True)
         found = found.strip("*_` ")
@@ -44,15 +45,16 @@ def scored(scorer: str, text: str) -> Verdict:
     return Verdict("correct" if score >= 1 else "wrong", f"{rule}: reasoning-gym", found, score)
 
 
-def number_of(found: str) -> str:
+def number_of(found: str, gold: str) -> str:
     """The only number of an answer (behind its last =), as scorers that compare texts want it; ""
     of several, or of one under a root, in a power or a fraction."""
     found = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", found).rpartition("=")[2]
-    numbers = NUMBER.findall(found)
-    if len(numbers) != 1 or re.search(r"[/^%√]|\\\w*(?:frac|sqrt)", found):
+    bare = UNIT.sub("", found)
+    numbers = NUMBER.findall(bare)
+    if len(numbers) != 1 or re.search(r"[/^√]|\\\w*(?:frac|sqrt)", bare):
         return "" if numbers else found.strip()
     whole, _, places = numbers[0].partition(".")
-    return numbers[0] if places.strip("0") else whole
+    return numbers[0] if places.strip("0") or "." in gold else whole
 
 
 def guard(event: str, arguments: tuple) -> None:

@@ -48,6 +48,9 @@ _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-J])"
                      re.I)
 _CHOSEN_LAST = re.compile(
     r"(?:\bis|\bbe|'s|\bchoose|\bpick|\bwith|\boption|\bchoice) \(?([A-J])\)?$")
+_MORE = re.compile(                                     # behind a letter: other letters, or a no
+    r"\s*(?:,|or\b|and\b|&|/|is (?:wrong|incorrect|not (?:right|correct)|(?:right|correct) or\b))"
+    r"|[\s.]*(?:[Nn]o\b,?\s*\(?[A-J]\b|(?:\(?[A-J][).]?\s*)+$)")
 _LETTER_FIRST = re.compile(r"\(?([A-J])[).:]\)?\s*(?=\S)")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 
@@ -161,8 +164,7 @@ def _same_choice(goal: Gold, found: str, question: str, deep: bool) -> bool:
     match = _CHOSEN.match(said) or not DENIAL.search(said) and _CHOSEN_LAST.search(said)
     if goal.value is None:
         rest = said[match.end() :] if match else ""
-        more = re.match(r"[\s.]*(?:,|or\b|and\b|&|/|\(?[A-J](?:[).]|$)|is (?:wrong|not)|no\b)",
-                        rest, re.I)
+        more = _MORE.match(rest)
         return bool(match) and match[1].upper() == goal.letter and not more
     first = _LETTER_FIRST.match(said)
     if first and first[1] == goal.letter:
