@@ -114,8 +114,7 @@ def roll_out(author: Sampler | None, job: Job, turn: int) -> Rollout:
 
     truncated = torch.tensor([c.truncated for c in completions]).view(-1, G)
     given_up = torch.tensor([c.error is not None for c in completions]).view(-1, G)
-    rewards = torch.tensor(values).view(-1, G)
-    rewards = torch.where(given_up, rewards.clamp(max=0), rewards)
+    rewards, _ = grpo.truncation(torch.tensor(values).view(-1, G), given_up)    # zero, always
     rewards, kept = grpo.truncation(rewards, truncated, args.truncated)
     groups = [(prompt, [c.tokens for c in completions[i * n:(i + 1) * n]])
               for i, prompt in enumerate(prompts)]

@@ -6,8 +6,8 @@ from pathlib import Path
 import personas
 import tasks
 import weights
-from common import ranks
 from common.command import Parser
+from common.ranks import refuse_several
 
 
 def parse(argv):
@@ -101,7 +101,7 @@ BESIDE = {  # flags that are read only beside another
 
 def check(args):
     """ValueError for flags that cannot mean what they say, or that nothing would read."""
-    ranks.refuse_several()
+    refuse_several()
     usual = vars(parse([]))
     given = {name: value for name, value in vars(args).items() if value != usual[name]}
     for name, value in given.items():

@@ -114,10 +114,12 @@ def apart(arms):
 
 
 def told_of(run, key):
-    """One of TOLD, or the `reader`, of a results dict; None where it is not known."""
+    """One of TOLD, or the `reader`, of a results dict; None or "" where it is not known."""
     trained = run.get("trained", {})
-    if key in ("model", "reader"):                      # the start model, wherever it lay
-        return Path((trained if key == "model" else run.get("fidelity", {})).get(key, "")).name
+    if key == "model":                                  # the start model, wherever it lay
+        return Path(trained.get("model", "")).name
+    if key == "reader":
+        return Path(run.get("fidelity", {}).get("reader", "")).name
     return (trained | run).get(key)
 
 

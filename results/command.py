@@ -98,6 +98,10 @@ def for_evaluation(args: Namespace, told: Namespace) -> None:
     where open questions are asked (`spoken`)."""
     usual = vars(settings([]))
     args.trained = {name: value for name, value in vars(told).items() if value != usual[name] and name not in FREE}
+    args.faster = []            # of a resumed run: what only decides how fast it goes; the rest stands in its folder
+    for name in ("slots", "micro_tokens", "save_every", "recompute", "no_cuda_graphs", "async_save"):
+        if (value := getattr(told, name)) != usual[name]:
+            args.faster += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     args.computes = [str(part) for name in ("dtype", "device", "slots") if getattr(told, name) != usual[name]
                      for part in (f"--{name}", getattr(told, name))] + ["--no-cuda-graphs"] * told.no_cuda_graphs
     args.computes += ["--columns", told.columns] if told.columns and tasks.is_local(args.eval_task) else []

@@ -26,9 +26,11 @@ def points(comparisons: dict, arm: str, measure: str, seeds=None) -> list[tuple[
 
     comparisons: {step: comparison.json}. KeyError where the measure was not taken.
     """
-    return [(np.mean([run["mean_accuracy"] for run in runs]), averaged(measure, [run[measure] for run in runs]))
-            for c in comparisons.values()
-            for runs in [[run for run in c["runs"][arm] if seeds is None or run["training_seed"] in seeds]]]
+    out = []
+    for c in comparisons.values():
+        runs = [run for run in c["runs"][arm] if seeds is None or run["training_seed"] in seeds]
+        out.append((np.mean([run["mean_accuracy"] for run in runs]), averaged(measure, [run[measure] for run in runs])))
+    return out
 
 
 def averaged(measure: str, values: list[float]) -> float:
@@ -53,9 +55,9 @@ def difference(comparisons: dict, first: str, second: str, measure: str) -> dict
     if not seeds or (found := apart(seeds)) is None:
         return None
     found["seeds"] = seeds
-    without = [apart([one for one in seeds if one != seed]) for seed in seeds] if len(seeds) > 1 else [None]
-    if all(without):
-        s, whole = len(seeds), found["difference"]
+    s, whole = len(seeds), found["difference"]
+    without = [apart([one for one in seeds if one != seed]) for seed in seeds if s > 1]
+    if without and all(without):
         values = np.array([s * whole - (s - 1) * one["difference"] for one in without])
         found["low"], found["high"] = measures.interval(whole + values @ measures.seed_spread(s))
     return found

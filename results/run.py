@@ -47,7 +47,6 @@ from common.command import one_line  # noqa: E402
 from common.files import claim, write_atomically  # noqa: E402
 from evaluation import compare, plots, report  # noqa: E402
 from results import arms, command, curves, transcripts  # noqa: E402
-from training.settings import settings  # noqa: E402
 
 KEPT = ("comparison.json", "stability_against_fidelity.png", "stability_against_accuracy.png",
         "learning_curves.png")                                                          # of a comparison
@@ -104,19 +103,9 @@ def stage(step: int | None) -> str:
     return f"step-{step}" if step else ""
 
 
-def again(rest: list[str]) -> list[str]:
-    """Of train.py's flags those that only decide how fast it goes: the others stand in the run's folder."""
-    given = vars(settings(rest, quiet=True))
-    usual, flags = vars(settings([], quiet=True)), []
-    for name in ("slots", "micro_tokens", "save_every", "recompute", "no_cuda_graphs", "async_save"):
-        if given[name] != usual[name]:
-            flags += [f"--{name.replace('_', '-')}", *([] if given[name] is True else [given[name]])]
-    return flags
-
-
 def trained(arm: str, seed: int, step: int, run: Path, args) -> Path:
     """The model of an arm after `step` steps, in its run folder; goes on with a run that has fewer."""
-    goes_on = ["--resume", run, "--steps", step, *again(args.rest)] if (run / "config.json").is_file() else [
+    goes_on = ["--resume", run, "--steps", step, *args.faster] if (run / "config.json").is_file() else [
         *args.flags[arm], "--model", args.model, "--task", args.task, "--seed", seed, "--steps", step,
         "--eval-problems", 0, "--keep", 1, "--out", run, *args.apart, *args.rest]
     call("train.py", *goes_on, processes=args.processes)

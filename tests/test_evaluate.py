@@ -173,6 +173,10 @@ def test_the_interval_over_training_seeds_covers_the_mean_of_all_seeds_in_simula
 
 
 def test_the_spread_of_training_seeds_is_students_t_and_one_seed_has_none():
+    values = np.array([0.2, 0.5, 0.6])
+    low, high = np.quantile(values @ measures.seed_spread(3, 200_000), [0.025, 0.975])
+    half = 4.3027 * values.std(ddof=1) / np.sqrt(3)  # the 97.5 % point of t with 2 degrees of freedom
+    assert [-low, high] == pytest.approx([half, half], rel=0.03)
     rng = np.random.default_rng(3)
     for n, t in ((2, 12.706), (3, 4.3027), (4, 3.1824), (6, 2.5706)):   # 97.5 % points, n - 1 degrees of freedom
         for values in rng.normal(size=(20, n)):

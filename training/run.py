@@ -226,8 +226,8 @@ def evaluated(job: Job, folder: Path, steps: int) -> dict:
     info = {"task": args.eval_task or args.task, "prompt": args.prompt,
             "max_new_tokens": args.max_new_tokens, "steps": steps,
             "stop": list(job.sampling.stops(job.tokenizer))}
-    done, wanted = already_there(folder), info | evaluate.digests(problems, speakers)
-    if done and wanted.items() <= done.items():
+    asked = info | evaluate.digests(problems, speakers)
+    if (done := already_there(folder)) and asked.items() <= done.items():
         return done
     info |= {"model": args.model} | evaluate.compare.arm_of({"settings": vars(args)})
     if not steps:
@@ -259,8 +259,7 @@ def before_after(args, out: Path, before: dict, after: dict) -> str:
         rows.append((f"  {old['name']} ({old['stratum']})", *pair))
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {old:>6}  {new:>6}" for name, old, new in rows]
-    return "\n".join([f"{'':{width}}  before   after", *lines,
-                      *in_line(args, out, after)])
+    return "\n".join([f"{'':{width}}  before   after", *lines, *in_line(args, out, after)])
 
 
 def side_by_side(folder: Path) -> None:

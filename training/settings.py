@@ -221,7 +221,7 @@ def settings_before(first: argparse.Namespace, p: argparse.ArgumentParser) -> di
         raise ValueError(f"{path} is not a run's: give the folder that train.py wrote") from error
     if before.get("advantage") == "std_sample":         # its name until November 2026
         before["advantage"] = "std"
-    for action in p._actions[1:]:                # the first is --help
+    for action in p._actions[1:]:                       # the first is --help
         value = before.get(action.dest, None if action.dest in IDENTITY else action.default)
         if not is_for(action, value):
             raise ValueError(f"{path} has {value!r} for {action.dest}, which train.py does not "
@@ -233,9 +233,9 @@ def settings_before(first: argparse.Namespace, p: argparse.ArgumentParser) -> di
 
 def moved(old: str, new: str) -> bool:
     """Whether a file or folder that was given is gone, and one of its name is given now."""
-    paths = Path(old), Path(new)
-    return paths[0].is_absolute() and paths[0].name == paths[1].name and (
-        [path.exists() for path in paths] == [False, True])
+    before, now = Path(old), Path(new)
+    return (before.is_absolute() and before.name == now.name
+            and now.exists() and not before.exists())
 
 
 def is_for(action: argparse.Action, value) -> bool:

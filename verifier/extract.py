@@ -296,7 +296,7 @@ def _stated_value(rest: str) -> str:
     return not numbers and number_in_words(clause) or clause
 
 
-_NO_NUMBER = re.compile(r"[-+*/^=√π²³!\\(\[<>≤≥±]|sqrt|log|ln|sin|cos|tan|pi")
+_IN_EXPRESSIONS = re.compile(r"[-+*/^=√π²³!\\(\[<>≤≥±]|sqrt|log|ln|sin|cos|tan|pi")
 _BOLD = re.compile(r"(?<![\w*)}\]])\*{1,3}(?=\S)([^*\n]{1,300})(?<=\S)\*{1,3}(?![\w*({\[])")
 
 
@@ -353,7 +353,7 @@ def _around(text: str, number: re.Match) -> str:
         return _with_unit(text, number)                 # 10m - 5m = 5m
     for candidate in (before + number[0] + after, bracket, number[0] + after):
         candidate = candidate.strip("* ").rstrip(".,!?:;* ").lstrip(",.:;=* ")
-        if _NO_NUMBER.search(candidate) and is_math(candidate):
+        if _IN_EXPRESSIONS.search(candidate) and is_math(candidate):
             return candidate
     return _with_unit(text, number)
 

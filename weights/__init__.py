@@ -65,9 +65,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto", chat_template: st
     except ImportError as error:
         raise ValueError(f"reading {name!r} needs a package: pip install {error.name}") from error
     except Exception as error:                          # each format's reader has its own kinds
-        hint = " (a file may be cut short or of another kind: fetch it again)"
-        if type(error) is ValueError:                   # ours says itself what to do
-            hint = ""
+        hint = ""
+        if type(error) is not ValueError:               # ours say themselves what to do
+            hint = " (a file may be cut short or of another kind: fetch it again)"
         raise ValueError(f"cannot load {name!r}: {one_line(error)}{hint}") from error
     model.hf_config = hf_config
     return model.eval(), tokenizer

@@ -93,6 +93,7 @@ def tokenizer(path: Path):
 
 
 def read_tokenizer(path: Path):
+    """As the file has it, anew."""
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations import ggml
 

@@ -91,6 +91,15 @@ def stop_strings(tokenizer) -> tuple[str, ...]:
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "xyzzy"}]
 
 
+def prompt(tokenizer) -> str:
+    """The chat up to where its answer begins; "" where the template is missing or refuses it."""
+    try:
+        return tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True,
+                                             enable_thinking=False)
+    except (ValueError, TypeError, TemplateError):
+        return ""
+
+
 def texts_around_answer(tokenizer) -> tuple[str, str]:
     """What the chat template puts before and behind an answer; "" where it is missing or refuses
     one."""
@@ -110,12 +119,7 @@ def around_answer(tokenizer) -> tuple[list[int], list[int]]:
 
 def thinks(tokenizer) -> bool:
     """Whether the chat template opens a thought before the answer, though it is asked not to."""
-    try:
-        prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True,
-                                               enable_thinking=False)
-    except (ValueError, TypeError, TemplateError):
-        return False
-    return prompt.rstrip().endswith("<think>")
+    return prompt(tokenizer).rstrip().endswith("<think>")
 
 
 def template_end(tokenizer) -> list[int]:
@@ -139,8 +143,6 @@ def turn_end(tokenizer, stop_ids: list[int]) -> int:
 def answer_lead(tokenizer) -> str:
     """The blank that the template puts between a prompt and its answer; "" where it puts none, or
     refuses an answer."""
-    prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True,
-                                           enable_thinking=False)
-    before, _ = texts_around_answer(tokenizer)
-    lead = before.removeprefix(prompt)
-    return lead if before.startswith(prompt) and lead.isspace() else ""
+    asked, (before, _) = prompt(tokenizer), texts_around_answer(tokenizer)
+    lead = before.removeprefix(asked)
+    return lead if asked and before.startswith(asked) and lead.isspace() else ""
